@@ -1,0 +1,316 @@
+"""AdapterSet: all adapters that live in one model; the handle a user holds.  And the ways to get one: attach, load, adapters_of."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from .core import attach as mechanism
+from .core.adapter import Adapter
+from .core.composition import Expression, Rows, Stack, Weighted, names_in
+from .core.errors import AttachError, PreflightError, nearest
+from .core.merge import MergeReport, merge_into_base
+from .core.method import Method
+from .core.rows_apart import run_apart
+from .core.site import Site
+from .core.targets import Resolution, Targets
+from .methods.head import Head, leaves
+
+_SET = "_smidgen_set"
+
+
+def attach(model: nn.Module, method: Method, name: str = "default", *, seed: int | None = None) -> "AdapterSet":
+    """Put a new adapter on the model, freeze the base, and return the handle of all adapters in it.
+
+    The first adapter of a model acts at once; a further one waits for `activate`.
+    seed: of the adapter's random start; None draws from torch's global generator.
+    Raises TargetError or AttachError, and then has changed nothing.
+    """
+    adapters = adapters_of(model) or AdapterSet(model)
+    adapters.add(method, name=name, seed=seed)
+    return adapters
+
+
+def adapters_of(model: nn.Module) -> "AdapterSet | None":
+    """The handle of the adapters that live in this model (also after deepcopy or unpickling), or None."""
+    return cast("AdapterSet | None", model.__dict__.get(_SET))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter: its method and where its parts live."""
+
+    method: Method
+    resolution: Resolution
+    sites: tuple[Site, ...]  # the method's, then the heads'
+
+
+class AdapterSet:
+    """All adapters in one model.  The model stays what it was: same object, same keys, same class names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._entries: dict[str, Entry] = {}
+        self._active: Expression = None
+        self._trained_before: dict[str, bool] = {}
+
+    # -- what is there
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters' names, in the order they came."""
+        return list(self._entries)
+
+    @property
+    def active(self) -> Expression:
+        """What acts now: a name, a Stack, Weighted or Rows of names, or None for the base model."""
+        return self._active
+
+    def method(self, name: str) -> Method:
+        """The method of an adapter, with the settings it has."""
+        return self._entry(name).method
+
+    def sites(self, name: str) -> tuple[Site, ...]:
+        """Where an adapter lives, heads included."""
+        return self._entry(name).sites
+
+    def parts(self, name: str) -> dict[str, Adapter]:
+        """The adapter's parts by the name of their site."""
+        return {site.name: mechanism.adapter_at(site, name) for site in self.sites(name)}
+
+    def named_parameters(self, *names: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of these adapters, by default of those that are active, under "<site>.<tensor>"."""
+        for name in names or dict.fromkeys(names_in(self._active)):
+            for site_name, part in self.parts(name).items():
+                for tensor_name, parameter in part.named_parameters():
+                    yield f"{site_name}.{tensor_name}".lstrip("."), parameter
+
+    def parameters(self, *names: str) -> list[nn.Parameter]:
+        """What an optimiser should train: the parameters of these adapters, by default of those that are active."""
+        return [parameter for _, parameter in self.named_parameters(*names)]
+
+    def report(self, name: str | None = None) -> str:
+        """Which sites were adapted, which share of the model's weights they hold, what was left out and why."""
+        return "\n".join(
+            f'"{n}": {self._entry(n).method.name}, {sum(p.numel() for p in self.parameters(n)):,} parameters, '
+            f"{self._entry(n).resolution.report()}"
+            for n in ([name] if name else self.names)
+        )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}: {entry.method.name}" for name, entry in self._entries.items())
+        return f"AdapterSet({type(self.model).__name__}; {parts}; active: {self._active!r})"
+
+    # -- adding and removing
+
+    def add(self, method: Method, name: str = "default", *, seed: int | None = None) -> "AdapterSet":
+        """Put a further adapter on the model; `activate` makes it act.  See `attach`."""
+        resolution = method.resolve(self.model)
+        return self._put(method, name, resolution, seed)
+
+    def _put(self, method: Method, name: str, resolution: Resolution, seed: int | None, *, fresh: bool = True) -> "AdapterSet":
+        self._check_name(name)
+        sites = (*resolution.sites, *self._head_sites(method))
+        twice = [site.name for i, site in enumerate(sites) if site.name in {s.name for s in sites[:i]}]
+        if twice:
+            raise AttachError(f'adapter "{name}" would live twice at {", ".join(twice)}: it is both a target and a head')
+        parts = [method.build(site) for site in resolution.sites] + [Head().build(site) for site in sites[len(resolution.sites) :]]
+        shared = method.shared(resolution.sites)
+        if shared is not None:
+            parts[0].add_module("shared", shared)  # held once
+            for part in parts[1 : len(resolution.sites)]:
+                part.__dict__["shared"] = shared  # and only referred to elsewhere
+        if fresh:
+            generators = {}
+            for part in parts:
+                device = next((p.device for p in part.parameters()), torch.device("cpu"))
+                if seed is not None and device not in generators:
+                    generators[device] = torch.Generator(device).manual_seed(seed)
+                part.reset(generators.get(device))
+                if isinstance(part._modules.get("shared"), nn.Module):
+                    shared.reset(generators.get(device))  # type: ignore[union-attr]
+        if not self._entries:
+            self.freeze_base()
+            self.model.__dict__[_SET] = self
+        for site, part in zip(sites, parts, strict=True):
+            mechanism.put_on(site, name, part)
+        self._entries[name] = Entry(method, resolution, sites)
+        if len(self._entries) == 1:
+            self.activate(name)
+        return self
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an adapter another name; what is active stays active."""
+        entry = self._entry(old)
+        self._check_name(new)
+        for site in entry.sites:
+            part = mechanism.adapter_at(site, old)
+            mechanism.put_on(site, new, part)
+            mechanism.held(site.layer).drop(mechanism.key_of(old, site.parameter))
+        self._entries = {new if name == old else name: e for name, e in self._entries.items()}
+        self.activate(_renamed(self._active, old, new))
+
+    def delete(self, name: str) -> None:
+        """Remove an adapter for good.  Raises AttachError while it is active in a composition of several."""
+        entry = self._entry(name)
+        if name in names_in(self._active) and self._active != name:
+            raise AttachError(f'"{name}" acts in {self._active!r}: activate something without it first')
+        if self._active == name:
+            self.activate(None)
+        for site in entry.sites:
+            mechanism.take_off(site, name)
+        del self._entries[name]
+        if self._entries:
+            self.activate(self._active)
+        else:
+            self._unfreeze()
+
+    def detach(self) -> nn.Module:
+        """Take all adapters off: the model is bit for bit what it was, class, keys and requires_grad included."""
+        self._active = None
+        for name in self.names:
+            self.delete(name)
+        return self.model
+
+    def freeze_base(self) -> None:
+        """Set requires_grad to False on every parameter of the base; `detach` gives back what it was."""
+        for name, parameter in self._base_parameters():
+            self._trained_before.setdefault(name, parameter.requires_grad)
+            parameter.requires_grad_(False)
+
+    def _unfreeze(self) -> None:
+        for name, parameter in self._base_parameters():
+            parameter.requires_grad_(self._trained_before.get(name, parameter.requires_grad))
+        self._trained_before = {}
+        self.model.__dict__.pop(_SET, None)
+
+    def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.model.named_parameters():
+            if mechanism.HELD not in name.split("."):
+                yield name, parameter
+
+    # -- what acts
+
+    def activate(self, expression: Expression) -> None:
+        """Choose what acts: a name, Stack, Weighted or Rows of names, or None for the base model.  requires_grad is left alone."""
+        for name in names_in(expression):
+            self._entry(name)
+        if isinstance(self._active, Rows):
+            mechanism.restore(self.model)  # it may have been taken for rows run apart
+        if isinstance(expression, Rows) and not self._all_by_row(expression):
+            mechanism.substitute(self.model)
+            run_apart(self.model, expression, self._set_plans)
+        else:
+            self._set_plans(expression)
+        self._active = expression
+
+    def _set_plans(self, expression: Expression) -> None:
+        for layer, parameters in self._layers.values():
+            mechanism.set_plans(layer, *mechanism.plans_at(layer, parameters, expression))
+
+    def _all_by_row(self, expression: Expression) -> bool:
+        """True if every layer can give each row of a batch its own adapter; else the rows have to run apart."""
+        return all(
+            part.by_row and part.site.parameter is None
+            for name in dict.fromkeys(names_in(expression))
+            for part in self.parts(name).values()
+        )
+
+    @contextmanager
+    def rows(self, parts: Sequence[Expression]) -> Iterator[None]:
+        """A mixed batch: within this context row i of every batch runs with parts[i], or with the base where that is None."""
+        before = self._active
+        self.activate(Rows(*parts))
+        try:
+            yield
+        finally:
+            self.activate(before)
+
+    def check_gradients(self) -> None:
+        """After a backward and before the step: raise PreflightError if a trainable adapter parameter got no gradient."""
+        idle = [name for name, p in self.named_parameters() if p.requires_grad and p.grad is None]
+        if idle:
+            raise PreflightError(
+                f"{len(idle)} adapter parameters got no gradient, so they would never learn: {', '.join(idle[:5])}"
+                f"{' ...' if len(idle) > 5 else ''}. The model reads these weights without calling the layer's forward, or the loss "
+                'does not depend on them. Reach them as parameters: Targets("*.attn").parameter("in_proj_weight")'
+            )
+
+    # -- merging
+
+    def merge(
+        self, expression: Expression = None, *, max_error: float = 0.05
+    ) -> MergeReport:
+        """Write what an expression changes (by default what is active) into the base weights and remove those adapters.
+
+        Computed in fp32 and rounded once, in blocks of rows.  max_error: the largest relative error of the update that
+        rounding to the weight's dtype may cause at any site; above it nothing is changed and MergeError says where.
+        Raises NotMergeable or MergeError before anything is written.  There is no unmerge: rounding is not undone.
+        """
+        expression = self._active if expression is None else expression
+        names = list(dict.fromkeys(names_in(expression)))
+        if not names:
+            raise AttachError(f"nothing to merge: nothing is active. The model has {', '.join(self._entries) or 'no adapters'}")
+        sites = {site.name: site for name in names for site in self._entry(name).sites}
+        report = merge_into_base(self.model, list(sites.values()), expression, max_error=max_error)
+        rest = self._active if not set(names_in(self._active)) & set(names) else None
+        self.activate(None)
+        for name in names:
+            self.delete(name)
+        if self._entries:
+            self.activate(rest)
+        return report
+
+    # -- helpers
+
+    def _head_sites(self, method: Method) -> list[Site]:
+        if not method.heads:
+            return []
+        modules = dict(self.model.named_modules())
+        found = [path for path in modules if Targets(*method.heads).matches(path, modules[path]) and path]
+        Targets(*method.heads).resolve(self.model, lambda site: None)  # a head that matches nothing is an error
+        outermost = [p for p in found if not any(p.startswith(other + ".") for other in found) and mechanism.HELD not in p.split(".")]
+        return [Site.at(path, modules[path]) for path in leaves(self.model, outermost)]
+
+    @property
+    def _layers(self) -> dict[int, tuple[nn.Module, tuple[str, ...]]]:
+        """Every adapted layer, with those of its parameters that are sites."""
+        layers: dict[int, tuple[nn.Module, tuple[str, ...]]] = {}
+        for entry in self._entries.values():
+            for site in entry.sites:
+                layer, parameters = layers.get(id(site.layer), (site.layer, ()))
+                if site.parameter is not None and site.parameter not in parameters:
+                    parameters = (*parameters, site.parameter)
+                layers[id(site.layer)] = (layer, parameters)
+        return layers
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            near = nearest(name, self._entries)
+            raise AttachError(
+                f'there is no adapter "{name}" in this model; it has {", ".join(self._entries) or "none"}.'
+                + (f' Did you mean "{near[0]}"?' if near else "")
+            )
+        return self._entries[name]
+
+    def _check_name(self, name: str) -> None:
+        if name in self._entries:
+            raise AttachError(f'the model has an adapter "{name}" already: choose another name, or adapters.delete("{name}") first')
+        if not name or any(mark in name for mark in "./@\\") or name != name.strip():
+            raise AttachError(f'"{name}" is no name for an adapter: it may not be empty or contain . / @ \\')
+
+
+def _renamed(expression: Expression, old: str, new: str) -> Expression:
+    if isinstance(expression, str):
+        return new if expression == old else expression
+    if isinstance(expression, Weighted):
+        return Weighted({cast(str, _renamed(part, old, new)): weight for part, weight in expression.parts})
+    if isinstance(expression, Stack | Rows):
+        return type(expression)(*(_renamed(part, old, new) for part in expression.parts))
+    return None

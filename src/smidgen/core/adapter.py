@@ -1,0 +1,110 @@
+"""Adapter: the parameters at one place, and how they change the call made there.
+
+Every method of the field can be written as `forward(call, x)`, where `call` is what the module would have done.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import NotMergeable
+from .site import Site
+
+Call = Callable[..., Any]
+
+
+class Adapter(nn.Module):
+    """Parameters at one site, and the rule by which they change the call made there.
+
+    Traits, on which composition decides:
+        additive: the output is the base output plus `delta(x)`; makes weighting and mixed rows cheap.
+        by_row: acts on every row of the batch by itself through one tensor argument and keeps its shape, so that the
+            rows of one batch can have different adapters at this site.
+        starts_as_base: a fresh adapter leaves the model's output as it was.
+        mergeable: `merged` says how the weight changes.
+    """
+
+    additive: ClassVar[bool] = False
+    by_row: ClassVar[bool] = True
+    starts_as_base: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
+
+    shared: nn.Module | None = None  # what all adapters of the name use together, if the method has that
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        """Initialise all parameters, with random numbers from `generator` alone."""
+        raise NotImplementedError
+
+    def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        """The rule: what becomes of the call."""
+        raise NotImplementedError
+
+    def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """The weight's rows (rows, I) and bias (rows,) with this adapter in them, in the dtype of W.
+
+        rows: which of the O rows these are.  Raises NotMergeable where the method changes activations.
+        """
+        raise NotMergeable(f"{type(self).__name__} at {self.site.name} changes activations, not weights. Keep it attached.")
+
+
+
+class AdditiveAdapter(Adapter):
+    """A method whose output is the base output plus something."""
+
+    additive = True
+
+    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = call(x, *args, **kwargs)
+        return torch.add(y, self.delta(x).to(y.dtype))
+
+    def delta(self, x: Tensor) -> Tensor:
+        """What is added to the base output for this input."""
+        raise NotImplementedError
+
+    def weight_delta(self, rows: slice) -> Tensor:
+        """Rows (rows, I) of what is added to the weight."""
+        raise NotMergeable(f"{type(self).__name__} at {self.site.name} changes activations, not weights. Keep it attached.")
+
+    def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+        return W + self.weight_delta(rows).to(W.dtype), b
+
+
+class Held(nn.Module):
+    """The adapters that live at one layer, by key: `layer.smidgen`.
+
+    A state dict without their tensors (a plain checkpoint of the base) loads and leaves them as they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_hook(_never_called)  # torch's fused encoder layers read weights unless hooks are there
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def get(self, key: str) -> Adapter | None:
+        """The adapter under this key, or None."""
+        return cast("Adapter | None", self._modules.get(key))
+
+    def put(self, key: str, adapter: Adapter) -> None:
+        """Hold an adapter; any name goes, also those that nn.Module has attributes of."""
+        self._modules[key] = adapter
+
+    def drop(self, key: str) -> None:
+        """Let an adapter go."""
+        del self._modules[key]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def _never_called(module: nn.Module, args: Any, output: Any) -> None:
+    raise AssertionError("the holder of adapters is not called")

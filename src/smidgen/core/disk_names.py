@@ -1,0 +1,23 @@
+"""DiskNames: what a method's fields and tensors are called in an adapter folder.  Data only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class DiskNames:
+    """Names on disk, Hugging Face PEFT's where it has the method.
+
+    peft_type: the value of "peft_type"; "SMIDGEN_<NAME>" where HF PEFT has no such method.
+    fields: our field -> the key in adapter_config.json.   Fields not named here keep their own name.
+    tensors: our parameter -> the suffix after the module path in adapter_model.safetensors.  Not named: its own name.
+    """
+
+    peft_type: str
+    fields: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def foreign(self) -> bool:
+        """True if HF PEFT knows the method, so that its folders are read and written."""
+        return not self.peft_type.startswith("SMIDGEN_")

@@ -1,0 +1,285 @@
+"""LayerKind: what a layer's linear map does, so that a low-rank or per-channel change means the same on every layer.
+
+    I = fan-in, O = fan-out, R = rank.   A: (R, I)   B: (O, R)   v: (O,)
+
+A layer's weight is seen as a matrix (O, I), whatever its stored shape.  Methods never ask which layer they are on: they
+project with A, expand with B, scale or shift with a vector shaped by `channels`, and change rows of the matrix.
+One class per family; the table at the end is tried in order.
+"""
+
+import math
+import sys
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm)
+
+
+class LayerKind:
+    """The linear map of one family of layers.  Everything about a layer is read from the layer."""
+
+    name: ClassVar[str]
+    low_rank: bool = True  # has a matrix worth factorising; False for diagonal maps such as norms
+    stack: int = 1  # how many such matrices; more than one only for stacked experts
+
+    def matches(self, layer: nn.Module) -> bool:
+        """True if `layer` is of this family."""
+        raise NotImplementedError
+
+    def fans(self, layer: nn.Module) -> tuple[int, int]:
+        """(O, I) of the weight seen as a matrix."""
+        raise NotImplementedError
+
+    def project(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        """x by A (R, I), the layer's own way of reading its input; R channels where the layer has O."""
+        raise NotImplementedError
+
+    def expand(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+        """R channels by B (O, R): a pointwise map to the layer's output channels."""
+        raise NotImplementedError
+
+    def channels(self, layer: nn.Module, v: Tensor, like: Tensor) -> Tensor:
+        """v, a number per channel, shaped to broadcast against `like`, an input or output of the layer."""
+        return v
+
+    def input_channels(self, layer: nn.Module) -> int:
+        """How many channels the input has; I for a linear layer, less for a convolution."""
+        return self.fans(layer)[1]
+
+    def scale_columns(self, layer: nn.Module, M: Tensor, v: Tensor, rows: slice) -> Tensor:
+        """Rows of the matrix M (rows, I) with each input channel scaled by v (input channels,)."""
+        return M * v
+
+    def read_rows(self, W: Tensor, rows: slice) -> Tensor:
+        """Rows of the stored weight as a matrix (rows, I); a view where that is possible."""
+        return W[rows]
+
+    def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
+        """Put the matrix M (rows, I) into the stored weight, rounding to its dtype."""
+        W[rows] = M.to(W.dtype)
+
+    def as_stored(self, W: Tensor, M: Tensor) -> Tensor:
+        """The whole matrix M (O, I) in the stored shape of W; differentiable."""
+        return M.reshape(W.shape)
+
+    def probe(self, layer: nn.Module, generator: torch.Generator) -> Tensor:
+        """A small random input for the layer, for comparing two ways of computing it."""
+        weight = cast(Tensor, layer.weight)
+        return torch.randn(4, self.input_channels(layer), generator=generator).to(weight.device, weight.dtype)
+
+
+class LinearKind(LayerKind):
+    """nn.Linear: y = x W^T + b, W stored as (O, I)."""
+
+    name = "linear"
+
+    def matches(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Linear)
+
+    def fans(self, layer: nn.Module) -> tuple[int, int]:
+        layer = cast(nn.Linear, layer)  # its own numbers: a quantised weight has another shape
+        return layer.out_features, layer.in_features
+
+    def project(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A)
+
+    def expand(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+        return F.linear(h, B)
+
+
+class TransposedLinearKind(LinearKind):
+    """transformers' Conv1D (GPT-2): y = x W + b, W stored as (I, O)."""
+
+    name = "conv1d-transposed"
+
+    def matches(self, layer: nn.Module) -> bool:
+        module = sys.modules.get("transformers.pytorch_utils")  # not imported only to be asked about
+        return module is not None and isinstance(layer, module.Conv1D)
+
+    def fans(self, layer: nn.Module) -> tuple[int, int]:
+        fan_in, fan_out = cast(Tensor, layer.weight).shape
+        return fan_out, fan_in
+
+    def read_rows(self, W: Tensor, rows: slice) -> Tensor:
+        return W[:, rows].T
+
+    def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
+        W[:, rows] = M.T.to(W.dtype)
+
+    def as_stored(self, W: Tensor, M: Tensor) -> Tensor:
+        return M.T
+
+
+class ConvKind(LayerKind):
+    """nn.Conv1d/2d/3d, grouped and depthwise too: W stored as (O, C/groups, *kernel), so I = C/groups * kernel.
+
+    With groups, every group reads its own C/groups input channels with the same A, and each output channel takes the
+    R channels of its own group: exactly the change B A of the stored weight, which therefore merges.
+    """
+
+    name = "conv"
+
+    def matches(self, layer: nn.Module) -> bool:
+        return isinstance(layer, _CONVOLUTIONS)
+
+    def fans(self, layer: nn.Module) -> tuple[int, int]:
+        layer = cast(nn.Conv2d, layer)
+        return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+
+    def project(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        layer = cast(nn.Conv2d, layer)
+        A = A.view(A.shape[0], layer.in_channels // layer.groups, *layer.kernel_size)
+        if layer.groups > 1:
+            A = A.repeat(layer.groups, *[1] * (A.ndim - 1))  # (groups R, C/groups, *kernel)
+        return layer._conv_forward(x, A, None)  # stride, padding mode, dilation and groups of the layer itself
+
+    def expand(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+        layer = cast(nn.Conv2d, layer)
+        conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(layer.kernel_size)]
+        return cast(Tensor, conv(h, B.view(*B.shape, *[1] * len(layer.kernel_size)), groups=layer.groups))
+
+    def channels(self, layer: nn.Module, v: Tensor, like: Tensor) -> Tensor:
+        return v.view(-1, *[1] * len(cast(nn.Conv2d, layer).kernel_size))
+
+    def input_channels(self, layer: nn.Module) -> int:
+        return cast(nn.Conv2d, layer).in_channels
+
+    def scale_columns(self, layer: nn.Module, M: Tensor, v: Tensor, rows: slice) -> Tensor:
+        layer = cast(nn.Conv2d, layer)
+        group = torch.arange(layer.out_channels, device=M.device)[rows] // (layer.out_channels // layer.groups)
+        per_row = v.view(layer.groups, -1)[group]  # (rows, C/groups)
+        return M * per_row.repeat_interleave(math.prod(layer.kernel_size), dim=1)
+
+    def read_rows(self, W: Tensor, rows: slice) -> Tensor:
+        return W[rows].flatten(1)
+
+    def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
+        W[rows] = M.view(W[rows].shape).to(W.dtype)
+
+    def probe(self, layer: nn.Module, generator: torch.Generator) -> Tensor:
+        layer = cast(nn.Conv2d, layer)
+        size = [dilation * (k - 1) + 3 for k, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
+        x = torch.randn(2, layer.in_channels, *size, generator=generator)
+        return x.to(layer.weight.device, layer.weight.dtype)
+
+
+class EmbeddingKind(LayerKind):
+    """nn.Embedding: the map from one-hot words to vectors, so I = number of embeddings, O = their width."""
+
+    name = "embedding"
+
+    def matches(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Embedding)
+
+    def fans(self, layer: nn.Module) -> tuple[int, int]:
+        layer = cast(nn.Embedding, layer)
+        return layer.embedding_dim, layer.num_embeddings
+
+    def project(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        return F.embedding(x, A.T)
+
+    def expand(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+        h = F.linear(h, B)
+        scale = getattr(layer, "embed_scale", None)  # transformers' scaled word embeddings multiply their output
+        return h if scale is None else h * scale
+
+    def input_channels(self, layer: nn.Module) -> int:
+        return 0  # its input is indices: there is nothing to scale
+
+    def read_rows(self, W: Tensor, rows: slice) -> Tensor:
+        return W[:, rows].T
+
+    def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
+        W[:, rows] = M.T.to(W.dtype)
+
+    def as_stored(self, W: Tensor, M: Tensor) -> Tensor:
+        return M.T
+
+    def probe(self, layer: nn.Module, generator: torch.Generator) -> Tensor:
+        layer = cast(nn.Embedding, layer)
+        return torch.randint(layer.num_embeddings, (2, 8), generator=generator).to(layer.weight.device)
+
+
+class NormKind(LayerKind):
+    """Norm layers with a weight: a diagonal map, seen as a matrix (O, 1).  RMSNorms of any library count by shape."""
+
+    name = "norm"
+    low_rank = False
+
+    def matches(self, layer: nn.Module) -> bool:
+        own = [name for name, parameter in layer.named_parameters(recurse=False) if parameter is not None]
+        return "Norm" in _base_class(layer).__name__ and "weight" in own and set(own) <= {"weight", "bias"}
+
+    def fans(self, layer: nn.Module) -> tuple[int, int]:
+        return cast(Tensor, layer.weight).numel(), 1
+
+    def channels(self, layer: nn.Module, v: Tensor, like: Tensor) -> Tensor:
+        if isinstance(layer, _CHANNEL_NORMS):
+            return v.view(-1, *[1] * (like.ndim - 2))  # (N, C, ...): channels second
+        return v.view(cast(Tensor, layer.weight).shape)  # (..., *normalized_shape): channels last
+
+    def read_rows(self, W: Tensor, rows: slice) -> Tensor:
+        return W.reshape(-1)[rows, None]
+
+    def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
+        W.view(-1)[rows] = M[:, 0].to(W.dtype)
+
+    def probe(self, layer: nn.Module, generator: torch.Generator) -> Tensor:
+        weight = cast(Tensor, layer.weight)
+        spatial = {"BatchNorm2d": 2, "BatchNorm3d": 3}.get(_base_class(layer).__name__, 0)
+        return torch.randn(4, *weight.shape, *[3] * spatial, generator=generator).to(weight.device, weight.dtype)
+
+
+class MatrixKind(LayerKind):
+    """A parameter as the site: a matrix (O, I), or a stack of them (E, O, I) such as experts, or a vector (O,).
+
+    The layer here is never called by this kind: the owner's forward reads the changed value.
+    """
+
+    name = "parameter"
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+        self.low_rank = len(shape) in (2, 3)
+        self.stack = shape[0] if len(shape) == 3 else 1
+
+    def fans(self, layer: nn.Module) -> tuple[int, int]:
+        return (self.shape[-2], self.shape[-1]) if len(self.shape) >= 2 else (self.shape.numel(), 1)
+
+    def read_rows(self, W: Tensor, rows: slice) -> Tensor:
+        return self._matrix(W)[rows]
+
+    def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
+        self._matrix(W)[rows] = M.to(W.dtype)
+
+    def _matrix(self, W: Tensor) -> Tensor:
+        """(E O, I) for a stack, (O, I) for a matrix, (O, 1) for a vector; kernels count as matrices of their rows."""
+        if self.stack > 1 or W.ndim == 3:
+            return W.view(-1, W.shape[-1])
+        return W.view(W.shape[0], -1) if W.ndim else W.view(1, 1)
+
+
+_KINDS: list[LayerKind] = [TransposedLinearKind(), LinearKind(), ConvKind(), EmbeddingKind(), NormKind()]
+
+
+def kind_of(layer: nn.Module) -> LayerKind | None:
+    """The family of `layer`, or None if it is none that has a linear map of its own."""
+    return next((kind for kind in _KINDS if kind.matches(layer)), None)
+
+
+def register_kind(kind: LayerKind) -> None:
+    """Teach smidgen a layer family; the newest is asked first."""
+    _KINDS.insert(0, kind)
+
+
+def kind_names() -> list[str]:
+    """The names of all families, for messages."""
+    return [kind.name for kind in _KINDS]
+
+
+def _base_class(layer: nn.Module) -> type[nn.Module]:
+    return cast("type[nn.Module]", getattr(type(layer), "base_class", type(layer)))

@@ -1,0 +1,157 @@
+"""Merging: write what adapters change into the base weights, in fp32, rounded once, in blocks of rows.
+
+16-bit rounding swallows small updates, so the relative error of the update is measured at every site before anything is
+written, and a merge that would lose more than allowed is refused.  One layer of every kind is also run both ways.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import attach as mechanism
+from .adapter import Adapter
+from .composition import Expression, merged, names_in, plan_for
+from .errors import MergeError, NotMergeable
+from .site import Site
+
+_BLOCK_ELEMENTS = 1 << 20  # of the weight, per block: 4 MB in fp32
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.   errors: site -> norm(rounding) / norm(update), of the weight."""
+
+    errors: dict[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of the update at any site."""
+        return max(self.errors.values(), default=0.0)
+
+    def __str__(self) -> str:
+        site = max(self.errors, key=self.errors.__getitem__)
+        return f"merged {len(self.errors)} sites; relative error of the update at most {self.worst:.1e} ({site})"
+
+
+def merge_into_base(model: nn.Module, sites: list[Site], expression: Expression, *, max_error: float) -> MergeReport:
+    """Write the expression's changes at these sites into the base.  Raises before anything is written."""
+    _refuse_unmergeable(sites, expression)
+    _refuse_tied(model, sites)
+    errors = {site.name: _error(site, expression) for site in sites}
+    bad = [name for name, error in errors.items() if not error < float("inf")]
+    if bad:
+        raise MergeError(f"merging would write values that are not finite at {', '.join(bad[:5])}; nothing was changed")
+    above = {name: error for name, error in errors.items() if error > max_error}
+    if above:
+        worst = max(above, key=above.__getitem__)
+        dtype = next(site.stored.dtype for site in sites if site.name == worst)
+        raise MergeError(
+            f"rounding to {str(dtype).removeprefix('torch.')} would lose up to {above[worst]:.0%} of the update ({worst}; {len(above)} of "
+            f"{len(errors)} sites above max_error={max_error}). Nothing was changed. Keep the adapter attached, load the base in float32 "
+            f"to merge, or allow it: merge(..., max_error={above[worst] * 1.01:.2g})"
+        )
+    _compare_with_running(sites, expression)
+    for site in sites:
+        _write(site, expression)
+    return MergeReport(errors)
+
+
+def _find(site: Site, name: str) -> Adapter | None:
+    return mechanism.held(site.layer).get(mechanism.key_of(name, site.parameter))
+
+
+def _blocks(site: Site, expression: Expression) -> "Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]":
+    """Blocks of rows: (rows, old, new, new bias), old and new (rows, I) in fp32 or better."""
+    stored, bias = site.storage.read(site.stored), site.bias
+    height, width = site.linear.read_rows(stored, slice(None)).shape
+    step = max(1, _BLOCK_ELEMENTS // max(width, 1))
+    for start in range(0, height, step):
+        rows = slice(start, min(start + step, height))
+        old = site.linear.read_rows(stored, rows)
+        old = old.to(torch.promote_types(old.dtype, torch.float32))
+        b = None if bias is None else bias.detach()[rows].to(old.dtype)
+        new, b = merged(expression, lambda name: _find(site, name), old, b, rows)
+        yield rows, old, new, b
+
+
+@torch.no_grad()
+def _error(site: Site, expression: Expression) -> float:
+    """norm(round(W + update) - (W + update)) / norm(update); infinite if a merged value is not finite."""
+    lost = update = 0.0
+    dtype = site.storage.writable(site.stored).dtype
+    for _, old, new, b in _blocks(site, expression):
+        rounded = new.to(dtype)
+        if not torch.isfinite(rounded).all() or (b is not None and not torch.isfinite(b).all()):
+            return float("inf")
+        lost += float((rounded.to(new.dtype) - new).square().sum())
+        update += float((new - old).square().sum())
+    return (lost / update) ** 0.5 if update else 0.0
+
+
+@torch.no_grad()
+def _write(site: Site, expression: Expression) -> None:
+    target, bias = site.storage.writable(site.stored), site.bias
+    for rows, _, new, b in _blocks(site, expression):
+        site.linear.write_rows(target, rows, new)
+        if bias is not None and b is not None:
+            bias.data[rows] = b.to(bias.dtype)
+
+
+def _refuse_unmergeable(sites: list[Site], expression: Expression) -> None:
+    for site in sites:
+        for name in names_in(expression):
+            adapter = _find(site, name)
+            if adapter is not None and (not adapter.mergeable or site.kind is None):
+                raise NotMergeable(
+                    f'"{name}" ({type(adapter).__name__} at {site.name or "the model"}) changes activations, not weights, so it cannot be '
+                    "merged. Keep it attached, and merge the others by name."
+                )
+
+
+def _refuse_tied(model: nn.Module, sites: list[Site]) -> None:
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append(f"{path}.{name}")
+    for site in sites:
+        tied = places.get(id(site.stored), [])
+        if len(tied) > 1:
+            raise MergeError(
+                f"{' and '.join(tied)} are one tied tensor: merging at {site.name} would change all of them. Nothing was changed. "
+                "Untie them first (give the layer its own copy of the weight), or keep the adapter attached"
+            )
+
+
+@torch.no_grad()
+def _compare_with_running(sites: list[Site], expression: Expression) -> None:
+    """Run one layer of each kind with the adapters and with the merged weight; MergeError if they differ."""
+    seen: set[tuple[object, ...]] = set()
+    generator = torch.Generator().manual_seed(0)
+    for site in sites:
+        key = (type(site.layer), tuple(type(_find(site, name)) for name in names_in(expression)))
+        if site.parameter is not None or key in seen:
+            continue  # a parameter runs by the same arithmetic that merges it
+        seen.add(key)
+        layer, training = site.layer, site.layer.training
+        layer.eval()
+        x = site.linear.probe(layer, generator)
+        base = mechanism.bare_call(layer)
+        plan = plan_for(expression, mechanism.held(layer).get)
+        running = base(x) if plan is None else plan(base, x)
+        W, b = torch.cat([new for _, _, new, _ in _blocks(site, expression)]), site.bias
+        if b is not None:
+            b = torch.cat([part for _, _, _, part in _blocks(site, expression) if part is not None]).to(b.dtype)
+        stored = site.linear.as_stored(site.storage.read(site.stored), W).to(site.stored.dtype)
+        with mechanism.replaced(layer, {"weight": stored} | ({} if b is None else {"bias": b})):
+            merged_out = base(x)
+        layer.train(training)
+        tolerance = 1e-4 if running.dtype in (torch.float32, torch.float64) else 3e-2
+        gap = float((merged_out - running).norm() / running.norm().clamp_min(1e-12))
+        if not gap <= tolerance:
+            raise MergeError(
+                f"at {site.name} the merged {type(layer).__name__} differs from the running one by {gap:.1e} of its output; nothing was "
+                "changed. Its forward does more with the weight than a plain layer of its kind: keep the adapter attached"
+            )

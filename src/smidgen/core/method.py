@@ -1,0 +1,119 @@
+"""Method: what to learn and with which settings; a frozen value that can build an adapter for a site.
+
+`@method("lora")` enters a method in the table; another package does so through the entry point group `smidgen.methods`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .disk_names import DiskNames
+from .errors import ConfigError, nearest
+from .site import Site
+from .targets import Resolution, Targets, body_layers
+
+class Shared(nn.Module):
+    """Parameters that all adapters of one name use together."""
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        """Initialise all parameters, with random numbers from `generator` alone."""
+        raise NotImplementedError
+
+
+Builder = TypeVar("Builder", bound="type[Method]")
+_METHODS: dict[str, "type[Method]"] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What to learn.  Subclasses add settings, `check` and `build`, and nothing else is needed.
+
+    targets: which places; "auto" is the method's own choice for the model.
+    heads: modules trained whole and carried along with the adapter, by path or its end: a new task's classifier.
+    """
+
+    targets: Targets = field(default_factory=Targets.auto)
+    heads: tuple[str, ...] = ()
+
+    name: ClassVar[str]
+    summary: ClassVar[str]  # one line for `smidgen methods`: the formula
+    paper: ClassVar[str]  # authors, year, arXiv number
+    disk: ClassVar[DiskNames]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", Targets.of(self.targets))
+        heads = (self.heads,) if isinstance(self.heads, str) else tuple(self.heads)
+        object.__setattr__(self, "heads", heads)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError if the settings cannot be."""
+
+    def accepts(self, site: Site) -> str | None:
+        """None if the method can act at this site, else the reason why not."""
+        if site.kind is None:
+            return f"{type(site.layer).__name__} has no linear map; {self.name} acts on layers such as Linear"
+        if not site.kind.low_rank:
+            return f"{type(site.layer).__name__} is a diagonal map; {self.name} needs a matrix"
+        return None
+
+    def auto(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
+        """Paths that "auto" means for this method in this model, and what it leaves out with the reason."""
+        return body_layers(model)
+
+    def resolve(self, model: nn.Module) -> Resolution:
+        """The sites of this method in this model.  Raises TargetError if there are none."""
+        if not self.targets.is_auto:
+            return self.targets.resolve(model, self.accepts)
+        paths, left_out = self.auto(model)
+        found = Targets.exactly(paths).resolve(model, self.accepts)
+        return Resolution(model, found.sites, (*found.passed_over, *left_out.items()))
+
+    def build(self, site: Site) -> Adapter:
+        """The adapter for one site, its parameters uninitialised; `Adapter.reset` initialises them."""
+        raise NotImplementedError
+
+    def shared(self, sites: tuple[Site, ...]) -> "Shared | None":
+        """Parameters that all sites use together, or None.  Every adapter finds them as `self.shared`; the first holds them."""
+        return None
+
+    def calibrate(self, model: nn.Module, adapters: Mapping[str, Adapter], loss: Callable[[], Tensor] | None) -> None:
+        """A start that depends on data; `loss()` gives the task's loss on the next few batches.  Most have none."""
+
+    def settings(self) -> dict[str, Any]:
+        """The method's own settings, without targets and heads."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("targets", "heads")}
+
+
+def method(name: str) -> Callable[[Builder], Builder]:
+    """Enter a method in the table under `name`."""
+
+    def enter(cls: Builder) -> Builder:
+        cls.name = name
+        _METHODS[name] = cls
+        return cls
+
+    return enter
+
+
+def methods() -> dict[str, type[Method]]:
+    """All methods by name, those of other packages included (entry point group `smidgen.methods`)."""
+    from importlib.metadata import entry_points  # here: only listing needs it
+
+    for entry in entry_points(group="smidgen.methods"):
+        if entry.name not in _METHODS:
+            _METHODS[entry.name] = cast("type[Method]", entry.load())
+    return dict(sorted(_METHODS.items()))
+
+
+def method_named(name: str) -> type[Method]:
+    """The method of this name.  Raises ConfigError naming the nearest."""
+    known = _METHODS if name in _METHODS else methods()
+    if name not in known:
+        near = nearest(name, known)
+        raise ConfigError(f'there is no method "{name}". {"Did you mean " + " or ".join(near) + "? " if near else ""}There are: {", ".join(known)}')
+    return known[name]

@@ -1,0 +1,78 @@
+"""WeightStorage: how a weight is held, so that reading and merging mean the same on every backend.
+
+Running an adapter never needs this; merging, weight-informed starts and the fused kernel do.  One class per backend,
+tried in order; a backend is recognised without importing its library.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .errors import MergeError
+
+
+class WeightStorage:
+    """How one parameter of a layer is read and written."""
+
+    name: str
+    plain: bool = False  # an ordinary floating-point tensor that a kernel may multiply by
+
+    def matches(self, weight: Tensor) -> bool:
+        """True if `weight` is held this way."""
+        raise NotImplementedError
+
+    def read(self, weight: Tensor) -> Tensor:
+        """The weight in its stored shape as an ordinary floating-point tensor; the tensor itself where it is one."""
+        raise NotImplementedError
+
+    def writable(self, weight: Tensor) -> Tensor:
+        """The tensor to write merged rows into.  Raises MergeError if this backend cannot be written."""
+        raise MergeError(f"a weight held as {self.name} cannot be merged into: keep the adapter attached")
+
+
+class DenseStorage(WeightStorage):
+    """A plain floating-point tensor; writing rounds once to its dtype."""
+
+    name = "dense"
+    plain = True
+
+    def matches(self, weight: Tensor) -> bool:
+        return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+
+    def read(self, weight: Tensor) -> Tensor:
+        return weight.detach()
+
+    def writable(self, weight: Tensor) -> Tensor:
+        return weight.detach()
+
+
+class OpaqueStorage(WeightStorage):
+    """Anything else that a layer can multiply by (quantised, a tensor subclass): runs, but is neither read nor merged."""
+
+    name = "opaque"
+
+    def matches(self, weight: Tensor) -> bool:
+        return True
+
+    def read(self, weight: Tensor) -> Tensor:
+        raise MergeError(
+            f"a weight held as {type(weight).__name__} of {weight.dtype} cannot be read as numbers here: "
+            "keep the adapter attached, or load the base unquantised to merge"
+        )
+
+
+_STORAGES: list[WeightStorage] = [DenseStorage(), OpaqueStorage()]
+
+
+def storage_of(weight: Tensor) -> WeightStorage:
+    """The backend that holds `weight`."""
+    return next(storage for storage in _STORAGES if storage.matches(weight))
+
+
+def register_storage(storage: WeightStorage) -> None:
+    """Teach smidgen a backend; the newest is asked first."""
+    _STORAGES.insert(0, storage)
+
+
+def master_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype adapters keep on this weight: fp32 on 16-bit and quantised weights, fp64 on fp64."""
+    return torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32

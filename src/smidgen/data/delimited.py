@@ -1,0 +1,150 @@
+"""CSV and TSV (RFC 4180), row by row: a damaged row is reported and the next one is read.
+
+The first line must name the columns.  There is no guessing of names: a first line that holds a number, or a value that
+comes again below it, is data, and the error says which line to put in front.
+"""
+
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from smidgen.core.errors import DataError
+from smidgen.data.raw_text import damage, decode
+from smidgen.data.table import Problem, Table
+
+_DELIMITERS = (",", ";", "\t")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def read_delimited(data: bytes, name: str, delimiter: str | None) -> tuple[Table, list[Problem]]:
+    """The rows of a CSV or TSV file; all values are strings.
+
+    delimiter: None finds comma, semicolon or tab.   Raises DataError if the first line does not name the columns.
+    """
+    lines = list(io.StringIO(decode(data, name), newline=""))
+    delimiter = delimiter or _find_delimiter(lines)
+    start, header = _header(lines, name, delimiter)
+    rows: list[list[str]] = []
+    origins: list[str] = []
+    problems: list[Problem] = []
+    for first, fields in _records(lines, start, delimiter, len(header)):
+        where = f"{name}:{first + 1}"
+        if isinstance(fields, str):
+            problems.append(Problem(where, fields))
+        elif _is_blank(fields, header):
+            continue
+        elif what := _wrong(fields, header, delimiter):
+            problems.append(Problem(where, what))
+        else:
+            rows.append(fields)
+            origins.append(where)
+    columns: dict[str, list[Any]] = {column: [row[i] for row in rows] for i, column in enumerate(header)}
+    _refuse_data_as_header(columns, name, delimiter)
+    return Table(columns, origins), problems
+
+
+def _records(
+    lines: list[str], start: int, delimiter: str, width: int | None = None
+) -> Iterator[tuple[int, list[str] | str]]:
+    """Yield (index of the first line, fields), or (index of the line, what is wrong).  Blank lines give no fields.
+
+    A quote that is left open would swallow the rows after it.  So where a record of several lines does not come out
+    right, only its first line is bad, and reading goes on at the second.
+    """
+    first = start  # of the record that is being read
+    while first < len(lines):
+        begin = first
+        reader = csv.reader((lines[i] for i in range(begin, len(lines))), delimiter=delimiter, strict=True)
+        try:
+            for fields in reader:
+                after = begin + reader.line_num
+                if after - first > 1 and _swallowed(lines[first:after], fields, delimiter, width):
+                    break
+                yield first, fields
+                first = after
+            else:
+                return
+            what = "a quote is opened and not closed"
+        except csv.Error as error:
+            what = str(error)
+        plain = lines[first].rstrip("\r\n").split(delimiter)
+        # many tab-separated files know no quoting: a quote is then a character like any other
+        is_unquoted = delimiter == "\t" and len(plain) == (width or len(plain))
+        yield first, plain if is_unquoted else f"{what} (a quote inside a quoted field is written twice)"
+        first += 1
+
+
+def _swallowed(lines: list[str], fields: list[str], delimiter: str, width: int | None) -> bool:
+    """Whether an open quote took these lines together by mistake."""
+    if width is None:
+        return False
+    return len(fields) != width or (delimiter == "\t" and all(line.count("\t") == width - 1 for line in lines))
+
+
+def _is_blank(fields: list[str], header: list[str]) -> bool:
+    return not fields or (len(fields) == 1 < len(header) and not fields[0].strip())
+
+
+def _wrong(fields: list[str], header: list[str], delimiter: str) -> str | None:
+    if len(fields) != len(header):
+        hint = f'; a text that holds "{delimiter}" needs quotes' if len(fields) > len(header) else ""
+        return f"{len(fields)} fields, but the header has {len(header)} ({', '.join(header)}){hint}"
+    if fields == header:
+        return "the header again"
+    return damage("\n".join(fields))
+
+
+def _find_delimiter(lines: list[str]) -> str:
+    """The one that splits the first line, and most evenly the lines after it; a comma if none does."""
+
+    def evenness(delimiter: str) -> float:
+        records = islice(_records(lines[:200], 0, delimiter), 50)
+        widths = [len(fields) for _, fields in records if isinstance(fields, list) and fields]
+        return sum(width == widths[0] for width in widths) / len(widths) if widths and widths[0] > 1 else 0.0
+
+    return max(_DELIMITERS, key=evenness)
+
+
+def _header(lines: list[str], name: str, delimiter: str) -> tuple[int, list[str]]:
+    """Index of the line after the header, and the column names."""
+    records = _records(lines, 0, delimiter)
+    for first, fields in records:
+        if isinstance(fields, str):
+            raise DataError(f"{name}:{first + 1}: the header cannot be read: {fields}")
+        if any(field.strip() for field in fields):
+            break
+    else:
+        raise DataError(f"{name} is empty: it has neither a header nor rows.")
+    if what := damage("\n".join(fields)):
+        raise DataError(f"{name}:{first + 1}: the header has {what}")
+    # pandas writes its index below an empty name
+    header = [field.strip() or f"column_{i}" for i, field in enumerate(fields, start=1)]
+    if twice := [column for column, count in Counter(header).items() if count > 1]:
+        raise DataError(f"{name}:{first + 1}: columns are named twice: {', '.join(twice)}. Rename one of each.")
+    next_record = next(records, None)
+    return (len(lines) if next_record is None else next_record[0]), header
+
+
+def _refuse_data_as_header(columns: dict[str, list[Any]], name: str, delimiter: str) -> None:
+    """Raise DataError if the "names" are values: a number, or something that comes again below."""
+    values = [
+        column
+        for column, cells in columns.items()
+        if _NUMBER.fullmatch(column) or sum(cell == column for cell in cells[:1000]) > 1
+    ]
+    if not values:
+        return
+    lengths = {column: sum(map(len, cells[:1000])) for column, cells in columns.items()}
+    longest = max(lengths, key=lambda column: lengths[column])
+    others = [column for column in columns if column != longest]
+    label = min(others, key=lambda column: len(set(columns[column][:1000])), default=None)
+    names = {longest: "text", label: "label"}
+    example = delimiter.join(names.get(column, f"column_{i}") for i, column in enumerate(columns, start=1))
+    raise DataError(
+        f"{name} has no header: its first line holds {', '.join(repr(value[:40]) for value in values)}, which is data. "
+        f"Put a line of {len(columns)} column names in front, for instance: {example!r}"
+    )

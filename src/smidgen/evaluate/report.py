@@ -1,0 +1,196 @@
+"""What a run came to: every figure behind report.json and report.html, and the two files themselves.
+
+A report is data. What the figures mean is said once, in `verdict.py`; how they look is said in `page.py`,
+`terminal.py` and `card.py`, which all read the same report.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from smidgen.core.errors import require
+
+FORMAT = 1
+EXAMPLES = 10  # of each kind
+EXAMPLE_CHARACTERS = 200
+
+
+class Estimate(NamedTuple):
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the final table: one way of answering the task, and what it costs."""
+
+    name: str  # "majority" | "mean" | "base" | "tuned" | "full"
+    value: float  # of the report's metric on the test examples
+    low: float
+    high: float
+    trainable: int  # parameters
+    share: float  # of the model's parameters, 0 to 1
+    peak_bytes: int | None  # memory while training; None where it was not measured
+    seconds: float
+    disk_bytes: int
+    others: Mapping[str, float]  # further metrics by name: macro_f1, mcc ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftRow:
+    """The same models on another data set or domain. Without a base, `base` and `difference` are None."""
+
+    name: str
+    count: int  # examples
+    base: Estimate | None
+    tuned: Estimate
+    difference: Estimate | None  # tuned minus base, paired
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A test example on which tuned and base differ, and who is right."""
+
+    text: str
+    truth: str
+    base: str
+    tuned: str
+    better: Literal["base", "tuned"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run came to. Raises ConfigError where the parts do not fit each other."""
+
+    metric: str
+    higher_is_better: bool
+    task: str
+    model: str
+    data: str
+    method: str
+    rows: tuple[Row, ...]
+    difference: Estimate | None  # tuned minus base, paired; None only if no base was judged
+    base_name: str  # what the row "base" is, as one says it: "linear probe", "untouched model"
+    curves: Mapping[str, Sequence[tuple[int, float]]]  # "train loss", "valid accuracy" ... -> (step, value)
+    best_step: int | None  # the step whose adapter was kept
+    confusion: Sequence[Sequence[int]] | None  # counts, rows = truth
+    labels: Sequence[str]
+    shift: tuple[ShiftRow, ...]
+    plan: Sequence[tuple[str, str, str]]  # (setting, value, why)
+    notes: Sequence[str]  # what the figures cannot say: skipped rows, stopped early ...
+    examples: Sequence[Example]
+    versions: Mapping[str, str]  # package -> version
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        require(len(set(names)) == len(names), f"A report has one row of each name; it got {names}.")
+        require("tuned" in names, f'A report is about the row "tuned"; it got {names}.')
+        require(
+            (self.difference is not None) == ("base" in names),
+            f'The difference of tuned and base goes with the row "base": rows {names}, difference {self.difference}.',
+        )
+        if self.confusion is not None:
+            shape = [len(self.confusion), *{len(row) for row in self.confusion}]
+            require(
+                set(shape) == {len(self.labels)},
+                f"The confusion matrix has one row and one column per label: {len(self.labels)} labels, sizes {shape}.",
+            )
+
+    def row(self, name: str) -> Row | None:
+        """The row of that name, or None."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    def shown_examples(self, better: Literal["base", "tuned"]) -> list[Example]:
+        """At most 10 examples on which `better` is right and the other wrong."""
+        return [example for example in self.examples if example.better == better][:EXAMPLES]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values; what is not finite is None, and example texts are cut to 200 characters."""
+        from smidgen.evaluate.verdict import findings, verdict  # here: a verdict reads a report
+
+        examples = [asdict(e) | {"text": cut(e.text)} for kind in KINDS for e in self.shown_examples(kind)]
+        fields = {
+            "format": FORMAT,
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+            "task": self.task,
+            "model": self.model,
+            "data": self.data,
+            "method": self.method,
+            "rows": [{**vars(row), "others": dict(row.others)} for row in self.rows],
+            "difference": _estimate(self.difference),
+            "outcome": verdict(self).outcome,
+            "headline": verdict(self).headline,
+            "base_name": self.base_name,
+            "curves": self.curves,
+            "best_step": self.best_step,
+            "confusion": self.confusion,
+            "labels": self.labels,
+            "shift": [
+                {
+                    "name": row.name,
+                    "count": row.count,
+                    "base": _estimate(row.base),
+                    "tuned": _estimate(row.tuned),
+                    "difference": _estimate(row.difference),
+                }
+                for row in self.shift
+            ],
+            "plan": [{"setting": setting, "value": value, "why": why} for setting, value, why in self.plan],
+            "notes": [*findings(self), *self.notes],
+            "examples": examples,
+            "versions": self.versions,
+        }
+        return {key: _plain(value) for key, value in fields.items()}
+
+    def save(self, folder: str | Path) -> None:
+        """Write report.json and report.html into `folder`, made if missing; each is there whole or as it was."""
+        from smidgen.evaluate.page import page  # here: a page draws a report
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_atomically(folder / "report.json", json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        _write_atomically(folder / "report.html", page(self))
+
+
+KINDS: tuple[Literal["tuned"], Literal["base"]] = ("tuned", "base")
+
+
+def cut(text: str) -> str:
+    """The text on one line, at most 200 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= EXAMPLE_CHARACTERS else line[: EXAMPLE_CHARACTERS - 3] + "..."
+
+
+def _estimate(estimate: Estimate | None) -> dict[str, float] | None:
+    return None if estimate is None else estimate._asdict()
+
+
+def _plain(value: Any) -> Any:
+    """Lists, dicts and finite numbers; JSON knows no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,156 @@
+"""What the figures of a report mean, in words: did tuning gain, what did it cost, what should the user know.
+
+The paired interval of tuned minus base decides: all of it on the better side of zero is a gain, all on the worse side
+a loss, and anything else is not certain, however large the difference looks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from smidgen.evaluate.report import Estimate, Report, Row
+from smidgen.evaluate.units import (
+    bytes_text,
+    difference_text,
+    interval_text,
+    metric_text,
+    number_text,
+    seconds_text,
+    share_text,
+)
+
+Outcome = Literal["gained", "lost", "uncertain", "not compared"]
+
+OVERFIT = 0.05  # a validation loss this much above its lowest is worth a note; less is noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether tuning paid, as an outcome, a sentence, and what it cost."""
+
+    outcome: Outcome
+    headline: str
+    cost: str
+    full: str | None  # how full fine-tuning compares, where it was run
+
+
+def verdict(report: Report) -> Verdict:
+    """The verdict on the row "tuned" against the row "base"."""
+    tuned = _tuned(report)
+    outcome = outcome_of(report.difference, report.higher_is_better)
+    memory = "" if tuned.peak_bytes is None else f", peak memory {bytes_text(tuned.peak_bytes)}"
+    cost = (
+        f"{share_text(tuned.share)} of the parameters trained, {bytes_text(tuned.disk_bytes)} on disk, "
+        f"{seconds_text(tuned.seconds)}{memory}"
+    )
+    full = report.row("full")
+    return Verdict(
+        outcome=outcome,
+        headline=_headline(report, tuned, outcome),
+        cost=cost,
+        full=None
+        if full is None
+        else f"Full fine-tuning reaches {_value(report.metric, full)}: "
+        f"{bytes_text(full.disk_bytes)} on disk, {seconds_text(full.seconds)}.",
+    )
+
+
+def outcome_of(difference: Estimate | None, higher_is_better: bool) -> Outcome:
+    """What a paired difference of tuned minus base says."""
+    if difference is None:
+        return "not compared"
+    gain = _gain(difference, higher_is_better)
+    if gain.low > 0:
+        return "gained"
+    return "lost" if gain.high < 0 else "uncertain"
+
+
+def findings(report: Report) -> list[str]:
+    """What the user must know and the figures say by themselves."""
+    tuned = _tuned(report)
+    found = []
+    if outcome_of(report.difference, report.higher_is_better) == "uncertain":
+        found.append("The gain is not certain: the interval of the difference includes zero. More test rows narrow it.")
+    for name, trivial in (("majority", "always answering the most frequent label"), ("mean", "answering the mean")):
+        row = report.row(name)
+        if row is not None and not _is_better(tuned.value, row.value, report.higher_is_better):
+            found.append(f"Tuned is no better than {trivial} ({metric_text(report.metric, row.value)}).")
+    found += _overfitting(report)
+    for shift in report.shift:
+        if shift.difference is not None and outcome_of(shift.difference, report.higher_is_better) == "lost":
+            loss = _gain(shift.difference, not report.higher_is_better)
+            found.append(
+                f"On {shift.name} tuned is worse than the {report.base_name} by "
+                f"{difference_text(report.metric, loss.value)} {interval_text(report.metric, loss.low, loss.high)}: "
+                "what it learned does not carry over."
+            )
+    return found
+
+
+def described(report: Report, name: str) -> str:
+    """What a row of the results is, in a few words."""
+    known = {"majority": "most frequent label", "mean": "mean of the targets", "full": "full fine-tuning"}
+    return {**known, "base": report.base_name, "tuned": report.method}.get(name, "")
+
+
+def _headline(report: Report, tuned: Row, outcome: Outcome) -> str:
+    metric, base = report.metric, report.base_name
+    if report.difference is None:
+        return f"Tuned reaches {_value(metric, tuned)} {metric}; it was not compared with a base."
+    gain = _gain(report.difference, report.higher_is_better)
+    if outcome == "lost":
+        gain = _gain(report.difference, not report.higher_is_better)  # said as a positive loss
+    size = difference_text(metric, abs(gain.value))
+    interval = interval_text(metric, gain.low, gain.high)
+    if outcome == "uncertain":
+        side = "better" if gain.value > 0 else "worse" if gain.value < 0 else "different"
+        return f"No certain gain: tuned is {size} {side} in {metric} than the {base} {interval}."
+    if outcome == "gained":
+        what = f"gains {size} of {metric} over" if report.higher_is_better else f"lowers {metric} by {size} against"
+        return f"Tuned {what} the {base} {interval}."
+    what = f"loses {size} of {metric}" if report.higher_is_better else f"raises {metric} by {size}"
+    return f"Tuned {what} against the {base} {interval}: keep the {base}."
+
+
+def _overfitting(report: Report) -> list[str]:
+    points = [point for point in report.curves.get("valid loss", ()) if math.isfinite(point[1])]
+    if not points:
+        return []
+    best_step, best = min(points, key=lambda point: point[1])
+    last_step, last = points[-1]
+    if not _rises(best, last) or not _falls(report.curves.get("train loss", ()), best_step):
+        return []
+    kept = "" if report.best_step is None else f" The adapter kept is that of step {report.best_step:,}."
+    return [
+        f"Overfitting: the validation loss rose from {number_text(best)} (step {best_step:,}) to {number_text(last)} "
+        f"(step {last_step:,}) while the training loss fell.{kept}"
+    ]
+
+
+def _rises(best: float, last: float) -> bool:
+    return last - best > OVERFIT * abs(best)
+
+
+def _falls(curve: Sequence[tuple[int, float]], since: int) -> bool:
+    """Whether the mean of what follows the step `since` lies below the mean of as many points before it."""
+    after = [value for step, value in curve if step > since]
+    before = [value for step, value in curve if step <= since][-len(after) :] if after else []
+    return bool(before) and sum(after) / len(after) < sum(before) / len(before)
+
+
+def _tuned(report: Report) -> Row:
+    return next(row for row in report.rows if row.name == "tuned")
+
+
+def _is_better(a: float, b: float, higher_is_better: bool) -> bool:
+    return a > b if higher_is_better else a < b
+
+
+def _gain(difference: Estimate, higher_is_better: bool) -> Estimate:
+    """The difference turned so that above zero is better."""
+    return difference if higher_is_better else Estimate(-difference.value, -difference.high, -difference.low)
+
+
+def _value(metric: str, row: Row) -> str:
+    return f"{metric_text(metric, row.value)} {interval_text(metric, row.low, row.high)}"

@@ -1,0 +1,262 @@
+"""Checkpoints of a run: each is a directory that is complete or not there, and holds all that a bit-equal resume needs.
+
+    step-00001200/
+        adapter-state.safetensors   what is trained: adapter and head tensors
+        optimizer.safetensors       the tensors among the rest
+        state.json                  the rest: position in the data, optimiser, schedule, random numbers, metrics so far
+        manifest.json               size and sha256 of the three
+
+What is read is compared with the manifest first, so a damaged file is found before anything is made of it.
+"""
+
+import json
+import math
+import random
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import CheckpointError, FolderError, require
+from ..core.files import atomic_directory, remove_directory, sha256_file
+from ..core.safe import read_json, read_tensors, write_tensors
+
+TRAINED, OPTIMIZER, STATE, MANIFEST = (
+    "adapter-state.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "manifest.json",
+)
+VERSION = 1
+_MAX_JSON_BYTES = 256 << 20  # ours, and its sha256 is known by then
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomState:
+    """Where every global random number generator stands. Plain data: JSON holds it as it is."""
+
+    python: list[Any]
+    numpy: list[Any] | None  # None: numpy was not imported
+    torch: dict[str, str]  # "cpu", "cuda:0", "mps" -> the generator's bytes in hexadecimal
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Everything that a bit-equal resume needs. Plain data and tensors only."""
+
+    step: int
+    epoch: int
+    batch: int  # of the epoch; with `epoch` the position in the order of the data
+    tensors: dict[str, Tensor]  # adapters and heads, fp32
+    optimizer: dict[str, Any]  # optimizer.state_dict()
+    scheduler: dict[str, Any]  # scheduler.state_dict()
+    random: RandomState
+    history: dict[str, Any]  # metrics so far; under "best_step" the checkpoint that must be kept
+    fingerprint: str  # of recipe, data and model: what must be equal for a resume to make sense
+
+
+def save(folder: str | Path, state: State, *, keep: int = 2) -> Path:
+    """Write `folder`/step-<step>, then delete all older ones but the last `keep` and the best; returns its path.
+
+    Raises CheckpointError if the disk is full or the state holds more than plain data; older ones are untouched then.
+    """
+    require(keep >= 1, f"keep is {keep}; at least the checkpoint just written is kept", CheckpointError)
+    path = _path(Path(folder), state.step)
+    others: dict[str, Tensor] = {}
+    rest = {name: _pack(getattr(state, name), others, name) for name in ("optimizer", "scheduler", "history")}
+    position = {name: getattr(state, name) for name in ("step", "epoch", "batch", "fingerprint")}
+    text = _json({"version": VERSION, **position, **rest, "random": asdict(state.random)})
+    size = sum(tensor.nbytes for tensor in (*state.tensors.values(), *others.values())) + len(text) + (1 << 20)
+    try:
+        with atomic_directory(path, replace=True, needed_bytes=size) as new:
+            write_tensors(new / TRAINED, state.tensors)
+            write_tensors(new / OPTIMIZER, others)
+            (new / STATE).write_bytes(text)
+            files = {name: _describe(new / name) for name in (TRAINED, OPTIMIZER, STATE)}
+            (new / MANIFEST).write_bytes(_json({"version": VERSION, "files": files}))
+    except (OSError, FolderError) as error:
+        raise CheckpointError(f"step {state.step}: the checkpoint was not written: {error}") from error
+    older = [step for step in _steps(path.parent) if step <= state.step][keep:]
+    try:
+        for step in set(older) - {state.history.get("best_step")}:
+            remove_directory(_path(path.parent, step))
+    except OSError as error:
+        raise CheckpointError(f"{path} was written, but an older one could not be deleted: {error}") from error
+    return path
+
+
+def load(path: str | Path) -> State:
+    """Read one checkpoint. Raises CheckpointError naming every damaged file."""
+    path = Path(path)
+    require(path.is_dir(), f"{path} is not a checkpoint; there is no such directory", CheckpointError)
+    damaged = _damage(path)
+    require(not damaged, f"{path} is damaged: {'; '.join(damaged)}", CheckpointError)
+    try:
+        text = read_json(path / STATE, max_bytes=_MAX_JSON_BYTES)
+        others = read_tensors(path / OPTIMIZER)
+        return State(
+            step=text["step"],
+            epoch=text["epoch"],
+            batch=text["batch"],
+            tensors=read_tensors(path / TRAINED),
+            optimizer=_unpack(text["optimizer"], others),
+            scheduler=_unpack(text["scheduler"], others),
+            random=RandomState(**text["random"]),
+            history=_unpack(text["history"], others),
+            fingerprint=text["fingerprint"],
+        )
+    except (FolderError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is whole, but no checkpoint of this version: {error}") from error
+
+
+def newest(folder: str | Path, *, fingerprint: str | None = None) -> tuple[Path, State, list[str]] | None:
+    """The newest whole checkpoint in `folder`, with a line for each newer one that is damaged; None if there is none.
+
+    Raises CheckpointError if all are damaged, or if the newest whole one has another `fingerprint`.
+    """
+    folder, damaged = Path(folder), []
+    for step in _steps(folder):
+        path = _path(folder, step)
+        try:
+            state = load(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        require(
+            fingerprint in (None, state.fingerprint),
+            f"{path} belongs to another run: recipe, data or model have changed since (fingerprint "
+            f"{state.fingerprint}, now {fingerprint}). Undo the change, or start afresh in another folder",
+            CheckpointError,
+        )
+        return path, state, damaged
+    require(not damaged, f"no whole checkpoint in {folder}: {'; '.join(damaged)}. Start afresh", CheckpointError)
+    return None
+
+
+def capture_random() -> RandomState:
+    """Where Python's, numpy's (if imported) and torch's global generators stand, on every device in use."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    numpy = None
+    if "numpy" in sys.modules:
+        name, key, *where = sys.modules["numpy"].random.get_state()
+        numpy = [name, key.tolist(), *where]
+    return RandomState(
+        python=json.loads(json.dumps(random.getstate())),  # tuples to lists, as they come back from disk
+        numpy=numpy,
+        torch={device: bytes(state.tolist()).hex() for device, state in states.items()},
+    )
+
+
+def restore_random(state: RandomState) -> list[str]:
+    """Put the global generators back; returns the devices of the state that are not here, so cannot be bit-equal."""
+    version, key, gauss = state.python
+    random.setstate((version, tuple(key), gauss))
+    if state.numpy is not None:
+        import numpy  # it was imported when the state was captured
+
+        numpy.random.set_state(tuple(state.numpy))
+    missing = []
+    for device, text in state.torch.items():
+        value = torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+        kind, _, index = device.partition(":")
+        if kind == "cpu":
+            torch.set_rng_state(value)
+        elif kind == "cuda" and int(index) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(value, int(index))
+        elif kind == "mps" and torch.backends.mps.is_available():
+            torch.mps.set_rng_state(value)
+        else:
+            missing.append(device)
+    return missing
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps that have a directory, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((int(p.name[5:]) for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)), reverse=True)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"size_bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _damage(path: Path) -> list[str]:
+    """What is wrong with the files of a checkpoint, one line each; empty if nothing is."""
+    try:
+        manifest = read_json(path / MANIFEST)
+        whole = (path / MANIFEST).read_bytes() == _json(manifest)  # so that no flipped bit goes unseen here either
+    except (FolderError, OSError) as error:
+        return [f"{MANIFEST}: {error}"]
+    files = manifest.get("files")
+    if not whole or not isinstance(files, dict) or set(files) != {TRAINED, OPTIMIZER, STATE}:
+        return [f"{MANIFEST}: is not as it was written"]
+    if manifest.get("version") != VERSION:
+        return [f"{MANIFEST}: has version {manifest.get('version')!r}; this smidgen reads {VERSION}"]
+    damaged = []
+    for name, written in files.items():
+        try:
+            found = _describe(path / name)
+        except OSError as error:
+            damaged.append(f"{name}: {error.strerror}")
+            continue
+        if found != written:
+            damaged.append(f"{name}: is not as it was written; it is {found}, the manifest says {written}")
+    return damaged
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, allow_nan=False).encode()
+
+
+def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """Nested plain data as JSON, with its tensors moved to `tensors`. What JSON lacks becomes {"$kind": ...}."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": str(value)}
+    if isinstance(value, Tensor):
+        require(name not in tensors, f"{name} stands for two tensors", CheckpointError)
+        tensors[name] = value
+        return {"$tensor": name}
+    if isinstance(value, list | tuple):
+        items = [_pack(item, tensors, f"{name}.{index}") for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {"$tuple": items}
+    if isinstance(value, dict):
+        packed = [(key, _pack(item, tensors, f"{name}.{key}")) for key, item in value.items()]
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return dict(packed)
+        return {"$dict": [[_pack(key, tensors, name), item] for key, item in packed]}
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    raise CheckpointError(f"{name} is a {kind}; a checkpoint holds numbers, texts, lists, dicts and tensors")
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `_pack`."""
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    match value:
+        case {"$float": text}:
+            return float(text)
+        case {"$tensor": name}:
+            return tensors[name]
+        case {"$tuple": items}:
+            return tuple(_unpack(item, tensors) for item in items)
+        case {"$dict": items}:
+            return {_unpack(key, tensors): _unpack(item, tensors) for key, item in items}
+    return {key: _unpack(item, tensors) for key, item in value.items()}
