@@ -8,4 +8,15 @@ from .methods.head import Head
 from .methods.lora import LoRA
 
 __version__ = "0.1.0"
-__all__ = ["AdapterSet", "Head", "LoRA", "Rows", "SmidgenError", "Stack", "Targets", "Weighted", "adapters_of", "attach"]
+__all__ = [
+    "AdapterSet",
+    "Head",
+    "LoRA",
+    "Rows",
+    "SmidgenError",
+    "Stack",
+    "Targets",
+    "Weighted",
+    "adapters_of",
+    "attach",
+]

@@ -1,5 +1,6 @@
 """AdapterSet: all adapters that live in one model; the handle a user holds.  And the ways to get one: attach, load, adapters_of."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,13 +115,19 @@ class AdapterSet:
         resolution = method.resolve(self.model)
         return self._put(method, name, resolution, seed)
 
-    def _put(self, method: Method, name: str, resolution: Resolution, seed: int | None, *, fresh: bool = True) -> "AdapterSet":
+    def _put(
+        self, method: Method, name: str, resolution: Resolution, seed: int | None, *, fresh: bool = True
+    ) -> "AdapterSet":
         self._check_name(name)
         sites = (*resolution.sites, *self._head_sites(method))
-        twice = [site.name for i, site in enumerate(sites) if site.name in {s.name for s in sites[:i]}]
+        twice = [site_name for site_name, count in Counter(site.name for site in sites).items() if count > 1]
         if twice:
-            raise AttachError(f'adapter "{name}" would live twice at {", ".join(twice)}: it is both a target and a head')
-        parts = [method.build(site) for site in resolution.sites] + [Head().build(site) for site in sites[len(resolution.sites) :]]
+            raise AttachError(
+                f'adapter "{name}" would live twice at {", ".join(twice)}: it is both a target and a head'
+            )
+        parts = [method.build(site) for site in resolution.sites] + [
+            Head().build(site) for site in sites[len(resolution.sites) :]
+        ]
         shared = method.shared(resolution.sites)
         if shared is not None:
             parts[0].add_module("shared", shared)  # held once
@@ -244,9 +251,7 @@ class AdapterSet:
 
     # -- merging
 
-    def merge(
-        self, expression: Expression = None, *, max_error: float = 0.05
-    ) -> MergeReport:
+    def merge(self, expression: Expression = None, *, max_error: float = 0.05) -> MergeReport:
         """Write what an expression changes (by default what is active) into the base weights and remove those adapters.
 
         Computed in fp32 and rounded once, in blocks of rows.  max_error: the largest relative error of the update that
@@ -256,7 +261,9 @@ class AdapterSet:
         expression = self._active if expression is None else expression
         names = list(dict.fromkeys(names_in(expression)))
         if not names:
-            raise AttachError(f"nothing to merge: nothing is active. The model has {', '.join(self._entries) or 'no adapters'}")
+            raise AttachError(
+                f"nothing to merge: nothing is active. The model has {', '.join(self._entries) or 'no adapters'}"
+            )
         sites = {site.name: site for name in names for site in self._entry(name).sites}
         report = merge_into_base(self.model, list(sites.values()), expression, max_error=max_error)
         rest = self._active if not set(names_in(self._active)) & set(names) else None
@@ -275,7 +282,11 @@ class AdapterSet:
         modules = dict(self.model.named_modules())
         found = [path for path in modules if Targets(*method.heads).matches(path, modules[path]) and path]
         Targets(*method.heads).resolve(self.model, lambda site: None)  # a head that matches nothing is an error
-        outermost = [p for p in found if not any(p.startswith(other + ".") for other in found) and mechanism.HELD not in p.split(".")]
+        outermost = [
+            p
+            for p in found
+            if not any(p.startswith(other + ".") for other in found) and mechanism.HELD not in p.split(".")
+        ]
         return [Site.at(path, modules[path]) for path in leaves(self.model, outermost)]
 
     @property
@@ -301,7 +312,9 @@ class AdapterSet:
 
     def _check_name(self, name: str) -> None:
         if name in self._entries:
-            raise AttachError(f'the model has an adapter "{name}" already: choose another name, or adapters.delete("{name}") first')
+            raise AttachError(
+                f'the model has an adapter "{name}" already: choose another name, or adapters.delete("{name}") first'
+            )
         if not name or any(mark in name for mark in "./@\\") or name != name.strip():
             raise AttachError(f'"{name}" is no name for an adapter: it may not be empty or contain . / @ \\')
 

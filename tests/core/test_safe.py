@@ -278,7 +278,7 @@ PIECES = strategies.sampled_from(
 )
 
 
-@hypothesis.settings(max_examples=400)
+@hypothesis.settings(max_examples=200)
 @hypothesis.given(
     cuts=strategies.lists(
         strategies.tuples(

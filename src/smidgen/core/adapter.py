@@ -31,7 +31,7 @@ class Adapter(nn.Module):
     starts_as_base: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
 
-    shared: nn.Module | None = None  # what all adapters of the name use together, if the method has that
+    shared: nn.Module  # set by AdapterSet: what all adapters of the name use together, if the method has that
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -50,8 +50,9 @@ class Adapter(nn.Module):
 
         rows: which of the O rows these are.  Raises NotMergeable where the method changes activations.
         """
-        raise NotMergeable(f"{type(self).__name__} at {self.site.name} changes activations, not weights. Keep it attached.")
-
+        raise NotMergeable(
+            f"{type(self).__name__} at {self.site.name} changes activations, not weights. Keep it attached."
+        )
 
 
 class AdditiveAdapter(Adapter):
@@ -69,7 +70,9 @@ class AdditiveAdapter(Adapter):
 
     def weight_delta(self, rows: slice) -> Tensor:
         """Rows (rows, I) of what is added to the weight."""
-        raise NotMergeable(f"{type(self).__name__} at {self.site.name} changes activations, not weights. Keep it attached.")
+        raise NotMergeable(
+            f"{type(self).__name__} at {self.site.name} changes activations, not weights. Keep it attached."
+        )
 
     def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
         return W + self.weight_delta(rows).to(W.dtype), b

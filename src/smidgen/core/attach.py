@@ -113,7 +113,9 @@ def adapter_at(site: Site, name: str) -> Adapter:
     return cast(Adapter, held(site.layer).get(key_of(name, site.parameter)))
 
 
-def plans_at(layer: nn.Module, parameters: tuple[str, ...], expression: Expression) -> "tuple[Plan | None, dict[str, ValuePlan]]":
+def plans_at(
+    layer: nn.Module, parameters: tuple[str, ...], expression: Expression
+) -> "tuple[Plan | None, dict[str, ValuePlan]]":
     """What an expression makes of this layer: the plan of its call, and of each of its parameters that are sites."""
     values: dict[str, ValuePlan] = {}
     for parameter in parameters:

@@ -91,7 +91,9 @@ def from_data(data: Any) -> Expression:
             return Rows(*map(from_data, parts))
         if kind == "weighted" and isinstance(parts, list) and all(isinstance(p, list) and len(p) == 2 for p in parts):
             return Weighted({cast(str, from_data(part)): float(weight) for part, weight in parts})
-    raise AttachError(f"{data!r} is no composition; write a name, {{stack: [...]}}, {{weighted: [[name, weight], ...]}} or {{rows: [...]}}")
+    raise AttachError(
+        f"{data!r} is no composition; write a name, {{stack: [...]}}, {{weighted: [[name, weight], ...]}} or {{rows: [...]}}"
+    )
 
 
 class Plan(Protocol):
@@ -217,7 +219,9 @@ class RowsPlan:
     def _blocks(self, x: Tensor) -> list[Tensor]:
         repeat, rest = divmod(x.shape[0], self.rows)
         if rest or not repeat:
-            raise AttachError(f"Rows names {self.rows} rows, the batch has {x.shape[0]}: say one adapter (or None) for each row")
+            raise AttachError(
+                f"Rows names {self.rows} rows, the batch has {x.shape[0]}: say one adapter (or None) for each row"
+            )
         by_row = x.view(self.rows, repeat, *x.shape[1:])
         return [by_row[index.to(x.device)].flatten(0, 1) for _, index in self.groups]
 

@@ -21,7 +21,9 @@ from .site import compute_dtype
 
 class _FrozenLinearLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, mask: Tensor | None
+    ) -> Tensor:
         A_cast, B_cast = A.to(x.dtype), B.to(x.dtype)
         y = F.linear(x, W, b)
         rows = x.reshape(-1, x.shape[-1])

@@ -16,6 +16,7 @@ from .errors import ConfigError, nearest
 from .site import Site
 from .targets import Resolution, Targets, body_layers
 
+
 class Shared(nn.Module):
     """Parameters that all adapters of one name use together."""
 
@@ -115,5 +116,7 @@ def method_named(name: str) -> type[Method]:
     known = _METHODS if name in _METHODS else methods()
     if name not in known:
         near = nearest(name, known)
-        raise ConfigError(f'there is no method "{name}". {"Did you mean " + " or ".join(near) + "? " if near else ""}There are: {", ".join(known)}')
+        raise ConfigError(
+            f'there is no method "{name}". {"Did you mean " + " or ".join(near) + "? " if near else ""}There are: {", ".join(known)}'
+        )
     return known[name]

@@ -35,7 +35,9 @@ class RowsApart:
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is not None:
-            raise AttachError("rows with prompts, prefixes or changed parameters cannot share one cache: generate for each adapter in turn")
+            raise AttachError(
+                "rows with prompts, prefixes or changed parameters cannot share one cache: generate for each adapter in turn"
+            )
         outputs = []
         try:
             for expression, rows in self.groups.items():
@@ -53,7 +55,9 @@ class RowsApart:
         if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == len(self.rows.parts):
             return leaf[torch.tensor(rows, device=leaf.device)]
         if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] != 1:
-            raise AttachError(f"Rows names {len(self.rows.parts)} rows, the batch has {leaf.shape[0]}: say one adapter (or None) for each row")
+            raise AttachError(
+                f"Rows names {len(self.rows.parts)} rows, the batch has {leaf.shape[0]}: say one adapter (or None) for each row"
+            )
         return leaf
 
 

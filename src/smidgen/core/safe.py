@@ -284,7 +284,7 @@ def _memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     assert sys.byteorder == "little", "safetensors files are little-endian"
     if not tensor.nbytes:
-        return memoryview(b"")
+        return memoryview(bytearray())
     memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     memory.tensor = tensor  # type: ignore[attr-defined]  # lives as long as the view of its memory
     return memoryview(memory).cast("B")

@@ -1,21 +1,22 @@
 """Targets: how a user says which places in a model.  Values that combine; resolved to a list of sites before anything is attached.
 
-    Targets("*.q_proj", "*.v_proj")                      glob on the dotted path; a pattern also matches the end of a path
-    Targets("model.layers.{0-11}.mlp.*_proj")            {0-11} a range of numbers, {a,b} alternatives
-    Targets.of_type(nn.Linear) & ~Targets("lm_head")     types, and, or, not
-    Targets(lambda path, module: ...)                    anything
-    Targets("*.self_attn").parameter("in_proj_weight")   a parameter of the module as the site
-    Targets.auto()                                       all linear layers of the body, not the head; in a CNN the convolutions
+Targets("*.q_proj", "*.v_proj")                      glob on the dotted path; a pattern also matches the end of a path
+Targets("model.layers.{0-11}.mlp.*_proj")            {0-11} a range of numbers, {a,b} alternatives
+Targets.of_type(nn.Linear) & ~Targets("lm_head")     types, and, or, not
+Targets(lambda path, module: ...)                    anything
+Targets("*.self_attn").parameter("in_proj_weight")   a parameter of the module as the site
+Targets.auto()                                       all linear layers of the body, not the head; in a CNN the convolutions
 """
 
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from .adapter import Held
 from .errors import TargetError, nearest
 from .layers import ConvKind, EmbeddingKind, LayerKind, LinearKind, kind_of
 from .site import Site
@@ -28,12 +29,16 @@ class Targets:
 
     def __init__(self, *what: str | Predicate) -> None:
         if not what:
-            raise TargetError('Targets() names no place; say Targets("*.q_proj"), Targets.of_type(nn.Linear) or Targets.auto()')
+            raise TargetError(
+                'Targets() names no place; say Targets("*.q_proj"), Targets.of_type(nn.Linear) or Targets.auto()'
+            )
         self._patterns = tuple(part for part in what if isinstance(part, str))
         self._tests: tuple[Predicate, ...] = tuple(_glob(part) if isinstance(part, str) else part for part in what)
         self._parameters: tuple[str, ...] = ()
         self.is_auto = False
-        self._text = ", ".join(f'"{part}"' if isinstance(part, str) else getattr(part, "__name__", "predicate") for part in what)
+        self._text = ", ".join(
+            f'"{part}"' if isinstance(part, str) else getattr(part, "__name__", "predicate") for part in what
+        )
 
     @staticmethod
     def of_type(*types: type[nn.Module]) -> "Targets":
@@ -90,7 +95,9 @@ class Targets:
 
     def _combined(self, tests: tuple[Predicate, ...], text: str) -> "Targets":
         if self.is_auto:
-            raise TargetError('Targets.auto() does not combine: it depends on the model. Use Targets.of_type(nn.Linear) & ~Targets("lm_head")')
+            raise TargetError(
+                'Targets.auto() does not combine: it depends on the model. Use Targets.of_type(nn.Linear) & ~Targets("lm_head")'
+            )
         targets = Targets(*tests)
         targets._text = text
         return targets
@@ -113,11 +120,15 @@ class Targets:
                     sites.append(site)
                 else:
                     refused.append((site.name, reason))
-        if refused and (self._patterns or not sites):  # what was named must be possible; what was swept up may be passed over
+        if refused and (
+            self._patterns or not sites
+        ):  # what was named must be possible; what was swept up may be passed over
             shown = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in refused[:5])
             raise TargetError(f"{self} names {len(refused)} places that cannot be adapted so. {shown}")
         if not sites:
-            raise TargetError(f"{self} matches none of the {len(modules)} modules of {type(model).__name__}. {_inventory(modules)}")
+            raise TargetError(
+                f"{self} matches none of the {len(modules)} modules of {type(model).__name__}. {_inventory(modules)}"
+            )
         return Resolution(model, tuple(sites), tuple(refused))
 
     def _sites(self, model: nn.Module, path: str, module: nn.Module) -> list[Site]:
@@ -128,7 +139,10 @@ class Targets:
     def _refuse_idle_patterns(self, model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
         idle = [p for p in self._patterns if not any(_glob(p)(path, module) for path, module in modules)]
         if idle:
-            lines = [f'"{p}" matches none of {len(modules)} modules of {type(model).__name__}. {_near(p, modules)}' for p in idle]
+            lines = [
+                f'"{p}" matches none of {len(modules)} modules of {type(model).__name__}. {_near(p, modules)}'
+                for p in idle
+            ]
             raise TargetError("\n".join(lines))
 
 
@@ -144,7 +158,9 @@ class Resolution:
         """Which sites, which share of the weights they hold, and what of the model was left out and why."""
         total = sum(p.numel() for p in self.model.parameters())
         covered = sum({id(p): p.numel() for site in self.sites for p in _parameters(site)}.values())
-        groups = Counter((re.sub(r"\.\d+(?=\.|$)", ".*", site.name) or "the model", _shape(site)) for site in self.sites)
+        groups = Counter(
+            (re.sub(r"\.\d+(?=\.|$)", ".*", site.name) or "the model", _shape(site)) for site in self.sites
+        )
         lines = [f"{len(self.sites)} sites holding {covered:,} of {total:,} parameters ({covered / max(total, 1):.1%})"]
         lines += [f"  {count:4d} x {name}  {shape}" for (name, shape), count in groups.items()]
         lines += [f"  left out {name}: {reason}" for name, reason in self.passed_over]
@@ -152,7 +168,9 @@ class Resolution:
         left = Counter(
             re.sub(r"\.\d+(?=\.|$)", ".*", path) + f"  {type(module).__name__}"
             for path, module in _modules(self.model)
-            if path not in taken and any(True for _ in module.parameters(recurse=False)) and path not in dict(self.passed_over)
+            if path not in taken
+            and any(True for _ in module.parameters(recurse=False))
+            and path not in dict(self.passed_over)
         )
         lines += [f"  untouched {count:4d} x {what}" for what, count in left.items()]
         return "\n".join(lines)
@@ -176,7 +194,10 @@ def body_layers(model: nn.Module) -> tuple[list[str], dict[str, str]]:
             left_out[path] = "part of the head"
         else:
             groups[kind].append((path, module))
-    sizes = {kind: sum(p.numel() for _, module in found for p in module.parameters(recurse=False)) for kind, found in groups.items()}
+    sizes = {
+        kind: sum(p.numel() for _, module in found for p in module.parameters(recurse=False))
+        for kind, found in groups.items()
+    }
     linear_or_conv = ConvKind if sizes[ConvKind] > sizes[LinearKind] else LinearKind
     chosen = linear_or_conv if groups[linear_or_conv] else EmbeddingKind
     for kind, found in groups.items():
@@ -200,11 +221,20 @@ def head_modules(model: nn.Module) -> list[str]:
     return layers[-1:] if len(layers) > 1 else []
 
 
-def _modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """All modules with their paths, ours left out."""
-    for path, module in model.named_modules():
-        if not (path.startswith("smidgen.") or ".smidgen." in path or path.endswith(".smidgen") or path == "smidgen"):
-            yield path, module
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules with their paths in the order of `named_modules`, the adapters that live there left out."""
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen or type(module) is Held:
+            return
+        seen.add(id(module))
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from walk(f"{path}.{name}" if path else name, child)
+
+    return walk("", model)
 
 
 def _called_site(model: nn.Module, path: str, module: nn.Module) -> Site:

@@ -6,7 +6,6 @@ comes again below it, is data, and the error says which line to put in front.
 
 import csv
 import io
-import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -15,9 +14,9 @@ from typing import Any
 from smidgen.core.errors import DataError
 from smidgen.data.raw_text import damage, decode
 from smidgen.data.table import Problem, Table
+from smidgen.data.values import number
 
 _DELIMITERS = (",", ";", "\t")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def read_delimited(data: bytes, name: str, delimiter: str | None) -> tuple[Table, list[Problem]]:
@@ -134,7 +133,7 @@ def _refuse_data_as_header(columns: dict[str, list[Any]], name: str, delimiter: 
     values = [
         column
         for column, cells in columns.items()
-        if _NUMBER.fullmatch(column) or sum(cell == column for cell in cells[:1000]) > 1
+        if number(column) is not None or sum(cell == column for cell in cells[:1000]) > 1
     ]
     if not values:
         return

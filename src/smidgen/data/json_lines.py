@@ -72,8 +72,8 @@ def _table(rows: list[tuple[str, Any]]) -> tuple[Table, list[Problem]]:
     """Places and rows -> columns.  A key that a row lacks is None there.
 
     Usual keys are those of three quarters of the objects.  One that lacks half of them or more is bad: it is another
-    kind of record, or has its keys misspelt.  One that lacks fewer is kept, since a missing key matters only where it is
-    used, and a missing text or label is found where texts and labels are checked.
+    kind of record, or has its keys misspelt.  One that lacks fewer is kept, since a missing key matters only where it
+    is used, and a missing text or label is found where texts and labels are checked.
     """
     objects = [row for _, row in rows if isinstance(row, dict)]
     counts = Counter(key for row in objects for key in row)

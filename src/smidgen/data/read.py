@@ -1,12 +1,13 @@
 """Read data from where it is: a file, a folder of files, a saved data set, or the Hugging Face hub.
 
-    reviews.csv  reviews.tsv  reviews.jsonl  reviews.json  reviews.parquet  reviews.arrow     (text also as .gz or .xz)
-    folder/train.csv  folder/valid.csv  folder/test.csv                  or  folder/train/*.parquet  folder/test/*.parquet
-    folder written by datasets' save_to_disk
-    owner/name, owner/name:configuration                                                          on the hub
+    reviews.csv, .tsv, .jsonl, .ndjson, .json        also compressed, .gz or .xz
+    reviews.parquet, .arrow, .feather
+    folder/train.csv, folder/valid.csv ...           or folder/train/*.parquet, folder/test/*.parquet ...
+    folder written by save_to_disk of `datasets`
+    owner/name, owner/name:configuration             on the hub
 
-The extension tells the format; where it says nothing, the first bytes do.  A row that cannot be read is a Problem with its
-place, and the next one is read: whether bad rows are skipped or fatal is decided by who asked.
+The extension tells the format; where it says nothing, the first bytes do.  A row that cannot be read is a Problem with
+its place, and the next one is read: whether bad rows are skipped or fatal is decided by who asked.
 """
 
 import gzip
@@ -74,7 +75,7 @@ def read_splits(source: str | Path) -> tuple[dict[Split, Table], list[Problem]]:
 
 
 def splits(source: str | Path) -> dict[Split, Callable[[], Result]]:
-    """What would be read as which split, each with the function that reads it.  Raises DataError if nothing is there."""
+    """What would be read as which split, each with the function that reads it.  Raises DataError if there is none."""
     path = Path(source).expanduser()
     if path.is_file():
         return {"train": partial(_read_files, [path], path.parent)}
@@ -112,8 +113,8 @@ def _folder_splits(folder: Path) -> dict[Split, Callable[[], Result]]:
         )
     named: dict[Split, list[Path]] = {split: [] for split in _SPLIT_WORDS}
     for file in files:
-        words = (split_name(part) for part in reversed(file.relative_to(folder).parts))  # the file's own name first
-        if split := next(filter(None, words), None):
+        parts = reversed(file.relative_to(folder).parts)  # the file's own name first
+        if split := next((split for part in parts if (split := split_name(part))), None):
             named[split].append(file)
     if not any(named.values()):
         named["train"] = files
@@ -148,7 +149,8 @@ def _read_file(path: Path, name: str) -> Result:
         with path.open("rb") as file:
             magic = file.read(6)
         if kind in _ARROW or (not kind and (magic.startswith(b"PAR1") or magic == b"ARROW1")):
-            table, problems = read_arrow_file(path, name), []
+            table = read_arrow_file(path, name)
+            problems: list[Problem] = []
         else:
             table, problems = _read_text(_content(path), name, kind)
     except OSError as error:

@@ -65,6 +65,8 @@ class Table:
 def concatenate(tables: Sequence[Table]) -> Table:
     """One table below the other.  Raises DataError if their columns differ."""
     first = tables[0]
+    if len(tables) == 1:
+        return first
     for other in tables[1:]:
         if set(other.columns) != set(first.columns):
             raise DataError(

@@ -38,6 +38,7 @@ def model_card(report: Report, *, base_model: str, library_versions: Mapping[str
     """
     said = verdict(report)
     name = re.split(r"[/\\]", base_model.rstrip("/\\"))[-1]
+    versions = ", ".join(f"{_text(package)} {_text(version)}" for package, version in library_versions.items())
     parts = [
         _front_matter(report, base_model),
         f"# {_text(name)} tuned on {_text(report.data)}",
@@ -53,7 +54,7 @@ def model_card(report: Report, *, base_model: str, library_versions: Mapping[str
         ""
         if report.best_step is None
         else f"The adapter is that of step {report.best_step:,}, the best in validation.",
-        "Versions: " + ", ".join(f"{_text(package)} {_text(version)}" for package, version in library_versions.items()),
+        f"Versions: {versions}." if versions else "",
         "## Limits",
         f"Judged on test examples of {_text(report.data)} only"
         + (", and on the data below, which it was not trained on." if report.shift else "; other data was not tried."),
@@ -125,7 +126,7 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _text(text: str) -> str:
     """Text that Markdown takes as text: on one line, nothing in it starts markup or ends a table's cell."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", " ".join(text.split()))
 
 
 def _quoted(text: str) -> str:

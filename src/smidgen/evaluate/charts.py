@@ -20,7 +20,8 @@ MOST_POINTS = 80  # of a curve; more are averaged in groups, which also calms a 
 
 def learning_curves(title: str, curves: Mapping[str, Curve], best_step: int | None, text_of: TextOf) -> Markup:
     """One figure with all curves on one axis; the best step is a dashed line, with a dot on the validation curves."""
-    drawn = {name: _thinned([point for point in curve if math.isfinite(point[1])]) for name, curve in curves.items()}
+    finite = {name: [point for point in curve if math.isfinite(point[1])] for name, curve in curves.items()}
+    drawn = {name: _thinned(curve) for name, curve in finite.items() if curve}
     points = [point for curve in drawn.values() for point in curve]
     if not points:
         return Markup("")
@@ -84,7 +85,7 @@ def interval_bar(value: float, low: float, high: float, start: float, end: float
 def confusion_matrix(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> Markup:
     """Rows are the truth, columns the prediction; shaded by the share of the row. It keeps its size and scrolls."""
     classes = len(labels)
-    cell = 64.0 if classes <= 4 else 42.0 if classes <= 12 else 30.0
+    cell = 64.0 if classes <= 4 else 42.0 if classes <= 12 else 30.0 if classes <= 20 else 24.0
     short = [label if len(label) <= 16 else label[:15] + "\u2026" for label in labels]
     left = 16 + 7.5 * max(map(len, short))  # 7.5 pixels: a wide letter at 12 pixels
     flat = classes <= 4 and all(len(label) <= 8 for label in short)

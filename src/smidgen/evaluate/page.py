@@ -3,6 +3,7 @@
 The content security policy at its head forbids what we do not use, so not even a slip of ours could load something.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -73,7 +74,7 @@ def _notes(notes: Sequence[str]) -> Markup:
 
 def _results(report: Report) -> Markup:
     judged = [row for row in report.rows if row.name not in ("majority", "mean")]  # these would squeeze the others
-    ends = [end for row in judged for end in (row.value, row.low, row.high)]
+    ends = [end for row in judged for end in (row.low, row.high) if math.isfinite(end)] or [0.0]
     start, end = min(ends), max(ends)
     others = list(dict.fromkeys(name for row in report.rows for name in row.others))
 

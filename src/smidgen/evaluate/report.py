@@ -6,15 +6,16 @@ A report is data. What the figures mean is said once, in `verdict.py`; how they 
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from smidgen.core.errors import require
+from smidgen.core.files import atomic_write
 
 FORMAT = 1
+KINDS: tuple[Literal["tuned"], Literal["base"]] = ("tuned", "base")  # of examples: who is right
 EXAMPLES = 10  # of each kind
 EXAMPLE_CHARACTERS = 200
 
@@ -154,13 +155,10 @@ class Report:
         """Write report.json and report.html into `folder`, made if missing; each is there whole or as it was."""
         from smidgen.evaluate.page import page  # here: a page draws a report
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / "report.json", json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
-        _write_atomically(folder / "report.html", page(self))
-
-
-KINDS: tuple[Literal["tuned"], Literal["base"]] = ("tuned", "base")
+        figures = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+        drawn = page(self)  # both are made before either is written
+        atomic_write(Path(folder) / "report.json", figures.encode())
+        atomic_write(Path(folder) / "report.html", drawn.encode())
 
 
 def cut(text: str) -> str:
@@ -180,17 +178,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

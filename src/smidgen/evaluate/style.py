@@ -22,7 +22,8 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-
 th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: middle; }
 th { color: var(--soft); font-weight: 550; font-size: .82rem; } td { overflow-wrap: break-word; }
 .long { overflow-wrap: anywhere; }
-.num { text-align: right; white-space: nowrap; } tr.tuned td { background: var(--panel); font-weight: 600; }
+.num { text-align: right; } td.num { white-space: nowrap; } td:first-child { min-width: 7rem; }
+tr.tuned td { background: var(--panel); font-weight: 600; }
 .sub { display: block; color: var(--soft); font-weight: 400; font-size: .82rem; }
 svg { display: block; width: 100%; height: auto; } svg.bar { width: 200px; min-width: 110px; }
 svg.fixed { width: auto; max-width: none; } svg.swatch { display: inline-block; width: 22px; margin-right: .35rem; }
@@ -53,5 +54,6 @@ summary { cursor: pointer; font-weight: 600; }
   td::before { content: attr(data-label); color: var(--soft); font-weight: 400; font-size: .85rem; text-align: left;
     flex: none; } td:first-child { padding-top: .55rem; } td:last-child { padding-bottom: .55rem; }
   td.long { display: block; text-align: left; } td.long::before { display: block; }
-  td:has(svg) { align-items: center; } }
+  td[data-label=""] { justify-content: flex-end; } td[data-label=""]::before { content: none; }
+  td[data-label=""]:first-child { justify-content: space-between; } td.bars:empty { display: none; } }
 """

@@ -74,7 +74,11 @@ class HeadAdapter(Adapter):
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         dtype = compute_dtype(x) if x.is_floating_point() else self.site.stored.dtype
         cast = {name: p.to(dtype) for name, p in self.module.named_parameters() if p.dtype != dtype}
-        return torch.func.functional_call(self.module, cast, (x, *args), kwargs) if cast else self.module(x, *args, **kwargs)
+        return (
+            torch.func.functional_call(self.module, cast, (x, *args), kwargs)
+            if cast
+            else self.module(x, *args, **kwargs)
+        )
 
     def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
         weight = self.site.linear.read_rows(self.module.weight, rows)  # type: ignore[arg-type]

@@ -59,7 +59,10 @@ class LoRA(Method):
             require(isinstance(rank, int) and rank > 0, f"rank is {rank}; LoRA needs a whole number of at least 1")
         require(math.isfinite(self.alpha), f"alpha is {self.alpha}; it must be a finite number")
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        require(self.dropout_on in ("elements", "features"), f'dropout_on is "{self.dropout_on}"; it is "elements" or "features"')
+        require(
+            self.dropout_on in ("elements", "features"),
+            f'dropout_on is "{self.dropout_on}"; it is "elements" or "features"',
+        )
 
     def rank_at(self, site: Site) -> int:
         """R at this site."""
@@ -90,7 +93,9 @@ class LoRAAdapter(AdditiveAdapter):
             nn.init.zeros_(self.A)
             nn.init.normal_(self.B, generator=generator)
         else:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)  # the authors' choice, so results compare
+            nn.init.kaiming_uniform_(
+                self.A, a=math.sqrt(5), generator=generator
+            )  # the authors' choice, so results compare
             nn.init.zeros_(self.B)
 
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -127,4 +132,6 @@ class LoRAAdapter(AdditiveAdapter):
 
 
 def _last_match(pattern: Mapping[str, Any], site: Site, default: Any) -> Any:
-    return next((v for glob, v in reversed(list(pattern.items())) if Targets(glob).matches(site.name, site.layer)), default)
+    return next(
+        (v for glob, v in reversed(list(pattern.items())) if Targets(glob).matches(site.name, site.layer)), default
+    )

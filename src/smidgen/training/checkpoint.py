@@ -3,23 +3,22 @@
     step-00001200/
         adapter-state.safetensors   what is trained: adapter and head tensors
         optimizer.safetensors       the tensors among the rest
-        state.json                  the rest: position in the data, optimiser, schedule, random numbers, metrics so far
+        state.json                  the rest: step, optimiser settings, metrics so far
         manifest.json               size and sha256 of the three
 
+The step is position enough: learning rate, order of the data and all random numbers of a step follow from (seed, step).
 What is read is compared with the manifest first, so a damaged file is found before anything is made of it.
 """
 
+import hashlib
 import json
 import math
-import random
 import re
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..core.errors import CheckpointError, FolderError, require
@@ -37,25 +36,12 @@ _MAX_JSON_BYTES = 256 << 20  # ours, and its sha256 is known by then
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomState:
-    """Where every global random number generator stands. Plain data: JSON holds it as it is."""
-
-    python: list[Any]
-    numpy: list[Any] | None  # None: numpy was not imported
-    torch: dict[str, str]  # "cpu", "cuda:0", "mps" -> the generator's bytes in hexadecimal
-
-
-@dataclass(frozen=True, kw_only=True)
 class State:
     """Everything that a bit-equal resume needs. Plain data and tensors only."""
 
     step: int
-    epoch: int
-    batch: int  # of the epoch; with `epoch` the position in the order of the data
     tensors: dict[str, Tensor]  # adapters and heads, fp32
     optimizer: dict[str, Any]  # optimizer.state_dict()
-    scheduler: dict[str, Any]  # scheduler.state_dict()
-    random: RandomState
     history: dict[str, Any]  # metrics so far; under "best_step" the checkpoint that must be kept
     fingerprint: str  # of recipe, data and model: what must be equal for a resume to make sense
 
@@ -66,11 +52,10 @@ def save(folder: str | Path, state: State, *, keep: int = 2) -> Path:
     Raises CheckpointError if the disk is full or the state holds more than plain data; older ones are untouched then.
     """
     require(keep >= 1, f"keep is {keep}; at least the checkpoint just written is kept", CheckpointError)
-    path = _path(Path(folder), state.step)
+    path = path_of(Path(folder), state.step)
     others: dict[str, Tensor] = {}
-    rest = {name: _pack(getattr(state, name), others, name) for name in ("optimizer", "scheduler", "history")}
-    position = {name: getattr(state, name) for name in ("step", "epoch", "batch", "fingerprint")}
-    text = _json({"version": VERSION, **position, **rest, "random": asdict(state.random)})
+    rest = {name: _pack(getattr(state, name), others, name) for name in ("optimizer", "history")}
+    text = _json({"version": VERSION, "step": state.step, "fingerprint": state.fingerprint, **rest})
     size = sum(tensor.nbytes for tensor in (*state.tensors.values(), *others.values())) + len(text) + (1 << 20)
     try:
         with atomic_directory(path, replace=True, needed_bytes=size) as new:
@@ -78,13 +63,13 @@ def save(folder: str | Path, state: State, *, keep: int = 2) -> Path:
             write_tensors(new / OPTIMIZER, others)
             (new / STATE).write_bytes(text)
             files = {name: _describe(new / name) for name in (TRAINED, OPTIMIZER, STATE)}
-            (new / MANIFEST).write_bytes(_json({"version": VERSION, "files": files}))
+            (new / MANIFEST).write_bytes(_json(_manifest(files)))
     except (OSError, FolderError) as error:
         raise CheckpointError(f"step {state.step}: the checkpoint was not written: {error}") from error
     older = [step for step in _steps(path.parent) if step <= state.step][keep:]
     try:
         for step in set(older) - {state.history.get("best_step")}:
-            remove_directory(_path(path.parent, step))
+            remove_directory(path_of(path.parent, step))
     except OSError as error:
         raise CheckpointError(f"{path} was written, but an older one could not be deleted: {error}") from error
     return path
@@ -101,12 +86,8 @@ def load(path: str | Path) -> State:
         others = read_tensors(path / OPTIMIZER)
         return State(
             step=text["step"],
-            epoch=text["epoch"],
-            batch=text["batch"],
             tensors=read_tensors(path / TRAINED),
             optimizer=_unpack(text["optimizer"], others),
-            scheduler=_unpack(text["scheduler"], others),
-            random=RandomState(**text["random"]),
             history=_unpack(text["history"], others),
             fingerprint=text["fingerprint"],
         )
@@ -121,7 +102,7 @@ def newest(folder: str | Path, *, fingerprint: str | None = None) -> tuple[Path,
     """
     folder, damaged = Path(folder), []
     for step in _steps(folder):
-        path = _path(folder, step)
+        path = path_of(folder, step)
         try:
             state = load(path)
         except CheckpointError as error:
@@ -138,48 +119,8 @@ def newest(folder: str | Path, *, fingerprint: str | None = None) -> tuple[Path,
     return None
 
 
-def capture_random() -> RandomState:
-    """Where Python's, numpy's (if imported) and torch's global generators stand, on every device in use."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    if torch.backends.mps.is_available():
-        states["mps"] = torch.mps.get_rng_state()
-    numpy = None
-    if "numpy" in sys.modules:
-        name, key, *where = sys.modules["numpy"].random.get_state()
-        numpy = [name, key.tolist(), *where]
-    return RandomState(
-        python=json.loads(json.dumps(random.getstate())),  # tuples to lists, as they come back from disk
-        numpy=numpy,
-        torch={device: bytes(state.tolist()).hex() for device, state in states.items()},
-    )
-
-
-def restore_random(state: RandomState) -> list[str]:
-    """Put the global generators back; returns the devices of the state that are not here, so cannot be bit-equal."""
-    version, key, gauss = state.python
-    random.setstate((version, tuple(key), gauss))
-    if state.numpy is not None:
-        import numpy  # it was imported when the state was captured
-
-        numpy.random.set_state(tuple(state.numpy))
-    missing = []
-    for device, text in state.torch.items():
-        value = torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-        kind, _, index = device.partition(":")
-        if kind == "cpu":
-            torch.set_rng_state(value)
-        elif kind == "cuda" and int(index) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(value, int(index))
-        elif kind == "mps" and torch.backends.mps.is_available():
-            torch.mps.set_rng_state(value)
-        else:
-            missing.append(device)
-    return missing
-
-
-def _path(folder: Path, step: int) -> Path:
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or would lie."""
     return folder / f"step-{step:08d}"
 
 
@@ -194,6 +135,11 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"size_bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
+def _manifest(files: dict[str, Any]) -> dict[str, Any]:
+    """With a checksum of its own, so that damage to it is not taken for damage to the files."""
+    return {"version": VERSION, "files": files, "sha256": hashlib.sha256(_json(files)).hexdigest()}
+
+
 def _damage(path: Path) -> list[str]:
     """What is wrong with the files of a checkpoint, one line each; empty if nothing is."""
     try:
@@ -202,10 +148,10 @@ def _damage(path: Path) -> list[str]:
     except (FolderError, OSError) as error:
         return [f"{MANIFEST}: {error}"]
     files = manifest.get("files")
-    if not whole or not isinstance(files, dict) or set(files) != {TRAINED, OPTIMIZER, STATE}:
+    if not whole or not isinstance(files, dict) or manifest != _manifest(files) | {"version": manifest.get("version")}:
         return [f"{MANIFEST}: is not as it was written"]
-    if manifest.get("version") != VERSION:
-        return [f"{MANIFEST}: has version {manifest.get('version')!r}; this smidgen reads {VERSION}"]
+    if manifest["version"] != VERSION or set(files) != {TRAINED, OPTIMIZER, STATE}:
+        return [f"{MANIFEST}: has version {manifest['version']!r}; this smidgen reads {VERSION}"]
     damaged = []
     for name, written in files.items():
         try:

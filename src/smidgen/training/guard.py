@@ -36,7 +36,7 @@ class Guard:
     def check_loss(self, loss: Tensor | float, step: int) -> None:
         """Raise NonFiniteError if the loss is not finite. Waits for the device if `loss` is a tensor there."""
         self.step = step
-        value = float(loss)
+        value = loss.item() if isinstance(loss, Tensor) else loss
         if not math.isfinite(value):
             self._fail(f"the loss is {value}", {})
 

@@ -1,0 +1,286 @@
+"""The training loop: steps, evaluation, early stopping, checkpoints.  Everything a step does follows from (seed, step).
+
+The gradient of a step is that of the mean loss over all that counts in it, however it is split into micro-batches and
+processes: losses are summed, and the gradients divided once by the true count.
+"""
+
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import LengthBucketedBatches
+from ..tasks.base import Examples, Task
+from . import checkpoint
+from .guard import Guard, Stopper
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_POINTS = 100  # of the training-loss curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters that share a learning rate; matrices decay, vectors do not."""
+
+    parameters: Mapping[str, nn.Parameter]
+    learning_rate: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to train.   batch: rows per micro-batch and process; a step sees batch x accumulate x processes.
+
+    warmup: share of the steps over which the learning rate rises; it then falls in a line to zero.
+    patience: evaluations without a better metric before stopping; None trains to the end.
+    fingerprint: of recipe, data and model; a checkpoint with another is refused.
+    """
+
+    steps: int
+    batch: int
+    accumulate: int = 1
+    warmup: float = 0.06
+    clip: float = 1.0
+    evaluate_every: int
+    save_every: int
+    patience: int | None
+    seed: int
+    fingerprint: str
+
+
+@dataclass
+class Outcome:
+    """What training came to; the best tensors are in the model."""
+
+    stopped: Literal["finished", "early", "interrupted"]
+    step: int
+    best_step: int
+    best_value: float
+    seconds: float
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+
+class Loop:
+    """One run of one model: adapters, or all its weights."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        groups: Sequence[Group],
+        train: Examples,
+        valid: Examples,
+        settings: Settings,
+        accelerator: "Accelerator",
+        folder: Path | None,
+    ) -> None:
+        """folder: where checkpoints go; None keeps the best state in memory alone."""
+        self.model, self.task, self.train_set, self.valid_set = model, task, train, valid
+        self.settings, self.accelerator, self.folder = settings, accelerator, folder
+        self.trained = {name: p for group in groups for name, p in group.parameters.items()}
+        self.optimizer = _optimizer(groups)
+        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.history: dict[str, Any] = {"curves": {}, "best_step": None, "best_value": None, "worse": 0, "seconds": 0.0}
+        self.best: dict[str, Tensor] = {}
+        self.step = 0
+
+    def resume(self, state: checkpoint.State) -> None:
+        """Continue from a checkpoint of this run."""
+        self._load(state.tensors)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.step, self.history = state.step, state.history
+        best = self.history["best_step"]
+        if best is not None and self.folder is not None:
+            self.best = state.tensors if best == state.step else checkpoint.load(checkpoint.path_of(self.folder, best)).tensors
+
+    def run(self, progress: Progress) -> Outcome:
+        """Train to the end, until patience is over, or until somebody asks to stop."""
+        settings, guard = self.settings, Guard(self.model.named_parameters())
+        model = self.accelerator.prepare_model(self.model) if self.accelerator.num_processes > 1 else self.model
+        model.train()
+        started, before = time.monotonic(), self.history["seconds"]
+        stopped: Literal["finished", "early", "interrupted"] = "finished"
+        window: list[float] = []
+        batches = self._batches()
+        with Stopper() as stopper:
+            while self.step < settings.steps:
+                _seed_step(settings.seed, self.step, self.accelerator.process_index)
+                loss, tokens = self._step(model, guard, [next(batches) for _ in range(settings.accumulate)])
+                self.step += 1
+                window.append(loss)
+                progress.step(self.step, loss, tokens)
+                if self.step % max(1, settings.steps // _POINTS) == 0:
+                    self._point("train loss", sum(window) / len(window))
+                    window.clear()
+                self.history["seconds"] = before + time.monotonic() - started
+                last = self.step == settings.steps
+                asked = self._any(stopper.requested is not None)
+                if last or self.step % settings.evaluate_every == 0:
+                    guard.check_parameters(self.step)
+                    self._evaluate(progress)
+                    self._save()
+                    if settings.patience is not None and self.history["worse"] > settings.patience and not last:
+                        stopped = "early"
+                        break
+                elif asked or self.step % settings.save_every == 0:
+                    guard.check_parameters(self.step)
+                    self._save()
+                if asked and not last:
+                    stopped = "interrupted"
+                    break
+        self.history["seconds"] = before + time.monotonic() - started
+        if stopped != "interrupted":
+            self._load(self.best)
+        return Outcome(
+            stopped=stopped,
+            step=self.step,
+            best_step=self.history["best_step"] or 0,
+            best_value=self.history["best_value"] or math.nan,
+            seconds=self.history["seconds"],
+            curves={name: [(int(s), float(v)) for s, v in points] for name, points in self.history["curves"].items()},
+        )
+
+    def _step(self, model: nn.Module, guard: Guard, micro_batches: list[list[int]]) -> tuple[float, int]:
+        """One optimiser step; returns the mean loss and the number of tokens, over all processes."""
+        factor = _warmed_linear(self.step, self.settings.steps, self.settings.warmup)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        self.optimizer.zero_grad()
+        totals = torch.zeros(3, dtype=torch.float64)  # loss, count, tokens
+        for i, indices in enumerate(micro_batches):
+            batch = self._to_device(self.task.collate(self.train_set, indices))
+            last = i == len(micro_batches) - 1
+            with self.accelerator.autocast(), _no_sync(model, self.accelerator, not last):
+                loss, count = self.task.loss(model(batch), batch)
+                guard.check_loss(loss.detach(), self.step + 1)
+                self.accelerator.backward(loss)
+            totals += torch.tensor([float(loss.detach()), count, sum(self.train_set.lengths[j] for j in indices)])
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals.to(self.accelerator.device), "sum").cpu()
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        torch._foreach_mul_(gradients, self.accelerator.num_processes / float(totals[1]))  # DDP has averaged the sums
+        guard.clip_and_check(self.settings.clip)
+        self.optimizer.step()
+        return float(totals[0] / totals[1]), int(totals[2])
+
+    def _evaluate(self, progress: Progress) -> None:
+        outputs = predict(self.model, self.task, self.valid_set, self.accelerator, 2 * self.settings.batch)
+        everything = {"targets": self.valid_set.targets.to(outputs.device)}
+        loss, count = self.task.loss(outputs, everything)
+        value = self.task.measure(outputs, self.valid_set.targets)[self.task.metric]
+        self._point("valid loss", float(loss) / max(count, 1))
+        self._point(f"valid {self.task.metric}", value)
+        best = self.history["best_value"]
+        if best is None or (value > best if self.task.higher_is_better else value < best):
+            self.history.update(best_step=self.step, best_value=value, worse=0)
+            self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+        else:
+            self.history["worse"] += 1
+        progress.metric = f"valid {self.task.metric} {value:.3f}"
+
+    def _save(self) -> None:
+        if self.folder is None or not self.accelerator.is_main_process:
+            return
+        state = checkpoint.State(
+            step=self.step,
+            tensors={name: p.detach() for name, p in self.trained.items()},
+            optimizer=self.optimizer.state_dict(),
+            history=self.history,
+            fingerprint=self.settings.fingerprint,
+        )
+        checkpoint.save(self.folder, state)
+
+    @torch.no_grad()
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, value in tensors.items():
+            self.trained[name].copy_(value)
+
+    def _batches(self) -> Iterator[list[int]]:
+        """The micro-batches from the current step on, epoch after epoch."""
+        settings = self.settings
+        source = LengthBucketedBatches(
+            self.train_set.lengths,
+            batch_size=settings.batch,
+            seed=settings.seed,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        epoch, skip = divmod(self.step * settings.accumulate, len(source))
+        while True:
+            source.set_epoch(epoch)
+            yield from list(source)[skip:]
+            epoch, skip = epoch + 1, 0
+
+    def _point(self, curve: str, value: float) -> None:
+        self.history["curves"].setdefault(curve, []).append([self.step, value])
+
+    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+
+    def _any(self, flag: bool) -> bool:
+        """True on every process if it is on any."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, task: Task, examples: Examples, accelerator: "Accelerator", batch: int) -> Tensor:
+    """The model's outputs for all examples, in their order, on the CPU in fp32; processes share the work."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    order = LengthBucketedBatches(examples.lengths, batch_size=batch, seed=0, shuffle=False, rank=rank, world=world)
+    training = model.training
+    model.eval()
+    found: list[tuple[list[int], Tensor]] = []
+    for indices in order:
+        inputs = {name: tensor.to(accelerator.device) for name, tensor in task.collate(examples, indices).items()}
+        with accelerator.autocast():
+            found.append((indices, model(inputs).float().cpu()))
+    model.train(training)
+    if world > 1:
+        from accelerate.utils import gather_object
+
+        found = gather_object(found)
+    outputs = found[0][1].new_zeros(len(examples), *found[0][1].shape[1:])
+    for indices, part in found:
+        outputs[indices] = part
+    return outputs
+
+
+def _optimizer(groups: Sequence[Group]) -> torch.optim.Optimizer:
+    tensors = []
+    for group in groups:
+        for decays in (True, False):
+            some = [p for p in group.parameters.values() if (p.ndim > 1) == decays]
+            if some:
+                decay = group.weight_decay if decays else 0.0
+                tensors.append({"params": some, "lr": group.learning_rate, "weight_decay": decay})
+    return torch.optim.AdamW(tensors, fused=True)
+
+
+def _warmed_linear(step: int, steps: int, warmup: float) -> float:
+    """The factor on the learning rate: a line up over the first share of the steps, a line down to zero over the rest."""
+    rising = max(1, round(warmup * steps))
+    return (step + 1) / rising if step < rising else (steps - step) / max(1, steps - rising)
+
+
+def _seed_step(seed: int, step: int, rank: int) -> None:
+    """All randomness of a step follows from (seed, step, rank): a resumed run draws what the unbroken one would."""
+    mixed = (seed * 1_000_003 + step) * 4_096 + rank
+    random.seed(mixed)
+    torch.manual_seed(mixed % (1 << 63))
+
+
+def _no_sync(model: nn.Module, accelerator: "Accelerator", hold: bool) -> Any:
+    from contextlib import nullcontext
+
+    return accelerator.no_sync(model) if hold and accelerator.num_processes > 1 else nullcontext()

@@ -1,0 +1,138 @@
+"""report.json holds every figure, and the verdict says no more than the intervals do."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from smidgen.core.errors import ConfigError
+from smidgen.evaluate.report import Estimate, Example, Report
+from smidgen.evaluate.verdict import findings, verdict
+
+
+def test_saving_writes_both_files_and_leaves_nothing_else(binary: Report, tmp_path: Path) -> None:
+    binary.save(tmp_path / "run")
+    binary.save(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.html", "report.json"]
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == binary.to_json()
+
+
+def test_the_json_has_a_format_and_every_row_with_every_figure(binary: Report) -> None:
+    written = json.loads(json.dumps(binary.to_json()))
+    assert written["format"] == 1
+    assert written["metric"] == "accuracy"
+    assert [row["name"] for row in written["rows"]] == ["majority", "base", "tuned", "full"]
+    tuned = written["rows"][2]
+    assert tuned.keys() == {
+        *("name", "value", "low", "high", "trainable", "share", "peak_bytes", "seconds", "disk_bytes", "others")
+    }
+    assert tuned["others"] == {"macro_f1": 0.840, "mcc": 0.682}
+    assert written["difference"] == {"value": 0.062, "low": 0.041, "high": 0.083}
+    assert written["curves"]["valid loss"][0][0] == 100
+    assert written["plan"][0] == {"setting": "rank", "value": "8", "why": "usual for a model of this size"}
+    assert written["shift"][0]["tuned"]["value"] == 0.683
+
+
+def test_what_is_not_finite_is_null(regression: Report) -> None:
+    report = replace(regression, curves={"train loss": [(1, math.nan), (2, math.inf), (3, 0.5)]})
+    written = report.to_json()
+    assert written["rows"][0]["others"] == {"spearman": None}
+    assert written["curves"] == {"train loss": [[1, None], [2, None], [3, 0.5]]}
+    json.dumps(written, allow_nan=False)
+
+
+def test_examples_are_ten_of_each_kind_and_two_hundred_characters(binary: Report) -> None:
+    long = Example(text="a\n b" * 400, truth="1", base="0", tuned="1", better="tuned")
+    report = replace(binary, examples=[long] * 12 + [replace(long, better="base")] * 3)
+    written = report.to_json()["examples"]
+    assert [example["better"] for example in written] == ["tuned"] * 10 + ["base"] * 3
+    assert len(written[0]["text"]) == 200
+    assert written[0]["text"].startswith("a ba ba b")
+
+
+def test_parts_that_do_not_fit_each_other_are_refused(binary: Report) -> None:
+    with pytest.raises(ConfigError, match='the row "tuned"'):
+        replace(binary, rows=binary.rows[:2])
+    with pytest.raises(ConfigError, match="difference of tuned and base"):
+        replace(binary, difference=None)
+    with pytest.raises(ConfigError, match="2 labels"):
+        replace(binary, confusion=[[1, 2, 3], [1, 2, 3], [1, 2, 3]])
+    with pytest.raises(ConfigError, match="one row of each name"):
+        replace(binary, rows=binary.rows * 2)
+
+
+def test_a_gain_says_its_size_its_interval_and_its_cost(binary: Report) -> None:
+    said = verdict(binary)
+    assert said.outcome == "gained"
+    assert said.headline == "Tuned gains 6.2 points of accuracy over the linear probe [4.1, 8.3]."
+    assert said.cost == "0.31 % of the parameters trained, 141 KB on disk, 1 min 23 s, peak memory 412 MB"
+    assert said.full == "Full fine-tuning reaches 84.8 % [83.2, 86.4]: 45 MB on disk, 6 min 52 s."
+
+
+def test_a_loss_is_said_as_plainly(binary: Report) -> None:
+    said = verdict(replace(binary, difference=Estimate(-0.021, -0.037, -0.004)))
+    assert said.outcome == "lost"
+    assert said.headline == (
+        "Tuned loses 2.1 points of accuracy against the linear probe [0.4, 3.7]: keep the linear probe."
+    )
+
+
+def test_an_interval_around_zero_is_no_certain_gain(many_classes: Report) -> None:
+    assert verdict(many_classes).outcome == "uncertain"
+    assert verdict(many_classes).headline == (
+        "No certain gain: tuned is 0.6 points better in accuracy than the linear probe [-1.1, 2.3]."
+    )
+    assert any("The gain is not certain" in finding for finding in findings(many_classes))
+
+
+def test_where_lower_is_better_a_fall_is_a_gain(regression: Report) -> None:
+    assert verdict(regression).headline == (
+        "Tuned raises rmse by 0.031 against the linear probe [0.012, 0.049]: keep the linear probe."
+    )
+    fallen = replace(regression, difference=Estimate(-0.031, -0.049, -0.012))
+    assert verdict(fallen).outcome == "gained"
+    assert verdict(fallen).headline == "Tuned lowers rmse by 0.031 against the linear probe [0.012, 0.049]."
+
+
+def test_without_a_base_nothing_is_claimed(binary: Report) -> None:
+    report = replace(binary, rows=binary.rows[2:3], difference=None)
+    assert verdict(report).outcome == "not compared"
+    assert verdict(report).headline == "Tuned reaches 84.1 % [82.5, 85.7] accuracy; it was not compared with a base."
+
+
+def test_an_undefined_difference_is_not_a_gain(binary: Report) -> None:
+    assert verdict(replace(binary, difference=Estimate(math.nan, math.nan, math.nan))).outcome == "uncertain"
+
+
+def test_overfitting_is_found_when_the_validation_loss_rises_and_the_training_loss_falls(binary: Report) -> None:
+    [found] = [finding for finding in findings(binary) if finding.startswith("Overfitting")]
+    assert "0.448 (step 500) to 0.485 (step 1,000)" in found
+    assert found.endswith("The adapter kept is that of step 500.")
+
+
+def test_a_validation_loss_that_is_lowest_at_the_end_is_no_overfitting(regression: Report) -> None:
+    assert not any(finding.startswith("Overfitting") for finding in findings(regression))
+
+
+def test_a_training_loss_that_rises_too_is_no_overfitting(binary: Report) -> None:
+    rising = [(step, 0.2 + step / 1000) for step in range(1, 1001)]
+    report = replace(binary, curves={**binary.curves, "train loss": rising})
+    assert not any(finding.startswith("Overfitting") for finding in findings(report))
+
+
+def test_a_loss_on_another_domain_is_named_and_a_gain_is_not(binary: Report) -> None:
+    found = "\n".join(findings(binary))
+    assert "On tweets tuned is worse than the linear probe by 2.8 points [1.2, 4.4]" in found
+    assert "news" not in found
+
+
+def test_a_tuned_model_no_better_than_the_most_frequent_label_is_named(binary: Report) -> None:
+    majority, base, tuned, _ = binary.rows
+    report = replace(binary, rows=(majority, base, replace(tuned, value=0.521)))
+    assert any("no better than always answering the most frequent label (52.1 %)" in f for f in findings(report))
+
+
+def test_notes_follow_what_was_found(binary: Report) -> None:
+    assert binary.to_json()["notes"] == [*findings(binary), *binary.notes]
