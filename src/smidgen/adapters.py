@@ -1,10 +1,11 @@
 """AdapterSet: all adapters that live in one model; the handle a user holds.  And the ways to get one: attach, load, adapters_of."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from .core.method import Method
 from .core.rows_apart import run_apart
 from .core.site import Site
 from .core.targets import Resolution, Targets
+from .formats.read import read_folder
+from .formats.write import About, Placed, write_folder
 from .methods.head import Head, leaves
 
 _SET = "_smidgen_set"
@@ -32,6 +35,37 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, seed: int
     """
     adapters = adapters_of(model) or AdapterSet(model)
     adapters.add(method, name=name, seed=seed)
+    return adapters
+
+
+def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check_base: bool = True) -> "AdapterSet":
+    """Put the adapters of a folder on the model: of one that `save` wrote, or Hugging Face PEFT.
+
+    If the model had none, what was active when they were saved acts at once; else they wait for `activate`.
+    name: what to call the one adapter of a folder; of several, which one to load.
+    check_base: refuse an adapter that was trained on other weights than the model has.
+    Raises FolderError or AttachError, and then has changed nothing.
+    """
+    adapters = adapters_of(model) or AdapterSet(model)
+    empty = not adapters.names
+    content = read_folder(folder, model, name, check_base=check_base, head_sites=adapters._head_sites)
+    for loaded in content.adapters:
+        adapters._check_name(loaded.name)
+    added: list[str] = []
+    try:
+        for loaded in content.adapters:
+            adapters._put(loaded.method, loaded.name, loaded.resolution, None, fresh=False)
+            added.append(loaded.name)
+            loaded.fill(adapters.parts(loaded.name))
+    except BaseException:
+        for done in added:
+            adapters.delete(done)
+        raise
+    if empty and content.active is not None:
+        active: Expression = content.active
+        for loaded in content.adapters:
+            active = _renamed(active, loaded.saved_as, loaded.name)
+        adapters.activate(active)
     return adapters
 
 
@@ -112,6 +146,7 @@ class AdapterSet:
 
     def add(self, method: Method, name: str = "default", *, seed: int | None = None) -> "AdapterSet":
         """Put a further adapter on the model; `activate` makes it act.  See `attach`."""
+        method = method.fitted(self.model)
         resolution = method.resolve(self.model)
         return self._put(method, name, resolution, seed)
 
@@ -248,6 +283,36 @@ class AdapterSet:
                 f"{' ...' if len(idle) > 5 else ''}. The model reads these weights without calling the layer's forward, or the loss "
                 'does not depend on them. Reach them as parameters: Targets("*.attn").parameter("in_proj_weight")'
             )
+
+    # -- saving
+
+    def save(
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        *,
+        base_model: str | None = None,
+        task_type: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+        replace: bool = False,
+    ) -> None:
+        """Write adapters into a folder that `load` reads, and Hugging Face PEFT where it has the method.
+
+        By default all: a single one at the folder's root, several in sub-folders by name with their composition.
+        base_model: path or name of the base, by default what its config remembers.   task_type: HF PEFT's, "CAUSAL_LM".
+        extra: numbers, texts, lists and mappings to keep with them.   replace: an adapter folder that is there goes.
+        Raises FolderError, and then what was there is still there.
+        """
+        names = self.names if name is None else [name]
+        if not names:
+            raise AttachError("nothing to save: the model has no adapters")
+        placed = []
+        for each in names:
+            entry, count = self._entry(each), len(self._entry(each).resolution.sites)
+            sites, heads = entry.sites[:count], entry.sites[count:]
+            placed.append(Placed(name=each, method=entry.method, sites=sites, heads=heads, parts=self.parts(each)))
+        about = About(base_model=base_model, task_type=task_type, extra=extra)
+        write_folder(folder, self.model, placed, self._active, about, replace=replace)
 
     # -- merging
 

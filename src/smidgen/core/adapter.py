@@ -13,6 +13,7 @@ from .errors import NotMergeable
 from .site import Site
 
 Call = Callable[..., Any]
+HELD = "smidgen"  # the name under which a layer holds its adapters
 
 
 class Adapter(nn.Module):

@@ -19,21 +19,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Call, Held
+from .adapter import HELD, Adapter, Call, Held
 from .composition import Expression, Plan, merged, names_in, plan_for
 from .site import Site
 
-HELD, PLAN, VALUES, LIFTED = "smidgen", "_smidgen_plan", "_smidgen_values", "_smidgen_lifted_forward"
+PLAN, VALUES, LIFTED = "_smidgen_plan", "_smidgen_values", "_smidgen_lifted_forward"
 
 
 @functools.cache
 def adapted(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `base` whose forward runs through the layer's plan; one per layer class, with its name."""
-    base_forward = base.forward
 
-    @functools.wraps(base_forward)  # inspect.signature(model.forward) keeps telling the truth
+    @functools.wraps(base.forward)  # inspect.signature(model.forward) keeps telling the truth
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call: Call = self.__dict__.get(LIFTED) or base_forward.__get__(self)
+        call: Call = self.__dict__.get(LIFTED) or base.forward.__get__(self)  # now: others patch classes too
         if self._smidgen_values:
             call = functools.partial(_with_values, self, call)
         plan = self._smidgen_plan
@@ -41,13 +40,16 @@ def adapted(base: type[nn.Module]) -> type[nn.Module]:
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         # pickled and copied by the base class: the made class has no name to import
-        return _restored, (base,), self.__dict__.copy()
+        return _restored, (base,), cast(Any, self).__getstate__()
 
     def extra_repr(self: Any) -> str:
         held = ", ".join(f"{name}: {type(a).__name__}" for name, a in self.smidgen._modules.items())
         return ", ".join(part for part in (base.extra_repr(self), f"adapters=({held})") if part)
 
     body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "extra_repr": extra_repr, "base_class": base}
+    if issubclass(base, nn.Sequential):  # it runs and counts what it holds; the adapters are not part of that
+        body["__iter__"] = lambda self: iter([m for name, m in self._modules.items() if name != HELD])
+        body["__len__"] = lambda self: len(self._modules) - 1
     for copied in ("__module__", "__qualname__", "__doc__"):
         body[copied] = getattr(base, copied)
     return cast("type[nn.Module]", type(base)(base.__name__, (base,), body))
@@ -77,7 +79,7 @@ def substitute(layer: nn.Module) -> None:
     """Give a layer the class whose forward runs through a plan; nothing if it has it already."""
     if is_adapted(layer):
         return
-    layer.add_module(HELD, Held())
+    layer.add_module(HELD, Held().train(layer.training))
     set_plans(layer, None, {})
     if "forward" in layer.__dict__:  # accelerate and others patch the instance: keep theirs inside ours
         layer.__dict__[LIFTED] = layer.__dict__.pop("forward")
@@ -136,11 +138,13 @@ class ValuePlan:
 
     def __init__(self, expression: Expression, adapters: dict[str, Adapter]) -> None:
         self.expression, self.adapters = expression, adapters
+        self.site = next(iter(adapters.values())).site
+        self.storage = self.site.storage
 
     def value(self) -> Tensor:
         """The parameter with the active changes in it, in its stored shape and dtype; differentiable."""
-        site = next(iter(self.adapters.values())).site
-        stored = site.storage.read(site.stored)
+        site = self.site
+        stored = self.storage.read(site.stored)
         W = site.linear.read_rows(stored, slice(None))
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         changed, _ = merged(self.expression, self.adapters.get, W, None, slice(None))
@@ -158,17 +162,28 @@ def replaced(owner: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
 
     An entry in a module's `__dict__` is found before its parameters, which are left alone.
     """
-    placed: list[tuple[nn.Module, str]] = []
+    placed: list[tuple[nn.Module, str, Tensor | None]] = []
     try:
         for dotted, value in values.items():
             path, _, name = dotted.rpartition(".")
             module = owner.get_submodule(path)
+            placed.append((module, name, module.__dict__.get(name)))  # there already where contexts are nested
             module.__dict__[name] = value
-            placed.append((module, name))
         yield
     finally:
-        for module, name in placed:
-            del module.__dict__[name]
+        for module, name, before in placed:
+            if before is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = before
+
+
+def planned_call(layer: nn.Module, call: Call) -> Call:
+    """A call of the adapted layer with what acts there now around it."""
+    if layer.__dict__[VALUES]:
+        call = functools.partial(_with_values, layer, call)
+    plan = layer.__dict__[PLAN]
+    return call if plan is None else functools.partial(plan, call)
 
 
 def _with_values(layer: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Blocks: where the attentions and feed-forwards of an arbitrary transformer are.
 
     attentions(model)     Attention("encoder.layer.0.attention", query="encoder.layer.0.attention.self.query", ...)
-    feedforwards(model)   FeedForward("layers.0.mlp", inputs=("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"), output=...)
+    feedforwards(model)   FeedForward("layers.0.mlp", inputs=("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"), ...)
 
 Found by structure: a module owns an attention, or a feed-forward, if it has all the layers of one line of the tables
 below, and what comes out is as wide as what goes in (the residual stream).  The names are the field's; a new
@@ -14,7 +14,7 @@ from typing import Literal
 from torch import nn
 
 from .errors import TargetError
-from .layers import LinearKind, kind_of
+from .layers import LinearKind, NormKind, kind_of
 
 # query, key, value, output; a name that repeats is one fused layer
 _ATTENTION = (
@@ -78,8 +78,8 @@ class Attention:
 class FeedForward:
     """One feed-forward: the dotted paths of its layers.
 
-    path: the module that owns them.   whole: that module is the feed-forward and nothing else, so that its call takes the
-    feed-forward's input and gives its output; False where the layers stand in the block itself (BERT, BART, OPT).
+    path: the module that owns them.   whole: that module is the feed-forward and nothing else, so that its call takes
+    the feed-forward's input and gives its output; False where the layers stand in the block itself (BERT, BART, OPT).
     """
 
     path: str
@@ -107,12 +107,13 @@ def attentions(model: nn.Module) -> list[Attention]:
 def feedforwards(model: nn.Module) -> list[FeedForward]:
     """The feed-forwards of a model, or of a part of it, in the order of registration; empty if none is recognised."""
     modules, found = _modules(model), []
-    beside = [attention.path for attention in attentions(model)]
+    others = [part.path for part in attentions(model)]
+    others += [path for path, module in modules.items() if isinstance(kind_of(module), NormKind)]
     for path in modules:
         for input_names, output_name in _FEEDFORWARD:
             inputs, output = tuple(_below(path, name) for name in input_names), _below(path, output_name)
             if _is_residual(modules, inputs, output):
-                whole = not any(attention.startswith(_below(path, "")) for attention in beside)
+                whole = not any(other.startswith(_below(path, "")) for other in others)
                 found.append(FeedForward(path, inputs, output, whole))
                 break
     return found
@@ -132,8 +133,8 @@ def feedforward_half(path: str) -> tuple[Half, str] | None:
 def output_width(module: nn.Module) -> int | None:
     """How many features a block, attention or feed-forward gives out; None if that cannot be told."""
     if isinstance(module, nn.MultiheadAttention):
-        return module.embed_dim
-    outputs = [part.output for part in (*feedforwards(module), *attentions(module))]
+        return int(module.embed_dim)
+    outputs = [part.output for part in feedforwards(module)] + [part.output for part in attentions(module)]
     return _fans(module.get_submodule(outputs[0]))[0] if outputs else None
 
 
@@ -141,7 +142,9 @@ def not_recognised(model: nn.Module, what: str, example: str) -> TargetError:
     """The error of a method that finds none of `what` in the model; `example` says how to name targets by hand."""
     layers = (path.rpartition(".")[2] for path, module in _modules(model).items() if kind_of(module) is not None)
     names = ", ".join(f"*.{name}" for name in list(dict.fromkeys(layers))[:15])
-    return TargetError(f"no {what} is recognised in {type(model).__name__}. Name the places by hand: {example}. It has: {names}")
+    return TargetError(
+        f"no {what} is recognised in {type(model).__name__}. Name the places by hand: {example}. It has: {names}"
+    )
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -31,6 +31,8 @@ class Stack:
     parts: "tuple[Expression, ...]"
 
     def __init__(self, *parts: "Expression") -> None:
+        if any(isinstance(part, Rows) for part in parts):
+            raise AttachError('Rows stands outermost, one composition per row: Rows(Stack("a", "b"), None)')
         object.__setattr__(self, "parts", tuple(part for part in parts if part is not None))
 
 
@@ -92,7 +94,8 @@ def from_data(data: Any) -> Expression:
         if kind == "weighted" and isinstance(parts, list) and all(isinstance(p, list) and len(p) == 2 for p in parts):
             return Weighted({cast(str, from_data(part)): float(weight) for part, weight in parts})
     raise AttachError(
-        f"{data!r} is no composition; write a name, {{stack: [...]}}, {{weighted: [[name, weight], ...]}} or {{rows: [...]}}"
+        f"{data!r} is no composition; write a name, {{stack: [...]}}, {{weighted: [[name, weight], ...]}} or "
+        "{rows: [...]}"
     )
 
 
@@ -130,9 +133,7 @@ def _rows_plan(expression: Rows, find: Find) -> "Plan | None":
             raise AttachError("Rows inside Rows has no meaning: a row has one composition")
         groups.setdefault(part, []).append(row)
     plans = [(plan_for(part, find), torch.tensor(rows)) for part, rows in groups.items()]
-    if all(plan is None for plan, _ in plans):
-        return None
-    return plans[0][0] if len(plans) == 1 else RowsPlan(tuple(plans), len(expression.parts))
+    return None if all(plan is None for plan, _ in plans) else RowsPlan(tuple(plans), len(expression.parts))
 
 
 def _delta(plan: Plan, x: Tensor) -> Tensor:
@@ -184,6 +185,7 @@ class RowsPlan:
     """A mixed batch at one layer: the base runs once where all changes are additive, per group where one is not.
 
     Rows may have been repeated evenly on the way (beam search, windows of an image): row r then owns a block of rows.
+    An input that all rows share (positions) is given to each.
     """
 
     def __init__(self, groups: "tuple[tuple[Plan | None, Tensor], ...]", rows: int) -> None:
@@ -193,6 +195,11 @@ class RowsPlan:
         self.inverse = torch.argsort(torch.cat([index for _, index in groups]))
 
     def __call__(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.shape[0] == 1:
+            x = x.expand(self.rows, *x.shape[1:])
+        if len(self.groups) == 1:  # the same for all rows
+            self._blocks(x)
+            return cast(Plan, self.groups[0][0])(call, x, *args, **kwargs)
         if self.additive:
             y = call(x, *args, **kwargs)
             return torch.add(y, self.delta(x).to(y.dtype))

@@ -16,7 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm)
+_CHANNEL_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+_SPATIAL = {"BatchNorm2d": 2, "BatchNorm3d": 3, "InstanceNorm1d": 1, "InstanceNorm2d": 2, "InstanceNorm3d": 3}
 
 
 class LayerKind:
@@ -135,7 +139,8 @@ class ConvKind(LayerKind):
         A = A.view(A.shape[0], layer.in_channels // layer.groups, *layer.kernel_size)
         if layer.groups > 1:
             A = A.repeat(layer.groups, *[1] * (A.ndim - 1))  # (groups R, C/groups, *kernel)
-        return layer._conv_forward(x, A, None)  # stride, padding mode, dilation and groups of the layer itself
+        # stride, padding mode, dilation and groups of the layer itself
+        return cast(Tensor, layer._conv_forward(x, A, None))
 
     def expand(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
         layer = cast(nn.Conv2d, layer)
@@ -230,7 +235,7 @@ class NormKind(LayerKind):
 
     def probe(self, layer: nn.Module, generator: torch.Generator) -> Tensor:
         weight = cast(Tensor, layer.weight)
-        spatial = {"BatchNorm2d": 2, "BatchNorm3d": 3}.get(_base_class(layer).__name__, 0)
+        spatial = _SPATIAL.get(_base_class(layer).__name__, 0)
         return torch.randn(4, *weight.shape, *[3] * spatial, generator=generator).to(weight.device, weight.dtype)
 
 
@@ -248,7 +253,9 @@ class MatrixKind(LayerKind):
         self.stack = shape[0] if len(shape) == 3 else 1
 
     def fans(self, layer: nn.Module) -> tuple[int, int]:
-        return (self.shape[-2], self.shape[-1]) if len(self.shape) >= 2 else (self.shape.numel(), 1)
+        if len(self.shape) == 3:
+            return self.shape[1], self.shape[2]
+        return (self.shape[0], math.prod(self.shape[1:])) if self.shape else (1, 1)
 
     def read_rows(self, W: Tensor, rows: slice) -> Tensor:
         return self._matrix(W)[rows]
@@ -258,9 +265,7 @@ class MatrixKind(LayerKind):
 
     def _matrix(self, W: Tensor) -> Tensor:
         """(E O, I) for a stack, (O, I) for a matrix, (O, 1) for a vector; kernels count as matrices of their rows."""
-        if self.stack > 1 or W.ndim == 3:
-            return W.view(-1, W.shape[-1])
-        return W.view(W.shape[0], -1) if W.ndim else W.view(1, 1)
+        return W.view(-1, self.shape[-1] if W.ndim == 3 else math.prod(self.shape[1:]))
 
 
 _KINDS: list[LayerKind] = [TransposedLinearKind(), LinearKind(), ConvKind(), EmbeddingKind(), NormKind()]

@@ -6,6 +6,7 @@ written, and a merge that would lose more than allowed is refused.  One layer of
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class MergeReport:
 
 def merge_into_base(model: nn.Module, sites: list[Site], expression: Expression, *, max_error: float) -> MergeReport:
     """Write the expression's changes at these sites into the base.  Raises before anything is written."""
+    sites = sorted(sites, key=lambda site: site.parameter is None)  # while running, a call sees changed parameters
     _refuse_unmergeable(sites, expression)
     _refuse_tied(model, sites)
     errors = {site.name: _error(site, expression) for site in sites}
@@ -48,9 +50,10 @@ def merge_into_base(model: nn.Module, sites: list[Site], expression: Expression,
         worst = max(above, key=above.__getitem__)
         dtype = next(site.stored.dtype for site in sites if site.name == worst)
         raise MergeError(
-            f"rounding to {str(dtype).removeprefix('torch.')} would lose up to {above[worst]:.0%} of the update ({worst}; {len(above)} of "
-            f"{len(errors)} sites above max_error={max_error}). Nothing was changed. Keep the adapter attached, load the base in float32 "
-            f"to merge, or allow it: merge(..., max_error={above[worst] * 1.01:.2g})"
+            f"rounding to {str(dtype).removeprefix('torch.')} would lose up to {above[worst]:.0%} of the update ({worst}; "
+            f"{len(above)} of {len(errors)} sites above max_error={max_error}). Nothing was changed. Keep the adapter "
+            "attached, load the base in float32 to merge, or allow it: "
+            f"merge(..., max_error={above[worst] * 1.01:.2g})"
         )
     _compare_with_running(sites, expression)
     for site in sites:
@@ -83,7 +86,9 @@ def _error(site: Site, expression: Expression) -> float:
     dtype = site.storage.writable(site.stored).dtype
     for _, old, new, b in _blocks(site, expression):
         rounded = new.to(dtype)
-        if not torch.isfinite(rounded).all() or (b is not None and not torch.isfinite(b).all()):
+        if not torch.isfinite(rounded).all():
+            return float("inf")
+        if b is not None and not torch.isfinite(b.to(cast(Tensor, site.bias).dtype)).all():
             return float("inf")
         lost += float((rounded.to(new.dtype) - new).square().sum())
         update += float((new - old).square().sum())
@@ -105,8 +110,8 @@ def _refuse_unmergeable(sites: list[Site], expression: Expression) -> None:
             adapter = _find(site, name)
             if adapter is not None and (not adapter.mergeable or site.kind is None):
                 raise NotMergeable(
-                    f'"{name}" ({type(adapter).__name__} at {site.name or "the model"}) changes activations, not weights, so it cannot be '
-                    "merged. Keep it attached, and merge the others by name."
+                    f'"{name}" ({type(adapter).__name__} at {site.name or "the model"}) changes activations, not '
+                    "weights, so it cannot be merged. Keep it attached, and merge the others by name."
                 )
 
 
@@ -120,8 +125,8 @@ def _refuse_tied(model: nn.Module, sites: list[Site]) -> None:
         tied = places.get(id(site.stored), [])
         if len(tied) > 1:
             raise MergeError(
-                f"{' and '.join(tied)} are one tied tensor: merging at {site.name} would change all of them. Nothing was changed. "
-                "Untie them first (give the layer its own copy of the weight), or keep the adapter attached"
+                f"{' and '.join(tied)} are one tied tensor: merging at {site.name} would change all of them. Nothing was "
+                "changed. Untie them first (give the layer its own copy of the weight), or keep the adapter attached"
             )
 
 
@@ -152,6 +157,7 @@ def _compare_with_running(sites: list[Site], expression: Expression) -> None:
         gap = float((merged_out - running).norm() / running.norm().clamp_min(1e-12))
         if not gap <= tolerance:
             raise MergeError(
-                f"at {site.name} the merged {type(layer).__name__} differs from the running one by {gap:.1e} of its output; nothing was "
-                "changed. Its forward does more with the weight than a plain layer of its kind: keep the adapter attached"
+                f"at {site.name} the merged {type(layer).__name__} differs from the running one by {gap:.1e} of its "
+                "output; nothing was changed. Its forward does more with the weight than a plain layer of its kind: "
+                "keep the adapter attached"
             )

@@ -66,6 +66,10 @@ class Method:
         """Paths that "auto" means for this method in this model, and what it leaves out with the reason."""
         return body_layers(model)
 
+    def fitted(self, model: nn.Module) -> "Method":
+        """The method with what depends on the model filled in, before its sites are found.  Most have nothing to fill in."""
+        return self
+
     def resolve(self, model: nn.Module) -> Resolution:
         """The sites of this method in this model.  Raises TargetError if there are none."""
         if not self.targets.is_auto:
@@ -79,7 +83,10 @@ class Method:
         raise NotImplementedError
 
     def shared(self, sites: tuple[Site, ...]) -> "Shared | None":
-        """Parameters that all sites use together, or None.  Every adapter finds them as `self.shared`; the first holds them."""
+        """Parameters that all sites use together, or None.
+
+        Every adapter finds them as `self.shared`; the first one holds them.
+        """
         return None
 
     def calibrate(self, model: nn.Module, adapters: Mapping[str, Adapter], loss: Callable[[], Tensor] | None) -> None:
@@ -116,7 +123,6 @@ def method_named(name: str) -> type[Method]:
     known = _METHODS if name in _METHODS else methods()
     if name not in known:
         near = nearest(name, known)
-        raise ConfigError(
-            f'there is no method "{name}". {"Did you mean " + " or ".join(near) + "? " if near else ""}There are: {", ".join(known)}'
-        )
+        mean = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise ConfigError(f'there is no method "{name}". {mean}There are: {", ".join(known)}')
     return known[name]

@@ -36,16 +36,16 @@ class RowsApart:
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is not None:
             raise AttachError(
-                "rows with prompts, prefixes or changed parameters cannot share one cache: generate for each adapter in turn"
+                "rows with prompts, prefixes or changed parameters cannot share one cache: "
+                "generate for each adapter in turn"
             )
         outputs = []
         try:
             for expression, rows in self.groups.items():
                 mechanism.set_plans(self.model, None, {})  # the model itself need not be a site of the expression
                 self.set_plans(expression)
-                own = self.model.__dict__[mechanism.PLAN]
                 some_args, some_kwargs = tree_map(lambda leaf: self._pick(leaf, rows), (args, kwargs))  # noqa: B023
-                outputs.append(call(*some_args, **some_kwargs) if own is None else own(call, *some_args, **some_kwargs))
+                outputs.append(mechanism.planned_call(self.model, call)(*some_args, **some_kwargs))
         finally:
             run_apart(self.model, self.rows, self.set_plans)
         order = torch.argsort(torch.tensor([row for rows in self.groups.values() for row in rows]))
@@ -56,7 +56,8 @@ class RowsApart:
             return leaf[torch.tensor(rows, device=leaf.device)]
         if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] != 1:
             raise AttachError(
-                f"Rows names {len(self.rows.parts)} rows, the batch has {leaf.shape[0]}: say one adapter (or None) for each row"
+                f"Rows names {len(self.rows.parts)} rows, the batch has {leaf.shape[0]}: "
+                "say one adapter (or None) for each row"
             )
         return leaf
 

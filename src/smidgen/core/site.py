@@ -95,7 +95,9 @@ class Site:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype the frozen layer computes in for this input: autocast's where it is on, x's own elsewhere."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def _like(parameter: Tensor, x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class DenseStorage(WeightStorage):
 
 
 class OpaqueStorage(WeightStorage):
-    """Anything else that a layer can multiply by (quantised, a tensor subclass): runs, but is neither read nor merged."""
+    """Anything else that a layer can multiply by (quantised, a tensor subclass): runs, is neither read nor merged."""
 
     name = "opaque"
 

@@ -1,11 +1,11 @@
-"""Targets: how a user says which places in a model.  Values that combine; resolved to a list of sites before anything is attached.
+"""Targets: how a user says which places in a model.  Values that combine; resolved to a list of sites before attaching.
 
 Targets("*.q_proj", "*.v_proj")                      glob on the dotted path; a pattern also matches the end of a path
 Targets("model.layers.{0-11}.mlp.*_proj")            {0-11} a range of numbers, {a,b} alternatives
 Targets.of_type(nn.Linear) & ~Targets("lm_head")     types, and, or, not
 Targets(lambda path, module: ...)                    anything
 Targets("*.self_attn").parameter("in_proj_weight")   a parameter of the module as the site
-Targets.auto()                                       all linear layers of the body, not the head; in a CNN the convolutions
+Targets.auto()                                       all linear layers of the body, not the head; a CNN's convolutions
 """
 
 import functools
@@ -13,10 +13,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from .adapter import Held
+from .adapter import HELD, Held
 from .errors import TargetError, nearest
 from .layers import ConvKind, EmbeddingKind, LayerKind, LinearKind, kind_of
 from .site import Site
@@ -32,9 +33,9 @@ class Targets:
             raise TargetError(
                 'Targets() names no place; say Targets("*.q_proj"), Targets.of_type(nn.Linear) or Targets.auto()'
             )
-        self._patterns = tuple(part for part in what if isinstance(part, str))
-        self._tests: tuple[Predicate, ...] = tuple(_glob(part) if isinstance(part, str) else part for part in what)
-        self._parameters: tuple[str, ...] = ()
+        self._patterns = tuple(part for part in what if isinstance(part, str))  # each has to match something
+        self._named = bool(self._patterns)  # what was named must be possible; what was swept up may be passed over
+        self._terms = tuple(_Term(_glob(part) if isinstance(part, str) else part) for part in what)
         self.is_auto = False
         self._text = ", ".join(
             f'"{part}"' if isinstance(part, str) else getattr(part, "__name__", "predicate") for part in what
@@ -73,34 +74,45 @@ class Targets:
 
     def parameter(self, *names: str) -> "Targets":
         """The named parameters of these modules as the sites, for code that reads a weight without calling forward."""
-        targets = self._combined(self._tests, f"{self._text}.parameter({', '.join(names)})")
-        targets._patterns, targets._parameters = self._patterns, names
-        return targets
+        terms = tuple(_Term(term.test, names) for term in self._terms)
+        return self._combined((self,), terms, f"{self._text}.parameter({', '.join(names)})", named=self._named)
 
     def matches(self, path: str, module: nn.Module) -> bool:
         """True if the module at `path` is one of the places."""
-        return any(test(path, module) for test in self._tests)
+        return any(term.test(path, module) for term in self._terms)
 
     def __or__(self, other: "Targets") -> "Targets":
-        return self._combined((self.matches, other.matches), f"{self} | {other}")
+        terms = (*self._terms, *other._terms)
+        return self._combined((self, other), terms, f"{self._text} | {other._text}", named=self._named or other._named)
 
     def __and__(self, other: "Targets") -> "Targets":
-        return self._combined((_Both(self, other),), f"{self} & {other}")
+        self._refuse_parameters(other)
+        return self._combined((self, other), (_Term(_Both(self, other)),), f"({self._text}) & ({other._text})")
 
     def __invert__(self) -> "Targets":
-        return self._combined((_Not(self),), f"~({self})")
+        self._refuse_parameters(self)
+        return self._combined((self,), (_Term(_Not(self)),), f"~({self._text})")
 
     def __repr__(self) -> str:
         return f"Targets({self._text})"
 
-    def _combined(self, tests: tuple[Predicate, ...], text: str) -> "Targets":
-        if self.is_auto:
+    @staticmethod
+    def _combined(
+        parts: "tuple[Targets, ...]", terms: "tuple[_Term, ...]", text: str, *, named: bool = False
+    ) -> "Targets":
+        if any(part.is_auto for part in parts):
             raise TargetError(
-                'Targets.auto() does not combine: it depends on the model. Use Targets.of_type(nn.Linear) & ~Targets("lm_head")'
+                "Targets.auto() does not combine: it depends on the model. "
+                'Use Targets.of_type(nn.Linear) & ~Targets("lm_head")'
             )
-        targets = Targets(*tests)
-        targets._text = text
+        targets = Targets(*(term.test for term in terms))
+        targets._terms, targets._text, targets._named = terms, text, named
+        targets._patterns = tuple(dict.fromkeys(pattern for part in parts for pattern in part._patterns))
         return targets
+
+    def _refuse_parameters(self, other: "Targets") -> None:
+        if any(term.parameters for term in (*self._terms, *other._terms)):
+            raise TargetError('& and ~ choose modules; name parameters last: (Targets("*.attn") & ...).parameter("weight")')
 
     def resolve(self, model: nn.Module, accepts: Callable[[Site], str | None]) -> "Resolution":
         """The sites in this model, and what was passed over and why.
@@ -108,21 +120,18 @@ class Targets:
         accepts: a method's word on a site: None if it can act there, else the reason why not.
         Raises TargetError if a pattern matches nothing, or nothing is left, or a named place cannot be acted on.
         """
-        modules = [(path, module) for path, module in _modules(model)]
-        found = [(path, module) for path, module in modules if self.matches(path, module)]
+        modules = list(_modules(model))
         self._refuse_idle_patterns(model, modules)
+        found = {site.name: site for path, module in modules for site in self._sites(model, path, module)}
         sites: list[Site] = []
         refused: list[tuple[str, str]] = []
-        for path, module in found:
-            for site in self._sites(model, path, module):
-                reason = accepts(site)
-                if reason is None:
-                    sites.append(site)
-                else:
-                    refused.append((site.name, reason))
-        if refused and (
-            self._patterns or not sites
-        ):  # what was named must be possible; what was swept up may be passed over
+        for name, site in found.items():
+            reason = accepts(site)
+            if reason is None:
+                sites.append(site)
+            else:
+                refused.append((name, reason))
+        if refused and (self._named or not sites):
             shown = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in refused[:5])
             raise TargetError(f"{self} names {len(refused)} places that cannot be adapted so. {shown}")
         if not sites:
@@ -132,9 +141,12 @@ class Targets:
         return Resolution(model, tuple(sites), tuple(refused))
 
     def _sites(self, model: nn.Module, path: str, module: nn.Module) -> list[Site]:
-        if self._parameters:
-            return [Site.at(path, module, name) for name in self._parameters]
-        return [_called_site(model, path, module)]
+        return [
+            _reaching_site(model, path, module, parameter)
+            for term in self._terms
+            if term.test(path, module)
+            for parameter in term.parameters or (None,)
+        ]
 
     def _refuse_idle_patterns(self, model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
         idle = [p for p in self._patterns if not any(_glob(p)(path, module) for path, module in modules)]
@@ -156,8 +168,8 @@ class Resolution:
 
     def report(self) -> str:
         """Which sites, which share of the weights they hold, and what of the model was left out and why."""
-        total = sum(p.numel() for p in self.model.parameters())
-        covered = sum({id(p): p.numel() for site in self.sites for p in _parameters(site)}.values())
+        total = _count(p for _, module in _modules(self.model) for p in module.parameters(recurse=False))
+        covered = _count(p for site in self.sites for p in _parameters(site))
         groups = Counter(
             (re.sub(r"\.\d+(?=\.|$)", ".*", site.name) or "the model", _shape(site)) for site in self.sites
         )
@@ -211,12 +223,12 @@ def head_modules(model: nn.Module) -> list[str]:
     names = {id(module): path for path, module in _modules(model)}
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and isinstance(getattr(model, prefix, None), nn.Module):
-        return [name for name, _ in model.named_children() if name not in (prefix, "smidgen")]
+        return [name for name, _ in model.named_children() if name not in (prefix, HELD)]
     if hasattr(model, "base_model_prefix"):  # a transformers body without a head
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        output = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         return [names[id(output)]] if id(output) in names else []
-    if hasattr(model, "get_classifier") and id(model.get_classifier()) in names:
-        return [names[id(model.get_classifier())]]
+    if hasattr(model, "get_classifier") and id(cast(Any, model).get_classifier()) in names:
+        return [names[id(cast(Any, model).get_classifier())]]
     layers = [path for path, module in _modules(model) if isinstance(kind_of(module), LinearKind | ConvKind)]
     return layers[-1:] if len(layers) > 1 else []
 
@@ -237,12 +249,28 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return walk("", model)
 
 
-def _called_site(model: nn.Module, path: str, module: nn.Module) -> Site:
-    """The site that reaches this module: its call, or its weight as a parameter of a parent that never calls it."""
+def _reaching_site(model: nn.Module, path: str, module: nn.Module, parameter: str | None) -> Site:
+    """The site that reaches this module or parameter: a call, or a parameter of the module that reads it."""
+    if parameter is not None:
+        own = dict(module.named_parameters())
+        if parameter not in own:
+            has = ", ".join(name for name in own if HELD not in name.split(".")) or "no parameters"
+            raise TargetError(
+                f"{path or 'the model'} ({type(module).__name__}) has no parameter {parameter}. It has {has}"
+            )
     parent_path, _, name = path.rpartition(".")
-    if name and isinstance(model.get_submodule(parent_path), nn.MultiheadAttention) and name == "out_proj":
-        return Site.at(parent_path, model.get_submodule(parent_path), "out_proj.weight")
-    return Site.at(path, module)
+    if name == "out_proj" and isinstance(model.get_submodule(parent_path), nn.MultiheadAttention):
+        # its parent reads the weight and never calls it
+        return Site.at(parent_path, model.get_submodule(parent_path), f"out_proj.{parameter or 'weight'}")
+    return Site.at(path, module, parameter)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One alternative of the targets: which modules, and which of their parameters; none means their call."""
+
+    test: Predicate
+    parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -288,7 +316,7 @@ class _Matches:
 
 @functools.cache
 def _glob(pattern: str) -> Predicate:
-    """`*` any text, `?` one character, {0-11} numbers, {a,b} alternatives; matches a whole path or its end after a dot."""
+    """`*` any text, `?` one character, {0-11} numbers, {a,b} alternatives; matches a whole path or its end."""
     parts: list[str] = []
     for token in re.findall(r"\{[^{}]*\}|\*+|.", pattern):
         if token.startswith("{") and (span := re.fullmatch(r"\{(\d+)-(\d+)\}", token)):
@@ -314,9 +342,16 @@ def _inventory(modules: list[tuple[str, nn.Module]]) -> str:
     return "It has: " + ", ".join(f"*.{end} ({count})" for end, count in ends.most_common(12)) + "."
 
 
-def _parameters(site: Site) -> list[nn.Parameter]:
-    owned = [site.stored] if site.parameter else list(site.layer.parameters(recurse=site.kind is None))
-    return [p for p in owned if isinstance(p, nn.Parameter)]
+def _parameters(site: Site) -> list[Tensor]:
+    if site.parameter is not None:
+        return [site.stored]
+    if site.kind is not None:
+        return list(site.layer.parameters(recurse=False))
+    return [p for name, p in site.layer.named_parameters() if HELD not in name.split(".")]
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum({id(p): p.numel() for p in parameters}.values())
 
 
 def _shape(site: Site) -> str:

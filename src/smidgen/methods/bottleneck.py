@@ -1,15 +1,18 @@
-"""Bottleneck adapter: a small network with a residual after a layer, or beside it.  Houlsby et al. 2019, arXiv:1902.00751, section 2.
+"""Bottleneck adapter: a small network after a layer, or beside it.  Houlsby et al. 2019, arXiv:1902.00751, section 2.
 
     y' = y + s (U f(D y + d) + u)       after a module that gives y
     y' = y + s (U f(D x + d) + u)       beside a feed-forward that makes y from x (parallel)
 
 D "down": (W, I)   U "up": (O, W)   d: (W,)   u: (O,)   I, O = features read and given, equal in a transformer,
-W = width = I / reduction_factor, f = non-linearity, s = scale.   U and u start at zero, so training starts from the base
-model.   Trainable parameters: W (I + O) + W + O per place.
+W = width = I / reduction_factor, f = non-linearity, s = scale.   U and u start at zero, so training starts from the
+base model.   Trainable parameters: W (I + O) + W + O per place.
 
-Placements: both = Houlsby et al. (after the output layer of every attention and feed-forward); feedforward = Pfeiffer et
-al. 2020, arXiv:2005.00247 (after the feed-forward only, half the parameters); parallel = He et al. 2021,
-arXiv:2110.04366, who scale it by 4.  All act before the residual is added and normalised.
+    placement       where                                                    after
+    "feedforward"   the output layer of every feed-forward                   Pfeiffer et al. 2020, arXiv:2005.00247
+    "both"          of every attention and feed-forward                      Houlsby et al. 2019
+    "parallel"      beside every feed-forward; the authors' s is 4           He et al. 2021, arXiv:2110.04366
+
+All act before the residual is added and normalised.
 """
 
 import inspect
@@ -43,8 +46,8 @@ class Bottleneck(Method):
     reduction_factor: the width is the number of features divided by this.   width: the width itself, instead.
     non_linearity: f; "silu" is what others call swish.
     placement: "feedforward" after every feed-forward, "both" after every attention too, "parallel" beside every
-        feed-forward.  With `targets`, after the modules named there, or beside them; where a feed-forward is no module
-        of its own (BERT, BART, OPT), "parallel" takes its first layer and its last as one.
+        feed-forward.  With `targets`, after (or beside) the modules named there.  Beside a feed-forward that is no
+        module of its own (BERT, BART, OPT), name its first layer and its last.
     scale: s.   dropout: probability of dropping a hidden feature of the adapter while training.   bias: have d and u.
     """
 
@@ -57,7 +60,7 @@ class Bottleneck(Method):
     bias: bool = True
 
     summary = "y' = y + s U f(D y)"
-    paper = "Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; He et al. 2021, arXiv:2110.04366"
+    paper = "Houlsby et al. 2019, arXiv:1902.00751"
     disk = DiskNames(
         "SMIDGEN_BOTTLENECK",
         tensors={
@@ -79,11 +82,14 @@ class Bottleneck(Method):
 
     def accepts(self, site: Site) -> str | None:
         if site.parameter is not None:
-            return "a bottleneck adapter acts on a call, not on a parameter; name the module (for attention, the attention itself)"
-        if self.placement == "parallel" and self._fans(site) is None:
-            return "an adapter beside a module acts on linear layers and feed-forwards"
-        if self._fans(site) is None:
+            return "a bottleneck adapter acts on a call, not on a parameter; name the module that reads the parameter"
+        if site.kind is None and output_width(site.layer) is None:
             return f"how many features {type(site.layer).__name__} gives cannot be told; name the last layer in it"
+        if isinstance(site.kind, NormKind):
+            return "it is a norm; put the adapter after the layer before it"
+        whole = site.kind is None and any(part.whole and not part.path for part in feedforwards(site.layer))
+        if self.placement == "parallel" and not (whole or isinstance(site.kind, LinearKind)):
+            return "an adapter beside a module acts on linear layers and whole feed-forwards"
         return None
 
     def auto(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
@@ -98,12 +104,16 @@ class Bottleneck(Method):
         return paths, {}
 
     def build(self, site: Site) -> "BottleneckAdapter":
+        width = site.fan_out if site.kind else cast(int, output_width(site.layer))
         if self.placement != "parallel":
-            return AfterLayer(self, site) if site.kind else AfterModule(self, site)
+            return (After if site.kind else AfterModule)(self, site, width, width)
         if site.kind and (half := feedforward_half(site.path)):
-            return BesideInput(self, site, half[1]) if half[0] == "input" else BesideOutput(self, site, half[1])
-        takes_one = site.kind or len(inspect.signature(site.layer.forward).parameters) == 1
-        return Beside(self, site) if takes_one else BesideModule(self, site)
+            end, owner = half
+            return FirstLayer(self, site, owner) if end == "input" else LastLayer(self, site, owner)
+        if site.kind:
+            return Beside(self, site, site.fan_in, width)
+        takes_one = len(inspect.signature(site.layer.forward).parameters) == 1
+        return (Beside if takes_one else BesideModule)(self, site, width, width)
 
     def shared(self, sites: tuple[Site, ...]) -> "HandOver | None":
         if self.placement != "parallel":
@@ -119,19 +129,121 @@ class Bottleneck(Method):
         ]
         if bad:
             raise TargetError(
-                f"beside {len(bad)} feed-forwards one of two ends is missing, or they differ in width: {'; '.join(bad[:5])}. "
+                f"{len(bad)} feed-forwards have one end only, or ends that differ in width: {'; '.join(bad[:5])}. "
                 "Name the first layer and the last of each, or the module that is the whole feed-forward"
             )
         return HandOver() if halves else None
 
-    def width_at(self, fan: int) -> int:
-        """W where the adapter reads, or gives, `fan` features."""
-        return self.width or max(1, round(fan / self.reduction_factor))
 
-    def _fans(self, site: Site) -> tuple[int, int] | None:
-        """(I, O) of the adapter at this site, or None if it cannot be there."""
-        if site.kind is None:
-            whole = next((part for part in feedforwards(site.layer) if not part.path and part.whole), None)
-            if self.placement == "parallel":
-                return whole and (site.layer.get_submodule(whole.inputs[0]), )  # type: ignore
-        return None
+class BottleneckAdapter(Adapter):
+    """D, d, U, u at one place; fan_in or fan_out is 0 where the other half lives elsewhere."""
+
+    mergeable = False
+
+    def __init__(self, method: Bottleneck, site: Site, fan_in: int, fan_out: int) -> None:
+        super().__init__(site)
+        width = method.width or max(1, round((fan_in or fan_out) / method.reduction_factor))
+        self.f, self.scale, self.dropout = _FUNCTIONS[method.non_linearity], method.scale, method.dropout
+        if fan_in:
+            self.down = site.empty(width, fan_in)
+            self.down_bias = site.empty(width) if method.bias else None
+        if fan_out:
+            self.up = site.empty(fan_out, width)
+            self.up_bias = site.empty(fan_out) if method.bias else None
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        for name, parameter in self.named_parameters(recurse=False):
+            if name == "down":
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)  # as nn.Linear starts
+            else:
+                nn.init.zeros_(parameter)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """f(D x + d): (..., I) -> (..., W)."""
+        h = self.f(F.linear(x, self.down.to(x.dtype), None if self.down_bias is None else self.down_bias.to(x.dtype)))
+        return F.dropout(h, self.dropout) if self.training and self.dropout else h
+
+    def expanded(self, h: Tensor) -> Tensor:
+        """s (U h + u): (..., W) -> (..., O)."""
+        bias = None if self.up_bias is None else self.up_bias.to(h.dtype)
+        return F.linear(h, self.up.to(h.dtype), bias) * self.scale
+
+
+class After(BottleneckAdapter):
+    """After a layer."""
+
+    def __init__(self, method: Bottleneck, site: Site, fan_in: int, fan_out: int) -> None:
+        super().__init__(method, site, fan_in, fan_out)
+        one = torch.ones(fan_out)
+        self.axis = -site.channels(one, one).ndim if site.kind else -1  # of the channels: not the last in a convolution
+
+    def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        out = call(*args, **kwargs)
+        y = out[0] if isinstance(out, tuple) else out  # an attention's first output is the hidden state
+        change = self.expanded(self.hidden(y.movedim(self.axis, -1) if self.axis != -1 else y))
+        y = torch.add(y, (change.movedim(-1, self.axis) if self.axis != -1 else change).to(y.dtype))
+        return (y, *out[1:]) if isinstance(out, tuple) else y
+
+
+class AfterModule(After):
+    """After a block or an attention, which is called with more than one tensor: a batch of mixed rows runs apart."""
+
+    by_row = False
+
+
+class Beside(BottleneckAdapter, AdditiveAdapter):
+    """Beside a linear layer or a whole feed-forward."""
+
+    def delta(self, x: Tensor) -> Tensor:
+        return self.expanded(self.hidden(x))
+
+
+class BesideModule(Beside):
+    """Beside a feed-forward that is called with more than one tensor: a batch of mixed rows runs apart."""
+
+    by_row = False
+
+
+class HandOver(Shared):
+    """What the first layer of each feed-forward has for the last: f(D x + d), by the path of the feed-forward.
+
+    Filled and emptied within one call of the block.  A call that fails between the two is overwritten by the next.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: dict[str, Tensor] = {}
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        """Nothing to draw: it has no parameters."""
+
+
+class FirstLayer(BottleneckAdapter, AdditiveAdapter):
+    """D and d at the first layer of a feed-forward that is no module of its own; its output stays as it is."""
+
+    by_row = False  # one slot, so one group of rows at a time
+
+    def __init__(self, method: Bottleneck, site: Site, owner: str) -> None:
+        super().__init__(method, site, site.fan_in, 0)
+        self.owner = owner
+
+    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.delta(x)
+        return call(x, *args, **kwargs)
+
+    def delta(self, x: Tensor) -> Tensor:
+        cast(HandOver, self.shared).hidden[self.owner] = self.hidden(x)
+        return x.new_zeros(())
+
+
+class LastLayer(BottleneckAdapter, AdditiveAdapter):
+    """U and u at the last layer of that feed-forward."""
+
+    by_row = False
+
+    def __init__(self, method: Bottleneck, site: Site, owner: str) -> None:
+        super().__init__(method, site, 0, site.fan_out)
+        self.owner = owner
+
+    def delta(self, x: Tensor) -> Tensor:
+        return self.expanded(cast(HandOver, self.shared).hidden.pop(self.owner))

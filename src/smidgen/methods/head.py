@@ -6,18 +6,18 @@ By itself it is a linear probe: `attach(model, Head(targets="classifier"))`.  Be
 `heads`: `LoRA(heads=("classifier",))`.  The base model's own module stays as it was.
 """
 
-import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
-from ..core.attach import HELD
+from ..core.attach import HELD, bare_call, replaced
 from ..core.disk_names import DiskNames
 from ..core.method import Method, method
-from ..core.site import Site, compute_dtype
+from ..core.site import Site
+from ..core.storage import master_dtype, storage_of
 from ..core.targets import head_modules
 
 
@@ -35,6 +35,9 @@ class Head(Method):
             return "a head is a module, not a single parameter"
         if not any(True for _ in site.layer.parameters(recurse=False)):
             return f"{type(site.layer).__name__} has no parameters of its own"
+        held = next((storage_of(p) for p in site.layer.parameters(recurse=False) if not storage_of(p).plain), None)
+        if held is not None:
+            return f"a weight held as {held.name} cannot be trained whole; load the base unquantised"
         return None
 
     def auto(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
@@ -55,32 +58,27 @@ def leaves(model: nn.Module, paths: list[str]) -> list[str]:
 
 
 class HeadAdapter(Adapter):
-    """A copy of the layer in fp32 or better that is called in its place."""
+    """The layer's own parameters and buffers in fp32 or better, under `module`; the layer runs with them for its own."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        memo = {id(held): None for held in site.layer.modules() if type(held).__name__ == "Held"}
-        self.module: nn.Module = copy.deepcopy(site.layer, memo)  # type: ignore[arg-type]
-        if HELD in self.module._modules:
-            del self.module._modules[HELD]
-            self.module.__class__ = type(self.module).base_class  # type: ignore[attr-defined]
-        for name, parameter in list(self.module.named_parameters(recurse=False)):
-            master = torch.promote_types(parameter.dtype, torch.float32)
-            setattr(self.module, name, nn.Parameter(parameter.detach().to(master)))
+        self.module = nn.Module()
+        for name, parameter in site.layer.named_parameters(recurse=False):
+            self.module.register_parameter(name, nn.Parameter(parameter.detach().clone().to(master_dtype(parameter))))
+        for name, buffer in site.layer.named_buffers(recurse=False):
+            persistent = name not in site.layer._non_persistent_buffers_set
+            self.module.register_buffer(name, buffer.detach().clone(), persistent=persistent)
 
     def reset(self, generator: torch.Generator | None) -> None:
         """Nothing to draw: a copy starts as the base model's own module."""
 
-    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        dtype = compute_dtype(x) if x.is_floating_point() else self.site.stored.dtype
-        cast = {name: p.to(dtype) for name, p in self.module.named_parameters() if p.dtype != dtype}
-        return (
-            torch.func.functional_call(self.module, cast, (x, *args), kwargs)
-            if cast
-            else self.module(x, *args, **kwargs)
-        )
+    def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        layer = self.site.layer
+        own = {name: p.to(cast(Tensor, layer._parameters[name]).dtype) for name, p in self.module.named_parameters()}
+        with replaced(layer, own | dict(self.module.named_buffers())):
+            return bare_call(layer)(*args, **kwargs)
 
     def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
-        weight = self.site.linear.read_rows(self.module.weight, rows)  # type: ignore[arg-type]
-        bias = self.module.bias
-        return weight.to(W.dtype), None if b is None else bias[rows].to(b.dtype)  # type: ignore[index]
+        own = dict(self.module.named_parameters())
+        weight = self.site.linear.read_rows(own["weight"], rows)
+        return weight.to(W.dtype), None if b is None else own["bias"][rows].to(b.dtype)

@@ -99,10 +99,10 @@ class LoRAAdapter(AdditiveAdapter):
             nn.init.zeros_(self.B)
 
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # a bare Linear with nothing around it: one fused pass
-        if getattr(call, "__func__", None) is nn.Linear.forward and self.site.storage.plain:
-            W, b = self.site.stored, self.site.bias
-            A, mask = self.A, None
+        W = self.site.stored
+        # a bare frozen Linear with nothing around it: one fused pass
+        if getattr(call, "__func__", None) is nn.Linear.forward and self.plain and not W.requires_grad:
+            b, A, mask = self.site.bias, cast(Tensor, self.A), None
             if self.training and self.dropout:
                 if self.dropout_on == "features":
                     A = A * self._mask(x, x.shape[-1])  # a dropped input feature is a dropped column of A

@@ -5,51 +5,53 @@ reports every mistake with its line; `Recipe.to_yaml` writes one that loads back
 """
 
 import json
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_type_hints
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    create_model,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from ..core.errors import ConfigError, RecipeError, TargetError
+from ..core.errors import ConfigError, TargetError, nearest
 from ..core.method import Method, method_named
-from ..core.targets import Targets
 from ..data.labels import Kind
-from .yaml import to_yaml
+from .yaml_text import write_yaml
 
-_PLAIN = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, str_min_length=1)
-# what a single word stands for where a mapping could be: `model: models/minilm` is `model: {path: models/minilm}`
+# what a word or a number stands for where a mapping could be: `model: x` is `model: {path: x}`
 SHORT = {"model": "path", "data": "train", "task": "name", "method": "name"}
+MISTAKE = "mistake"  # the error type of our own checks, whose text is meant for the user as it is
+_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, str_min_length=1)
 
 Count = Annotated[int, Field(ge=1)]
 Above0 = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Part(BaseModel):
-    model_config = _PLAIN
+class Part(BaseModel):
+    """A mapping of the recipe.  Unknown keys are refused, and nothing is converted silently: "8" is not 8."""
+
+    model_config = _STRICT
 
 
-class ModelPart(_Part):
+class ModelPart(Part):
     """The pre-trained model.   path: a folder, a name on the hub, or package:NAME."""
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    revision: str | None = None  # of a model on the hub
+    revision: str | None = None  # branch, tag or commit of a model on the hub
+
+    @model_validator(mode="after")
+    def _revision_is_of_the_hub(self) -> Self:
+        if self.revision is not None and (self.path.startswith("package:") or Path(self.path).exists()):
+            raise mistake(("revision",), f"{self.path} has no revisions: it is on this machine, not on the hub")
+        return self
 
 
-class DataPart(_Part):
-    """Where the rows are, and which columns count.   shift: name -> data from elsewhere, for the report only."""
+class DataPart(Part):
+    """Where the rows are, and which columns count.   shift: name -> data from elsewhere, for the report alone."""
 
     train: str
     valid: str | None = None
@@ -60,17 +62,49 @@ class DataPart(_Part):
     label: str | None = None
     on_bad_row: Literal["fail", "skip"] = "fail"
 
+    @model_validator(mode="after")
+    def _nothing_is_used_twice(self) -> Self:
+        said = {"train": self.train, "valid": self.valid, "test": self.test}
+        sources = {(key,): value for key, value in said.items()} | {("shift", k): v for k, v in self.shift.items()}
+        files = [(loc, Path(value)) for loc, value in sources.items() if value and Path(value).is_file()]
+        columns = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
+        twice = [
+            (loc, f"{'.'.join(loc)} and {'.'.join(other)} are the same file: a figure measured on it would be too good")
+            for index, (loc, file) in enumerate(files)
+            for other, earlier in files[:index]
+            if file.samefile(earlier)
+        ] + [
+            ((key,), f'{other} and {key} are the same column, "{name}"')
+            for index, (key, name) in enumerate(columns.items())
+            for other, earlier in list(columns.items())[:index]
+            if name is not None and name == earlier
+        ]
+        if twice:
+            raise mistakes(twice)
+        return self
 
-class TaskPart(_Part):
+
+class TaskPart(Part):
     """What the model is tuned for.   max_length: of a text, in tokens."""
 
     name: str = "text_classification"
     kind: Kind | None = None
     max_length: Annotated[int, Field(ge=2)] | None = None
 
+    @model_validator(mode="after")
+    def _is_a_task(self) -> Self:
+        known = ["text_classification", *(entry.name for entry in entry_points(group="smidgen.tasks"))]
+        if self.name not in known:
+            near = nearest(self.name, known)
+            hint = f' Did you mean "{near[0]}"?' if near else ""
+            if self.name in typing.get_args(Kind):
+                hint = f" That is a kind of text_classification, said with task.kind: {self.name}."
+            raise mistake(("name",), f'there is no task "{self.name}".{hint} There are: {", ".join(known)}')
+        return self
 
-class MethodPart(_Part):
-    """A method by name; every other key is a field of that method, checked against its own types."""
+
+class MethodPart(Part):
+    """A method by name; every other key is a field of that method, checked against the method's own types."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -78,28 +112,32 @@ class MethodPart(_Part):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The method's fields that were said, as plain data."""
+        """The fields of the method that were said, as plain data."""
         return dict(self.model_extra or {})
 
     def build(self) -> Method:
-        """The method's own frozen dataclass.  Raises ConfigError; checked already in a recipe that was loaded."""
+        """The method's own frozen dataclass."""
         method = method_named(self.name)
-        return method(**_settings_of(method, self.settings))
+        return method(**_checked(method, self.settings))
 
     @model_validator(mode="after")
     def _is_a_method(self) -> Self:
         try:
+            method_named(self.name)
+        except ConfigError as error:
+            raise mistake(("name",), str(error)) from error
+        try:
             self.build()
         except (ConfigError, TargetError) as error:
-            fields = [name for name in self.settings if str(error).startswith(name)]
-            raise _mistake((*fields[:1],), str(error)) from error
+            about = [name for name in self.settings if str(error).startswith(name)]
+            raise mistake((*about[:1],), str(error)) from error
         return self
 
 
-class TrainPart(_Part):
-    """How to train.   Rates are per step; evaluate_every and save_every count steps, patience evaluations.
+class TrainPart(Part):
+    """How to train.   evaluate_every and save_every count steps; patience counts evaluations without a better one.
 
-    batch: rows in memory at once; accumulate: how many such batches make a step.   warmup: share of the steps.
+    batch: rows in memory at once; accumulate: how many such batches make a step.   warmup: share of all steps.
     """
 
     epochs: Above0 | None = None
@@ -112,38 +150,121 @@ class TrainPart(_Part):
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     warmup: Share | None = None
     label_smoothing: Share | None = None
-    clip: Above0 | None = None
+    clip: Above0 | None = None  # of the gradients' norm
     patience: Count | None = None
     evaluate_every: Count | None = None
     save_every: Count | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] | None = None
     threads: Count | None = None
 
+    @model_validator(mode="after")
+    def _has_one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise mistake(("steps",), "epochs and steps are both given, and each says how long to train; keep one")
+        return self
 
-class ReportPart(_Part):
-    """What the report compares with, and by which figure."""
+
+class ReportPart(Part):
+    """What the report compares with, and by which figure.   against: "full" is fine-tuning all parameters."""
 
     against: Annotated[tuple[Literal["full"], ...], Field(strict=False)] = ()
     metric: str | None = None
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """A whole run.   dry_run: plan and check, train nothing."""
 
     recipe: Literal[1] = 1
     model: ModelPart
     data: DataPart
     task: TaskPart = TaskPart()
-    method: SerializeAsAny[MethodPart] | None = None
+    method: MethodPart | None = None
     train: TrainPart = TrainPart()
     report: ReportPart = ReportPart()
     out: Annotated[Path, Field(strict=False)] | None = None
     dry_run: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, values: Any) -> Any:
+        return spelled_out(values) if isinstance(values, Mapping) else values
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Self:
+        wrong: list[tuple[tuple[str, ...], str]] = []
+        if self.train.label_smoothing and self.task.kind in ("regression", "multilabel"):
+            wrong.append(
+                (("train", "label_smoothing"), f"{self.task.kind} has no single class to smooth; leave it out")
+            )
+        if self.out is not None and self.out.resolve() == Path(self.model.path).resolve():
+            wrong.append((("out",), f"out is the model itself, {self.model.path}; choose another folder"))
+        if self.out is not None and self.out.is_file():
+            wrong.append((("out",), f"out is a file, {self.out}; it is to be a folder"))
+        if wrong:
+            raise mistakes(wrong)
+        return self
 
     def method_object(self) -> Method:
         """The method with its settings; LoRA with its own defaults where the recipe names none."""
         return (self.method or MethodPart()).build()
 
     def to_yaml(self) -> str:
-        """A recipe file that loads back equal to this; what nobody said is left out."""
-        return to_yaml(self.model_dump(mode="json", exclude_none=True))
+        """A recipe file that loads back equal to this one; what nobody said is left out."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        if self.method is not None:
+            values["method"] = {"name": self.method.name, **self.method.settings}  # null may be a value there
+        return write_yaml(values)
+
+
+PARTS: dict[str, type[Part]] = {
+    "model": ModelPart,
+    "data": DataPart,
+    "task": TaskPart,
+    "train": TrainPart,
+    "report": ReportPart,
+}
+
+
+def spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with mappings for what was said in a word; keys with nothing behind them were not said."""
+    full: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, str | int | float) and key in SHORT:
+            value = {SHORT[key]: value}
+        if isinstance(value, dict) and key != "method":  # there, null may be a value
+            value = {inner: said for inner, said in value.items() if said is not None}
+        if value is not None:
+            full[key] = value
+    return full
+
+
+def method_fields(method: type[Method]) -> list[str]:
+    """The keys that a method takes, its own first."""
+    names = [field.name for field in fields(method)]
+    return sorted(names, key=lambda name: name in ("targets", "heads"))
+
+
+def mistake(loc: tuple[str, ...], text: str) -> ValidationError:
+    """Our own finding about the key at `loc`, for a validator to raise."""
+    return mistakes([(loc, text)])
+
+
+def mistakes(found: Iterable[tuple[tuple[str, ...], str]]) -> ValidationError:
+    """Several findings at once."""
+    details = [InitErrorDetails(type=PydanticCustomError(MISTAKE, text), loc=loc, input=None) for loc, text in found]
+    return ValidationError.from_exception_data("recipe", details)
+
+
+def _checked(method: type[Method], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings as the values of a method's fields.  Raises pydantic's ValidationError naming every wrong one."""
+    hints = typing.get_type_hints(method)
+    places = str | tuple[str, ...]
+    types = {name: places if name in ("targets", "heads") else hints[name] for name in method_fields(method)}
+    config = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=()
+    )
+    definitions: dict[str, Any] = {name: (hint, None) for name, hint in types.items()}
+    model = create_model(method.name, __config__=config, **definitions)
+    # through JSON, where a list is what a tuple is written as, and nothing else is converted
+    checked = model.model_validate_json(json.dumps(settings))
+    return {name: getattr(checked, name) for name in settings}

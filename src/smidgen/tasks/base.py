@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..data.table import Problem, Table
+from ..data.table import Table
 
 Batch = dict[str, Tensor]
 
@@ -24,6 +24,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def select(self, indices: Sequence[int]) -> "Examples":
+        """The rows at these indices, in this order."""
+        some = list(indices)
+        return Examples([self.inputs[i] for i in some], self.targets[some], [self.lengths[i] for i in some], 0)
+
 
 class Task(ABC):
     """What a model is tuned for: how rows become batches, outputs a loss, and predictions a figure."""
@@ -34,8 +39,8 @@ class Task(ABC):
     max_length: int
 
     @abstractmethod
-    def check(self, table: Table) -> list[Problem]:
-        """What is wrong with rows, each named with file and line."""
+    def check(self, table: Table) -> dict[int, str]:
+        """What is wrong with rows: row number -> what."""
 
     @abstractmethod
     def encode(self, table: Table) -> Examples:

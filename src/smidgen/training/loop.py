@@ -100,7 +100,9 @@ class Loop:
         self.step, self.history = state.step, state.history
         best = self.history["best_step"]
         if best is not None and self.folder is not None:
-            self.best = state.tensors if best == state.step else checkpoint.load(checkpoint.path_of(self.folder, best)).tensors
+            self.best = (
+                state.tensors if best == state.step else checkpoint.load(checkpoint.path_of(self.folder, best)).tensors
+            )
 
     def run(self, progress: Progress) -> Outcome:
         """Train to the end, until patience is over, or until somebody asks to stop."""

@@ -44,7 +44,9 @@ class Progress(AbstractContextManager["Progress"]):
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -58,7 +60,9 @@ class Progress(AbstractContextManager["Progress"]):
         elif self.console is not None and (now - self._shown >= _LINE_EVERY_S or step == self.steps):
             self._shown = now
             left = (now - self._start) / max(step - self.first, 1) * (self.steps - step)
-            self.console.print(f"{self.title} {step}/{self.steps}  {self._state(now)}  left {left:.0f} s", highlight=False)
+            self.console.print(
+                f"{self.title} {step}/{self.steps}  {self._state(now)}  left {left:.0f} s", highlight=False
+            )
 
     def _state(self, now: float) -> str:
         speed = self._tokens / max(now - self._start, 1e-9)

@@ -1,0 +1,111 @@
+"""The plan: every setting of a run that nobody said, filled in, with the reason.
+
+What is said stands.  What is not is chosen from the preset of the method, the data, and a measurement of milliseconds on
+this machine: which precision is faster here, and how long a step takes, so that a run ends about when it should.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+DEFAULT_MINUTES_ON_CPU = 3.0
+_LONGEST_ON_CPU, _LONGEST = 128, 512
+_PRECISION_GAIN = 0.9  # 16 bit has to be faster by so much to be worth its rounding
+_EVALUATIONS = 8
+_LEAST_STEPS = 40
+
+
+@dataclass
+class Plan:
+    """Settings in the order they were decided: (name, value as text, why)."""
+
+    entries: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def decide(self, name: str, said: T | None, chosen: T, why: str) -> T:
+        """The value of a setting: what was said, else what is chosen, entered with its reason."""
+        value = chosen if said is None else said
+        self.entries.append((name, _text(value), why if said is None else "you said so"))
+        return value
+
+
+def choose_max_length(lengths: Sequence[int], model_limit: int, device: torch.device) -> tuple[int, str]:
+    """A length that cuts few texts and wastes little time: the 95th percentile of the training texts, within limits.
+
+    lengths: of the training texts in tokens, uncut.   model_limit: positions the model has.
+    """
+    at_most = min(model_limit, _LONGEST_ON_CPU if device.type == "cpu" else _LONGEST)
+    wanted = int(statistics.quantiles(lengths, n=20)[-1]) if len(lengths) > 1 else lengths[0]
+    wanted = max(16, math.ceil(wanted / 8) * 8)
+    if wanted <= at_most:
+        return wanted, f"19 of 20 training texts are no longer (the longest: {max(lengths)})"
+    cut = sum(n > at_most for n in lengths) / len(lengths)
+    limit = "the model's limit" if at_most == model_limit else f"the most that pays on a {device.type.upper()}"
+    return at_most, f"{limit}; {cut:.0%} of the training texts are longer and are cut"
+
+
+def choose_precision(run: Callable[[str], Any], device: torch.device) -> tuple[str, str]:
+    """ "no" (fp32) or "bf16" for the computing; `run(precision)` does one forward and backward in it."""
+    if device.type == "cuda":
+        return (
+            ("bf16", "the GPU multiplies it natively")
+            if torch.cuda.is_bf16_supported()
+            else ("no", "this GPU has no bfloat16")
+        )
+    if device.type != "cpu":
+        return "no", f"the safe choice on {device.type}"
+    seconds = {precision: _fastest(lambda p=precision: run(p)) for precision in ("no", "bf16")}  # type: ignore[misc]
+    ratio = seconds["bf16"] / seconds["no"]
+    if ratio < _PRECISION_GAIN:
+        return "bf16", f"measured {1 / ratio:.1f} times as fast as fp32 on this processor; adapters stay in fp32"
+    return "no", f"bfloat16 measured {ratio:.1f} times as slow on this processor"
+
+
+def choose_steps(
+    *, rows: int, per_step: int, epochs: float, seconds_per_step: float, seconds_left: float | None
+) -> tuple[int, str]:
+    """How many steps: the epochs asked for, or as many as the time allows.   seconds_left: None for no limit."""
+    wanted = max(1, math.ceil(epochs * rows / per_step))
+    wanted = max(wanted, min(_LEAST_STEPS, 20 * wanted))  # a tiny data set is seen more often
+    if seconds_left is None:
+        return wanted, f"{wanted * per_step / rows:.1f} epochs of {rows:,} rows"
+    fitting = int(seconds_left / seconds_per_step)
+    if wanted <= fitting:
+        return (
+            wanted,
+            f"{wanted * per_step / rows:.1f} epochs of {rows:,} rows, about {_minutes(wanted * seconds_per_step)}",
+        )
+    steps = max(min(wanted, _LEAST_STEPS), fitting)
+    return steps, (
+        f"{steps * per_step / rows:.1f} epochs: what fits the time at {seconds_per_step:.2f} s a step; "
+        f"{epochs:g} epochs would take {_minutes(wanted * seconds_per_step)} (--minutes, --epochs)"
+    )
+
+
+def evaluation_interval(steps: int) -> int:
+    """How many steps between evaluations: about eight in a run."""
+    return max(1, math.ceil(steps / _EVALUATIONS))
+
+
+def _fastest(run: Callable[[], Any], repeats: int = 3) -> float:
+    run()  # the first call pays for what later ones find made
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

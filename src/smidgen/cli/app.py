@@ -1,0 +1,139 @@
+"""The verbs.  Each is a page of help and one call; what a call needs is imported when it is made."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from ..core.errors import RecipeError
+from .reporting import reporting
+from .tune import tune
+
+_EXAMPLES = """[bold]Examples[/bold]
+
+smidgen demo
+
+smidgen tune --model models/minilm --data reviews.csv
+
+smidgen predict out/reviews --text "a lovely film"
+
+smidgen methods --model models/minilm
+"""
+
+
+class _Verbs(TyperGroup):
+    """Errors end every verb alike."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with reporting():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    help="Adapt a pre-trained model to your data by training a smidgen of its parameters.",
+    epilog=_EXAMPLES,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The folder that tune wrote.", show_default=False)]
+Model = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The base model, where it is not the one that the adapter names."),
+]
+
+app.command("tune", rich_help_panel="Tune")(tune)
+
+
+@app.command("demo", rich_help_panel="Tune")
+def demo(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the result goes.")] = Path("out/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")] = 0,
+) -> None:
+    """Tune a small model on real reviews and show what it learned."""
+    from ..recipes.run import demo as run
+
+    run(Console(), out, seed=seed)
+
+
+@app.command("predict", rich_help_panel="Use")
+def predict(
+    adapter: Adapter,
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="Rows to predict: a file or folder.", show_default=False)
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A text to predict; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the predictions here, not on screen.")] = None,
+    model: Model = None,
+) -> None:
+    """Predict with a tuned model, for rows of a file or for texts on the command line."""
+    if (data is None) == (not text):
+        raise RecipeError('say what to predict, and one of both: DATA, or --text "..."')
+    from ..recipes.use import predict as run
+
+    run(adapter, data or "", model=model, text=text or [], out=out, console=Console())
+
+
+@app.command("evaluate", rich_help_panel="Use")
+def evaluate(
+    adapter: Adapter,
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Rows with labels: a file or folder.", show_default=False)
+    ],
+    json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON for a program to read.")] = False,
+    model: Model = None,
+) -> None:
+    """Measure a tuned model on rows with labels, beside the base model."""
+    from ..recipes.use import evaluate as run
+
+    run(adapter, data, model=model, console=Console(), as_json=json)
+
+
+@app.command("merge", rich_help_panel="Use")
+def merge(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the merged model.", show_default=False)],
+    max_error: Annotated[
+        float,
+        typer.Option(min=0, metavar="SHARE", help="How much of the adapter's change may be lost to rounding."),
+    ] = 0.05,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16.", show_default="that of the base model"),
+    ] = None,
+    model: Model = None,
+) -> None:
+    """Write the base model with the adapter merged into its weights, as a model of its own."""
+    from ..recipes.use import merge as run
+
+    run(adapter, out, model=model, max_error=max_error, dtype=dtype, console=Console())
+
+
+@app.command("inspect", rich_help_panel="Look")
+def inspect(
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="A model, an adapter folder or a checkpoint.", show_default=False)
+    ],
+) -> None:
+    """Show what a model, an adapter folder or a checkpoint is made of; no weights are loaded."""
+    from ..recipes.inspect import inspect as run
+
+    run(what, Console())
+
+
+@app.command("methods", rich_help_panel="Look")
+def methods(
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also: how many parameters each would train on this model.")
+    ] = None,
+) -> None:
+    """List the methods with their formulas and papers."""
+    from ..recipes.inspect import list_methods
+
+    list_methods(Console(), model)

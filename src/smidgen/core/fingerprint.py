@@ -1,0 +1,100 @@
+"""Fingerprint: a short text that tells one base model from another of the same shape, at the cost of a few milliseconds.
+
+    "1-<structure>-<linear weights>-<the rest>"      the last two are "?" where the numbers cannot be read
+
+structure: names and shapes of all base parameters.   The other two: up to 32 values of every parameter, rounded to bf16,
+so that an fp32 and a bf16 copy of one checkpoint agree.   A quantised model has "?" for its linear weights and agrees with the
+same checkpoint unquantised.   Buffers do not count: running statistics move when a model is run in training mode, and
+libraries keep or drop constant ones from version to version.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .layers import LinearKind, kind_of
+from .storage import storage_of
+from .targets import _modules
+
+SAMPLE = 32  # values of each parameter
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")
+_cache: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary()
+
+
+def fingerprint(model: nn.Module, leave_out: Iterable[str] = ()) -> str:
+    """The fingerprint of a model's base weights: adapters do not count.
+
+    leave_out: dotted paths of modules that do not count either, with all below them: heads trained whole.
+    Computed again only after a parameter was replaced or changed in place.
+    """
+    out = frozenset(leave_out)
+    parameters = [found for found in _parameters(model) if not _is_below(found[0], out)]
+    state = (
+        out,
+        tuple((name, id(p), p.data_ptr() if type(p) is nn.Parameter else 0, p._version) for name, _, p in parameters),
+    )
+    if model not in _cache or _cache[model][0] != state:
+        _cache[model] = (state, _compute(parameters))
+    return _cache[model][1]
+
+
+def same_base(one: str, other: str) -> bool:
+    """True if two fingerprints can be of the same base model: what both know is equal."""
+    parts, others = one.split("-"), other.split("-")
+    return len(parts) == len(others) == 4 and all(a == b or "?" in (a, b) for a, b in zip(parts, others, strict=True))
+
+
+def _compute(parameters: list[tuple[str, nn.Module, nn.Parameter]]) -> str:
+    structure = hashlib.sha256()
+    values = {True: hashlib.sha256(), False: hashlib.sha256()}  # linear weights, the rest
+    known = {True: True, False: True}
+    samples = _samples([p for _, _, p in parameters])
+    for name, layer, parameter in parameters:
+        linear = name.endswith(".weight") and isinstance(kind := kind_of(layer), LinearKind)
+        shape = kind.fans(layer) if linear else tuple(parameter.shape)  # type: ignore[union-attr]  # not the packed one
+        structure.update(f"{name} {list(shape)}\n".encode())
+        sample = samples.get(id(parameter))
+        known[linear] &= sample is not None
+        values[linear].update(sample or b"")
+    texts = [values[linear].hexdigest()[:16] if known[linear] else "?" for linear in (True, False)]
+    return "-".join(["1", structure.hexdigest()[:16], *texts])
+
+
+def _samples(parameters: list[nn.Parameter]) -> dict[int, bytes]:
+    """The bytes of some values of each parameter in bf16, by id; one transfer per device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    ids: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for parameter in parameters:
+        if storage_of(parameter).plain and not parameter.is_meta:
+            flat = parameter.detach().reshape(-1)
+            step = max(flat.numel() // SAMPLE, 1) | 1  # odd: else a power of two samples one column only
+            key = (flat.device, flat.dtype)
+            groups[key].append(flat[: step * SAMPLE : step])
+            ids[key].append(id(parameter))
+    found = {}
+    for key, pieces in groups.items():
+        data = bytes(torch.cat(pieces).to(torch.bfloat16).cpu().view(torch.uint8).tolist())
+        begin = 0
+        for parameter_id, piece in zip(ids[key], pieces, strict=True):
+            end = begin + 2 * piece.numel()
+            found[parameter_id] = data[begin:end]
+            begin = end
+    return found
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    seen: set[int] = set()
+    for path, module in _modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                parts = [part for part in path.split(".") if part and part not in _WRAPPERS]
+                yield ".".join([*parts, name]), module, parameter
+
+
+def _is_below(name: str, paths: frozenset[str]) -> bool:
+    return any(name.startswith(path + ".") for path in paths)

@@ -1,0 +1,132 @@
+"""What stands in `adapter_model.safetensors`: every tensor of an adapter under its site's name.
+
+    base_model.model.<path of the layer>.<tensor>        base_model.model.<path>.<parameter>.<tensor> at a parameter site
+    base_model.<tensor>                                  tensors that all sites of an adapter share
+    base_model.model.<path>.<tensor of the module>       heads, under the module's own names
+
+Where Hugging Face PEFT has the method, its keys and shapes are written instead: see `peft.py`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..core.adapter import Adapter
+from ..core.disk_names import DiskNames
+from ..core.method import Method
+from ..core.site import Site
+from ..core.targets import _modules
+from ..methods.head import Head
+
+PREFIX = "base_model.model."
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")  # torch.compile and FSDP put these into paths
+
+Tensors = Mapping[str, Mapping[str, Tensor]]  # site name -> tensor name -> tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of the file, and the tensors of adapters that it holds: mostly one, as it is."""
+
+    key: str
+    holds: tuple[tuple[str, str], ...]  # (site name, tensor name)
+    pack: Callable[[Sequence[Tensor]], Tensor] = lambda tensors: tensors[0]  # what `holds` names -> as stored
+    unpack: Callable[[Tensor], Sequence[Tensor]] = lambda tensor: (tensor,)
+
+
+def stored_tensors(disk: DiskNames, sites: Sequence[Site], tensors: Tensors) -> list[Stored]:
+    """Our own layout of an adapter's tensors."""
+    return [
+        Stored(site_key(site, name, disk.tensors.get(name, name)), ((site.name, name),))
+        for site in sites
+        for name in tensors[site.name]
+    ]
+
+
+def site_key(site: Site, name: str, suffix: str) -> str:
+    """The key of a site's tensor; what all sites share stands at the top."""
+    if name.startswith("shared."):
+        return f"base_model.{suffix}"
+    return PREFIX + ".".join(part for part in (clean(site.name), suffix) if part)
+
+
+def stored_heads(heads: Sequence[Site], tensors: Tensors, prefix: str = PREFIX) -> list[Stored]:
+    """Heads stand under the names that the module itself has."""
+    return [
+        Stored(f"{prefix}{clean(site.path)}.{name.removeprefix('module.')}", ((site.name, name),))
+        for site in heads
+        for name in tensors[site.name]
+    ]
+
+
+def tensors_of(parts: Mapping[str, Adapter]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of an adapter that belong on disk, by site and name."""
+    return {name: dict(part.state_dict(keep_vars=True)) for name, part in parts.items()}
+
+
+def expected_tensors(method: Method, sites: Sequence[Site], heads: Sequence[Site]) -> dict[str, dict[str, Tensor]]:
+    """The tensors that this adapter has, on the meta device: shapes and dtypes without memory."""
+    with _WithoutMemory():
+        parts = {site.name: method.build(site) for site in sites}
+        shared = method.shared(tuple(sites))
+        if shared is not None:
+            parts[sites[0].name].add_module("shared", shared)
+        parts |= {site.name: Head().build(site) for site in heads}
+    return tensors_of(parts)
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Tensors made within this context have no memory, whatever device was asked for."""
+
+    makers = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func in self.makers:
+            return func(*args, **{**(kwargs or {}), "device": "meta"})
+        if func is Tensor.clone:  # the copy of a head
+            return args[0].to("meta")
+        return func(*args, **(kwargs or {}))
+
+
+def clean(path: str) -> str:
+    """A dotted path without what torch.compile and FSDP put into it."""
+    if not any(wrapper in path for wrapper in WRAPPERS):
+        return path
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+
+
+def canonical(key: str) -> str:
+    """A key as we write it: wrappers left out, the prefix there."""
+    key = clean(key)
+    return key if key.startswith("base_model.") else PREFIX + key
+
+
+class Modules:
+    """The modules of a model by clean path, the adapters that live there left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._found = {clean(path): (path, module) for path, module in _modules(model)}
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._found
+
+    def __getitem__(self, path: str) -> nn.Module:
+        return self._found[path][1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def site(self, path: str, parameter: str | None = None) -> Site:
+        """The site at a module, or at one of its parameters."""
+        real, module = self._found[path]
+        return Site.at(real, module, parameter)
+
+    def ending(self, ends: Iterable[str]) -> set[str]:
+        """Paths that are, or end after a dot with, one of these: what HF PEFT's `target_modules` list catches."""
+        ends = tuple(ends)
+        exact, dotted = set(ends), tuple(f".{end}" for end in ends)
+        return {path for path in self._found if path in exact or path.endswith(dotted)}

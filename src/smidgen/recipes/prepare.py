@@ -1,0 +1,246 @@
+"""From a recipe to everything a run needs: rows read, checked and split, the task understood, the model loaded.
+
+Nothing here takes long, and whatever is wrong with data or model is found here, before any training.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..auto.plan import Plan, choose_max_length
+from ..core.errors import DataError, ModelError, RecipeError
+from ..data.columns import guess_columns
+from ..data.labels import understand_labels
+from ..data.read import read, read_splits
+from ..data.split import duplicate_groups, split, subset
+from ..data.table import Problem, Table
+from ..tasks.base import Examples
+from ..tasks.models import Located, locate
+from ..tasks.text_classification import TextClassification, TextClassifier, pooling_for
+from .schema import DataPart, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEST_SHARE, _MOST_TEST = 0.2, 2000
+_VALID_SHARE, _MOST_VALID = 0.1, 500
+_SHOWN = 20  # bad rows in one message
+_SAMPLE = 2000  # texts measured for their length
+
+
+@dataclass
+class Data:
+    """The rows of a run by part, and what is to be said about them."""
+
+    train: Table
+    valid: Table
+    test: Table
+    shift: dict[str, Table]
+    notes: list[str]
+
+
+@dataclass
+class Work:
+    """Everything a run works on."""
+
+    recipe: Recipe
+    located: Located
+    tokenizer: "PreTrainedTokenizerBase"
+    model: TextClassifier
+    task: TextClassification
+    data: Data
+    train: Examples
+    valid: Examples
+    test: Examples
+    shift: dict[str, Examples]
+    total_parameters: int  # of the body
+
+
+def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work:
+    """Read, check, split, load.  Raises DataError, ModelError or RecipeError naming all that is wrong."""
+    if recipe.task.name != TextClassification.name:
+        raise RecipeError(f'there is no task "{recipe.task.name}"; there is: {TextClassification.name}')
+    located = locate(recipe.model.path)  # first: a wrong name is found in milliseconds
+    given, problems = _read(recipe.data)
+    columns = guess_columns(
+        given["train"], text=recipe.data.text, text_pair=recipe.data.text_pair, label=recipe.data.label
+    )
+    for role, why in columns.reasons.items():
+        plan.decide(f"{role} column", None, getattr(columns, role), why)
+    assert columns.label is not None
+    labels = understand_labels(given["train"].column(columns.label), kind=recipe.task.kind)
+    plan.decide("kind", None, labels.kind, labels.reason)
+
+    tokenizer = load_tokenizer(located, recipe.model.revision)
+    task = TextClassification(tokenizer=tokenizer, columns=columns, labels=labels, max_length=0)
+    notes = list(labels.notes)
+    checked: dict[str, Table] = {}
+    for name, table in given.items():
+        bad = task.check(table)
+        if name == "train":
+            bad = {**{i: f'column "{columns.label}": {what}' for i, what in labels.problems.items()}, **bad}
+        problems += [Problem(table.where(i), what) for i, what in sorted(bad.items())]
+        checked[name] = table.select([i for i in range(len(table)) if i not in bad])
+    if problems:
+        if recipe.data.on_bad_row == "fail":
+            raise DataError(_bad_rows(problems, sum(map(len, given.values()))))
+        notes.append(
+            f"{len(problems)} bad rows were left out: "
+            + "; ".join(map(str, problems[:3]))
+            + (" ..." if len(problems) > 3 else "")
+        )
+    data = _divide(checked, task, plan, seed, notes)
+
+    body = load_body(located, recipe.model.dtype, recipe.model.revision).to(device)
+    config: Any = body.config
+    sample = subset(len(data.train), None, _SAMPLE, seed)
+    limit = min(getattr(config, "max_position_embeddings", 1 << 20) or 1 << 20, tokenizer.model_max_length)
+    length, why = choose_max_length(_lengths(task, data.train, sample), int(limit), device)
+    task.max_length = plan.decide("max_length", recipe.task.max_length, length, why)
+    if task.max_length > limit:
+        raise RecipeError(f"task.max_length is {task.max_length}, and {located.name} has {limit} positions")
+    if labels.kind == "regression":
+        targets = task.encode(data.train).targets
+        task.centre, task.spread = float(targets.mean()), max(float(targets.std()), 1e-6)
+    torch.manual_seed(seed)  # of the new head
+    model = TextClassifier(body, config.hidden_size, task.outputs, pooling_for(config)).to(device)
+    return Work(
+        recipe=recipe,
+        located=located,
+        tokenizer=tokenizer,
+        model=model,
+        task=task,
+        data=data,
+        train=task.encode(data.train),
+        valid=task.encode(data.valid),
+        test=task.encode(data.test),
+        shift={name: task.encode(table) for name, table in data.shift.items()},
+        total_parameters=sum(p.numel() for p in body.parameters()),
+    )
+
+
+def load_tokenizer(located: Located, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """The model's own tokenizer, with a padding token.  Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(located.source, revision=revision or "main")
+    except Exception as error:
+        raise ModelError(f"the tokenizer of {located.name} cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # decoders have none; padding is masked anyway
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_body(located: Located, dtype: str | None, revision: str | None = None) -> nn.Module:
+    """The pre-trained model without a head, in fp32 unless told otherwise.  Raises ModelError."""
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # what it says about heads that are not loaded is as it should be
+    logging.disable_progress_bar()
+    try:
+        body: nn.Module = AutoModel.from_pretrained(
+            located.source, dtype=dtype or "float32", revision=revision or "main", use_safetensors=True
+        )
+    except Exception as error:
+        raise ModelError(f"{located.name} cannot be loaded: {_first_line(error)}") from error
+    return body
+
+
+def set_threads(said: int | None) -> int:
+    """Use as many threads as there are cores for this process, unless told; under torchrun what it set."""
+    if said is None and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(cores)
+    elif said is not None:
+        torch.set_num_threads(said)
+    return torch.get_num_threads()
+
+
+def _read(data: DataPart) -> tuple[dict[str, Table], list[Problem]]:
+    """All tables by name: train, valid, test, and "shift:NAME"."""
+    parts, problems = read_splits(data.train)
+    tables: dict[str, Table] = {}
+    if "train" not in parts:
+        raise DataError(f"{data.train} has no training rows; it has {', '.join(parts)}")
+    tables.update(parts)
+    named = {"valid": data.valid, "test": data.test} | {f"shift:{name}": where for name, where in data.shift.items()}
+    for name, where in named.items():
+        if where is not None:
+            tables[name], bad = read(where)
+            problems += bad
+    return tables, problems
+
+
+def _divide(tables: dict[str, Table], task: TextClassification, plan: Plan, seed: int, notes: list[str]) -> Data:
+    """Training, validation and test rows; what is not given is held out of the training rows."""
+    train, valid, test = tables["train"], tables.get("valid"), tables.get("test")
+    if test is None and valid is not None:
+        test, valid = valid, None
+        plan.decide(
+            "test rows",
+            None,
+            len(test),
+            "your validation rows judge the result; another part of training picks the best step",
+        )
+    if test is None:
+        train, test = _hold_out(train, task, min(_TEST_SHARE, _MOST_TEST / len(train)), seed)
+        plan.decide("test rows", None, len(test), "held out of your data by class, seeded, equal texts kept together")
+    else:
+        plan.decide("test rows", None, len(test), "given")
+    if valid is None:
+        train, valid = _hold_out(train, task, min(_VALID_SHARE, _MOST_VALID / len(train)), seed + 1)
+        plan.decide(
+            "validation rows",
+            None,
+            len(valid),
+            "held out of the training rows; they pick the best step, the test rows judge it",
+        )
+    else:
+        plan.decide("validation rows", None, len(valid), "given")
+    plan.decide("training rows", None, len(train), "the rest")
+    seen = set(train.column(task.columns.text))
+    again = sum(text in seen for text in test.column(task.columns.text))
+    if again and task.columns.text_pair is None:
+        notes.append(
+            f"{again} of {len(test)} test texts stand in the training rows too: the figures are flattered by that much"
+        )
+    shift = {name.removeprefix("shift:"): table for name, table in tables.items() if name.startswith("shift:")}
+    return Data(train, valid, test, shift, notes)
+
+
+def _hold_out(table: Table, task: TextClassification, fraction: float, seed: int) -> tuple[Table, Table]:
+    label, text = task.columns.label, task.columns.text
+    assert label is not None
+    labels: Sequence[Any] = table.column(label)
+    if task.labels.kind == "regression":
+        labels = [float(task.labels.encode(value)) for value in labels]  # type: ignore[arg-type]
+    elif task.labels.kind == "multilabel":
+        labels = [str(value) for value in labels]
+    kept, held = split(
+        len(table), labels=labels, groups=duplicate_groups(table.column(text)), fraction=fraction, seed=seed
+    )
+    return table.select(kept), table.select(held)
+
+
+def _lengths(task: TextClassification, table: Table, rows: Sequence[int]) -> list[int]:
+    some = table.select(rows)
+    pairs = some.column(task.columns.text_pair) if task.columns.text_pair else None
+    tokenizer: Any = task.tokenizer
+    return [len(ids) for ids in tokenizer(some.column(task.columns.text), pairs, verbose=False)["input_ids"]]
+
+
+def _bad_rows(problems: list[Problem], rows: int) -> str:
+    shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
+    more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return f"{len(problems)} of {rows + 0:,} rows cannot be used:\n{shown}{more}\nMend them, or leave them out with --on-bad-row skip"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"

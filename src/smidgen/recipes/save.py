@@ -1,0 +1,122 @@
+"""The result of a run as one folder, written whole or not at all, and read again for predicting.
+
+adapter_config.json, adapter_model.safetensors, smidgen.json   the adapter of the body (formats/folder.py)
+head.safetensors                                               the task's head: weight (K, D), bias (K,)
+recipe.yaml, report.json, report.html, README.md               what was run, what it came to
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..adapters import AdapterSet, load
+from ..core.errors import FolderError
+from ..core.files import atomic_directory
+from ..core.safe import read_json, read_tensors, write_tensors
+from ..evaluate.card import model_card
+from ..evaluate.report import Report
+from ..tasks.models import Located, locate
+from ..tasks.text_classification import TextClassification, TextClassifier, pooling_for
+from .prepare import Work, load_body, load_tokenizer
+
+if TYPE_CHECKING:
+    from .schema import Recipe
+
+HEAD = "head.safetensors"
+_RESULT = ("adapter_model.safetensors", HEAD)  # what it takes to use the result, next to the base
+
+
+def save_result(
+    out: Path, work: Work, adapters: AdapterSet, report: Report, recipe: "Recipe", *, replace: bool
+) -> Report:
+    """Write the folder; returns the report with the true size of the tuned row."""
+    with atomic_directory(out, replace=replace) as new:
+        extra = {"task": work.task.describe(), "base_model": work.located.name}
+        adapters.save(new / "adapter", base_model=work.located.name, task_type="FEATURE_EXTRACTION", extra=extra)
+        for file in (new / "adapter").iterdir():
+            file.rename(new / file.name)
+        (new / "adapter").rmdir()
+        write_tensors(new / HEAD, {name: p.detach().cpu() for name, p in work.model.head.named_parameters()})
+        size = sum((new / name).stat().st_size for name in _RESULT)
+        rows = tuple(dataclasses.replace(row, disk_bytes=size) if row.name == "tuned" else row for row in report.rows)
+        report = dataclasses.replace(report, rows=rows)
+        report.save(new)
+        (new / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        usage = _usage(out, work)
+        card = model_card(report, base_model=work.located.name, library_versions=report.versions, usage=usage)
+        (new / "README.md").write_text(card, encoding="utf-8")
+    return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A result loaded again."""
+
+    model: TextClassifier
+    task: TextClassification
+    adapters: AdapterSet
+    located: Located
+
+
+def load_result(folder: Path, model: str | None = None, dtype: str | None = None) -> Tuned:
+    """Load base, adapter and head.   model: where the base is now, if not where it was.
+
+    Raises FolderError or ModelError saying what is missing.
+    """
+    extra = _extra(folder)
+    located = locate(model or str(extra["base_model"]))
+    task = TextClassification.from_description(_mapping(extra, "task", folder), load_tokenizer(located))
+    body = load_body(located, dtype)
+    config: Any = body.config
+    adapters = load(body, folder)
+    head = read_tensors(folder / HEAD)
+    classifier = TextClassifier(body, config.hidden_size, task.outputs, pooling_for(config))
+    needed = {name: tuple(p.shape) for name, p in classifier.head.named_parameters()}
+    found = {name: tuple(t.shape) for name, t in head.items()}
+    if needed != found or not all(bool(torch.isfinite(t).all()) for t in head.values()):
+        raise FolderError(
+            f"{folder / HEAD} holds {found}, finite numbers of {needed} are needed: it belongs to another adapter"
+        )
+    classifier.head.load_state_dict(head)
+    return Tuned(classifier.eval(), task, adapters, located)
+
+
+def is_result(folder: Path) -> bool:
+    """True if the folder holds a finished run."""
+    return (folder / HEAD).is_file() and (folder / "smidgen.json").is_file()
+
+
+def _extra(folder: Path) -> Mapping[str, Any]:
+    if not is_result(folder):
+        what = "is no result of `smidgen tune`" if folder.is_dir() else "is not there"
+        raise FolderError(
+            f"{folder} {what}: {HEAD} and smidgen.json are needed. An adapter without them: smidgen.load(model, folder)"
+        )
+    return _mapping(read_json(folder / "smidgen.json"), "extra", folder)
+
+
+def _mapping(value: Mapping[str, Any], key: str, folder: Path) -> Mapping[str, Any]:
+    found = value.get(key)
+    if not isinstance(found, dict):
+        raise FolderError(f'{folder / "smidgen.json"} has no "{key}": the adapter was not saved by `smidgen tune`')
+    return found
+
+
+def _usage(out: Path, work: Work) -> str:
+    return f"""```shell
+smidgen predict {out} --text "..."
+smidgen evaluate {out} --data more.csv
+```
+
+```python
+from transformers import AutoModel
+import smidgen
+
+body = AutoModel.from_pretrained("{work.located.source if not work.located.is_local else "<the base model>"}")
+adapters = smidgen.load(body, "{out.name}")  # the head is head.safetensors; `smidgen predict` applies both
+```
+
+Where Hugging Face PEFT has the method, `PeftModel.from_pretrained(body, ...)` loads the same folder onto the same body."""
