@@ -1,4 +1,4 @@
-"""AdapterSet: all adapters that live in one model; the handle a user holds.  And the ways to get one: attach, load, adapters_of."""
+"""AdapterSet: all adapters that live in one model; the handle a user holds.  Got by attach, load and adapters_of."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from .core import attach as mechanism
-from .core.adapter import Adapter
+from .core.adapter import HELD, Adapter
 from .core.composition import Expression, Rows, Stack, Weighted, names_in
-from .core.errors import AttachError, PreflightError, nearest
+from .core.errors import AttachError, PreflightError, TargetError, nearest
 from .core.merge import MergeReport, merge_into_base
 from .core.method import Method
 from .core.rows_apart import run_apart
@@ -91,6 +91,7 @@ class AdapterSet:
         self._entries: dict[str, Entry] = {}
         self._active: Expression = None
         self._trained_before: dict[str, bool] = {}
+        self._nesting_before: list[nn.TransformerEncoder] = []
 
     # -- what is there
 
@@ -155,6 +156,7 @@ class AdapterSet:
     ) -> "AdapterSet":
         self._check_name(name)
         sites = (*resolution.sites, *self._head_sites(method))
+        self._refuse_foreign(sites)
         twice = [site_name for site_name, count in Counter(site.name for site in sites).items() if count > 1]
         if twice:
             raise AttachError(
@@ -172,13 +174,14 @@ class AdapterSet:
             generators = {}
             for part in parts:
                 device = next((p.device for p in part.parameters()), torch.device("cpu"))
-                if seed is not None and device not in generators:
+                if seed is not None and device.type != "meta" and device not in generators:
                     generators[device] = torch.Generator(device).manual_seed(seed)
                 part.reset(generators.get(device))
                 if isinstance(part._modules.get("shared"), nn.Module):
                     shared.reset(generators.get(device))  # type: ignore[union-attr]
         if not self._entries:
             self.freeze_base()
+            self._keep_encoders_from_nesting()
             self.model.__dict__[_SET] = self
         for site, part in zip(sites, parts, strict=True):
             mechanism.put_on(site, name, part)
@@ -215,7 +218,7 @@ class AdapterSet:
 
     def detach(self) -> nn.Module:
         """Take all adapters off: the model is bit for bit what it was, class, keys and requires_grad included."""
-        self._active = None
+        self.activate(None)
         for name in self.names:
             self.delete(name)
         return self.model
@@ -230,17 +233,31 @@ class AdapterSet:
         for name, parameter in self._base_parameters():
             parameter.requires_grad_(self._trained_before.get(name, parameter.requires_grad))
         self._trained_before = {}
+        for encoder in self._nesting_before:
+            encoder.use_nested_tensor = True
+        self._nesting_before = []
         self.model.__dict__.pop(_SET, None)
+
+    def _keep_encoders_from_nesting(self) -> None:
+        """nn.TransformerEncoder packs a padded batch into a nested tensor, which only its fused layers can read."""
+        self._nesting_before = [
+            m for m in self.model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor
+        ]
+        for encoder in self._nesting_before:
+            encoder.use_nested_tensor = False
 
     def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.model.named_parameters():
-            if mechanism.HELD not in name.split("."):
+            if HELD not in name.split("."):
                 yield name, parameter
 
     # -- what acts
 
     def activate(self, expression: Expression) -> None:
-        """Choose what acts: a name, Stack, Weighted or Rows of names, or None for the base model.  requires_grad is left alone."""
+        """Choose what acts: a name, Stack, Weighted or Rows of names, or None for the base model.
+
+        requires_grad is left alone.
+        """
         for name in names_in(expression):
             self._entry(name)
         if isinstance(self._active, Rows):
@@ -266,7 +283,7 @@ class AdapterSet:
 
     @contextmanager
     def rows(self, parts: Sequence[Expression]) -> Iterator[None]:
-        """A mixed batch: within this context row i of every batch runs with parts[i], or with the base where that is None."""
+        """A mixed batch: within this context row i of every batch runs with parts[i], or with the base where None."""
         before = self._active
         self.activate(Rows(*parts))
         try:
@@ -275,13 +292,14 @@ class AdapterSet:
             self.activate(before)
 
     def check_gradients(self) -> None:
-        """After a backward and before the step: raise PreflightError if a trainable adapter parameter got no gradient."""
+        """After a backward and before the step: raise PreflightError if a trainable adapter tensor got no gradient."""
         idle = [name for name, p in self.named_parameters() if p.requires_grad and p.grad is None]
         if idle:
             raise PreflightError(
                 f"{len(idle)} adapter parameters got no gradient, so they would never learn: {', '.join(idle[:5])}"
-                f"{' ...' if len(idle) > 5 else ''}. The model reads these weights without calling the layer's forward, or the loss "
-                'does not depend on them. Reach them as parameters: Targets("*.attn").parameter("in_proj_weight")'
+                f"{' ...' if len(idle) > 5 else ''}. The model reads these weights without calling the layer, or the "
+                "loss does not depend on them. Reach them as parameters: "
+                'Targets("*.attn").parameter("in_proj_weight")'
             )
 
     # -- saving
@@ -341,6 +359,16 @@ class AdapterSet:
 
     # -- helpers
 
+    def _refuse_foreign(self, sites: Sequence[Site]) -> None:
+        """Raise AttachError where adapters live that were put on through a part of this model, or a model around it."""
+        adapted = [site for site in sites if mechanism.is_adapted(site.layer) and id(site.layer) not in self._layers]
+        foreign = [site.name for site in adapted if len(mechanism.held(site.layer))]
+        if foreign:
+            raise AttachError(
+                f"{', '.join(foreign[:5])}: adapters live there that were attached to another model, of which this is "
+                "a part, or that is a part of this. Use that handle, adapters_of(that_model), or detach it first"
+            )
+
     def _head_sites(self, method: Method) -> list[Site]:
         if not method.heads:
             return []
@@ -348,11 +376,13 @@ class AdapterSet:
         found = [path for path in modules if Targets(*method.heads).matches(path, modules[path]) and path]
         Targets(*method.heads).resolve(self.model, lambda site: None)  # a head that matches nothing is an error
         outermost = [
-            p
-            for p in found
-            if not any(p.startswith(other + ".") for other in found) and mechanism.HELD not in p.split(".")
+            p for p in found if not any(p.startswith(other + ".") for other in found) and HELD not in p.split(".")
         ]
-        return [Site.at(path, modules[path]) for path in leaves(self.model, outermost)]
+        sites = [Site.at(path, modules[path]) for path in leaves(self.model, outermost)]
+        refused = [f"{site.name}: {reason}" for site in sites if (reason := Head().accepts(site))]
+        if refused:
+            raise TargetError(f"heads={method.heads} cannot be trained. {'; '.join(refused[:5])}")
+        return sites
 
     @property
     def _layers(self) -> dict[int, tuple[nn.Module, tuple[str, ...]]]:

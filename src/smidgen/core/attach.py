@@ -4,11 +4,11 @@ The layer object stays where it is and takes a subclass of its own class, made o
 forward through the layer's plan.  PyTorch's own `fully_shard` and `register_parametrization` do the same.  Base keys,
 object identity, `isinstance`, attributes and references stay; taking adapters off gives back the class it had.
 
-    layer.smidgen          Held: the adapters that live here, a submodule, so that their tensors move and save with the model
+    layer.smidgen          Held: the adapters that live here, a submodule: their tensors move and save with the model
     layer._smidgen_plan    what acts on the call now: an adapter, a plan of several, or None for the base layer
     layer._smidgen_values  parameter name -> what acts on that parameter's value during the call
 
-Why not hooks, wrappers, parametrisations, tensor subclasses or functional_call: docs/decisions/0002-class-substitution.md.
+Why not hooks, wrappers, parametrisations, tensor subclasses, functional_call: docs/decisions/0002-class-substitution.md
 """
 
 import functools
@@ -27,7 +27,7 @@ PLAN, VALUES, LIFTED = "_smidgen_plan", "_smidgen_values", "_smidgen_lifted_forw
 
 
 @functools.cache
-def adapted(base: type[nn.Module]) -> type[nn.Module]:
+def adapted(base: Any) -> Any:
     """The subclass of `base` whose forward runs through the layer's plan; one per layer class, with its name."""
 
     @functools.wraps(base.forward)  # inspect.signature(model.forward) keeps telling the truth
@@ -52,10 +52,10 @@ def adapted(base: type[nn.Module]) -> type[nn.Module]:
         body["__len__"] = lambda self: len(self._modules) - 1
     for copied in ("__module__", "__qualname__", "__doc__"):
         body[copied] = getattr(base, copied)
-    return cast("type[nn.Module]", type(base)(base.__name__, (base,), body))
+    return type(base)(base.__name__, (base,), body)
 
 
-def _restored(base: type[nn.Module]) -> nn.Module:
+def _restored(base: Any) -> nn.Module:
     cls = adapted(base)
     return cast(nn.Module, cls.__new__(cls))
 
@@ -83,7 +83,7 @@ def substitute(layer: nn.Module) -> None:
     set_plans(layer, None, {})
     if "forward" in layer.__dict__:  # accelerate and others patch the instance: keep theirs inside ours
         layer.__dict__[LIFTED] = layer.__dict__.pop("forward")
-    layer.__class__ = adapted(type(layer))
+    layer.__class__ = adapted(cast(Any, type(layer)))
 
 
 def restore(layer: nn.Module) -> None:

@@ -1,12 +1,14 @@
 """Attention: put learned keys and values in front of those that an attention module's own call attends to.
 
-    softmax(q [K; k]^T + mask) [V; v]        K: (N, Dk)   V: (N, Dv)        N = positions in front, D = key/value heads x head width
+    softmax(q [K; k]^T + mask) [V; v]        K: (N, Dk)   V: (N, Dv)
+
+N = positions in front, D = key/value heads x head width.
 
 They come in front after the module has updated its key/value cache, in every call, so they are never in the cache.
 How the attention is reached depends on who computes it:
 
-    interface   transformers' modules look up a function by a name in `self.config`; during the call, and only then, they
-                see a config that names ours, which calls theirs
+    interface   transformers' modules look up a function by a name in `self.config`; during the call, and only then,
+                they see a config that names ours, which calls theirs
     function    modules that call torch's scaled_dot_product_attention or are nn.MultiheadAttention; a TorchFunctionMode
 
 Masks are extended so that every query sees what stands in front.  Where the call is causal without a mask, N queries of
@@ -53,14 +55,16 @@ class Reach:
 
 
 def reach_of(layer: nn.Module) -> Reach | None:
-    """How the attention that this module's own forward computes is reached; None if it computes none that we can reach."""
+    """How the attention that this module's own forward computes is reached; None if that cannot be, or it has none."""
     if isinstance(layer, nn.MultiheadAttention):
         return None if layer.bias_k is not None else Reach("function")
     forward = inspect.unwrap(type(layer).forward)
     codes = list(_codes(type(layer), forward))
     names = {name for code in codes for name in code.co_names}
     if "ALL_ATTENTION_FUNCTIONS" in names and hasattr(getattr(layer, "config", None), "_attn_implementation"):
-        if any("sdpa" in constant for code in codes for constant in code.co_consts if isinstance(constant, str | tuple)):
+        if any(
+            "sdpa" in constant for code in codes for constant in code.co_consts if isinstance(constant, str | tuple)
+        ):
             return None  # it makes another mask by the name of the implementation: sparse attention
         eager = next((name for name in sorted(names) if name.endswith("eager_attention_forward")), "")
         return Reach("interface", forward.__globals__.get(eager))
@@ -72,7 +76,9 @@ def widths_of(layer: nn.Module) -> tuple[int, int] | None:
     if isinstance(layer, nn.MultiheadAttention):
         return layer.embed_dim, layer.embed_dim
     for names in _PROJECTIONS:
-        kinds = [(kind_of(child), child) for name in names if isinstance(child := getattr(layer, name, None), nn.Module)]
+        kinds = [
+            (kind_of(child), child) for name in names if isinstance(child := getattr(layer, name, None), nn.Module)
+        ]
         if len(kinds) == 2 and all(kind is not None and kind.low_rank for kind, _ in kinds):
             (key, k), (value, v) = kinds
             return key.fans(k)[0], value.fans(v)[0]  # type: ignore[union-attr]
@@ -92,13 +98,15 @@ def widths_of(layer: nn.Module) -> tuple[int, int] | None:
 
 
 def register() -> None:
-    """Enter our function in transformers' table of attention functions, where it does nothing until a config names it."""
+    """Enter our function in transformers' table of attention functions; it does nothing until a config names it."""
     from transformers import AttentionInterface  # only asked for modules that came from there
 
     AttentionInterface.register(_NAME, _attend)
 
 
-def with_in_front(layer: nn.Module, name: str, reach: Reach, front: Front, call: Call, *args: Any, **kwargs: Any) -> Any:
+def with_in_front(
+    layer: nn.Module, name: str, reach: Reach, front: Front, call: Call, *args: Any, **kwargs: Any
+) -> Any:
     """The module's call with K and V in front of its keys and values.
 
     Raises TargetError if the attention was not reached, or its heads do not fit.
@@ -116,8 +124,8 @@ def with_in_front(layer: nn.Module, name: str, reach: Reach, front: Front, call:
             layer.__dict__["config"] = before
     if not reached:
         raise TargetError(
-            f"{name} ({type(layer).__name__}) ran without calling scaled_dot_product_attention, so nothing was put in front of its keys. "
-            "Switch its fused attention on, or leave it out of the targets"
+            f"{name} ({type(layer).__name__}) ran without calling scaled_dot_product_attention, so nothing was put in "
+            "front of its keys. Switch its fused attention on, or leave it out of the targets"
         )
     return out
 
@@ -141,7 +149,7 @@ class _ConfigInFront:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function of transformers.   query: (B, H, T, d)   key, value: (B, Hkv, S, d)   returns (B, T, H, d), weights."""
+    """An attention function of transformers.   query: (B, H, T, d)   key, value: (B, Hkv, S, d)   out: (B, T, H, d)."""
     config: Any = module.config
     name = config.config._attn_implementation
     if name not in _REACHED:
@@ -213,14 +221,19 @@ def _scaled_dot_product(
     return out[..., rows:, :] if rows else out
 
 
-def _multi_head(front: Front, query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, *args: Any, **kwargs: Any) -> Any:
-    """F.multi_head_attention_forward, which lets finished keys and values be given as static_k and static_v (B H, S, d)."""
+def _multi_head(
+    front: Front, query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, *args: Any, **kwargs: Any
+) -> Any:
+    """F.multi_head_attention_forward, which takes finished keys and values as static_k and static_v (B H, S, d)."""
     K, V = front
     count = K.shape[0]
     W, b = args[0], args[1]  # (3 E, E) and (3 E,), or None where the projections are apart
     _, k_weight, v_weight = W.chunk(3) if W is not None else (None, kwargs["k_proj_weight"], kwargs["v_proj_weight"])
     _, k_bias, v_bias = b.chunk(3) if b is not None else (None, None, None)
-    for name, x, weight, bias, learned in (("static_k", key, k_weight, k_bias, K), ("static_v", value, v_weight, v_bias, V)):
+    for name, x, weight, bias, learned in (
+        ("static_k", key, k_weight, k_bias, K),
+        ("static_v", value, v_weight, v_bias, V),
+    ):
         held = kwargs.get(name)
         if held is None:
             held = F.linear(x, weight, bias)  # (S, B, E), or (S, E) of a single row
@@ -243,8 +256,8 @@ def _in_front(learned: Tensor, held: Tensor) -> Tensor:
     own_heads, rest = divmod(learned.shape[1], width)
     if not batch or rest or heads % own_heads:
         raise TargetError(
-            f"the attention's keys or values have the shape {tuple(held.shape)}, (batch, heads, positions, head width) is needed, with "
-            f"heads x head width of {learned.shape[1]}, which is what the module seemed to have"
+            f"the attention's keys or values are {tuple(held.shape)}; needed is (batch, heads, positions, head width) "
+            f"with heads x head width of {learned.shape[1]}, which is what the module seemed to have"
         )
     rows = learned.to(held.dtype).view(-1, own_heads, width).transpose(0, 1)  # (Hkv, N, d)
     if own_heads != heads:

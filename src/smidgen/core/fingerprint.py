@@ -1,11 +1,11 @@
-"""Fingerprint: a short text that tells one base model from another of the same shape, at the cost of a few milliseconds.
+"""Fingerprint: a short text that tells one base model from another of the same shape, in a few milliseconds.
 
     "1-<structure>-<linear weights>-<the rest>"      the last two are "?" where the numbers cannot be read
 
-structure: names and shapes of all base parameters.   The other two: up to 32 values of every parameter, rounded to bf16,
-so that an fp32 and a bf16 copy of one checkpoint agree.   A quantised model has "?" for its linear weights and agrees with the
-same checkpoint unquantised.   Buffers do not count: running statistics move when a model is run in training mode, and
-libraries keep or drop constant ones from version to version.
+structure: names and shapes of all base parameters.   The other two: up to 32 values of every parameter, rounded to
+bf16, so that an fp32 and a bf16 copy of one checkpoint agree.   A quantised model has "?" for its linear weights and
+agrees with the same checkpoint unquantised.   Buffers do not count: running statistics move when a model is run in
+training mode, and libraries keep or drop constant ones from version to version.
 """
 
 import hashlib

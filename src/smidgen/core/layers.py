@@ -145,7 +145,7 @@ class ConvKind(LayerKind):
     def expand(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
         layer = cast(nn.Conv2d, layer)
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(layer.kernel_size)]
-        return cast(Tensor, conv(h, B.view(*B.shape, *[1] * len(layer.kernel_size)), groups=layer.groups))
+        return conv(h, B.view(*B.shape, *[1] * len(layer.kernel_size)), groups=layer.groups)
 
     def channels(self, layer: nn.Module, v: Tensor, like: Tensor) -> Tensor:
         return v.view(-1, *[1] * len(cast(nn.Conv2d, layer).kernel_size))

@@ -50,9 +50,9 @@ def merge_into_base(model: nn.Module, sites: list[Site], expression: Expression,
         worst = max(above, key=above.__getitem__)
         dtype = next(site.stored.dtype for site in sites if site.name == worst)
         raise MergeError(
-            f"rounding to {str(dtype).removeprefix('torch.')} would lose up to {above[worst]:.0%} of the update ({worst}; "
-            f"{len(above)} of {len(errors)} sites above max_error={max_error}). Nothing was changed. Keep the adapter "
-            "attached, load the base in float32 to merge, or allow it: "
+            f"rounding to {str(dtype).removeprefix('torch.')} would lose up to {above[worst]:.0%} of the update "
+            f"({worst}; {len(above)} of {len(errors)} sites above max_error={max_error}). Nothing was changed. Keep "
+            "the adapter attached, load the base in float32 to merge, or allow it: "
             f"merge(..., max_error={above[worst] * 1.01:.2g})"
         )
     _compare_with_running(sites, expression)
@@ -125,8 +125,8 @@ def _refuse_tied(model: nn.Module, sites: list[Site]) -> None:
         tied = places.get(id(site.stored), [])
         if len(tied) > 1:
             raise MergeError(
-                f"{' and '.join(tied)} are one tied tensor: merging at {site.name} would change all of them. Nothing was "
-                "changed. Untie them first (give the layer its own copy of the weight), or keep the adapter attached"
+                f"{' and '.join(tied)} are one tied tensor: merging at {site.name} would change all of them. Nothing "
+                "was changed. Untie them first (give the layer its own copy of the weight) or keep the adapter attached"
             )
 
 

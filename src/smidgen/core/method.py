@@ -67,7 +67,7 @@ class Method:
         return body_layers(model)
 
     def fitted(self, model: nn.Module) -> "Method":
-        """The method with what depends on the model filled in, before its sites are found.  Most have nothing to fill in."""
+        """The method with what depends on the model filled in, before its sites are found.  Most have nothing."""
         return self
 
     def resolve(self, model: nn.Module) -> Resolution:
@@ -91,6 +91,13 @@ class Method:
 
     def calibrate(self, model: nn.Module, adapters: Mapping[str, Adapter], loss: Callable[[], Tensor] | None) -> None:
         """A start that depends on data; `loss()` gives the task's loss on the next few batches.  Most have none."""
+
+    def with_tensors(self, tensors: Mapping[Site, Mapping[str, Tensor]]) -> "Method":
+        """The method as a saved adapter has it, for one whose tensors say more than its settings.
+
+        tensors: of each site by the adapter's own names; on the meta device, at first, they tell sizes and no more.
+        """
+        return self
 
     def settings(self) -> dict[str, Any]:
         """The method's own settings, without targets and heads."""

@@ -75,8 +75,10 @@ def read_header(path: str | Path, *, max_header_bytes: int = 16 << 20, max_tenso
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         _require(len(start) == 8, path, f"is {size} bytes; a safetensors file has at least 8")
-        _require(start[:4] != b"PK\x03\x04" and start[:1] != b"\x80", path, f"is a pickle. {_CONVERT}")
         length = int.from_bytes(start, "little")
+        # Only where it cannot be a length: one header in 32 has a length whose first byte is that of a pickle.
+        pickled = length > size - 8 and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80")
+        _require(not pickled, path, f"is a pickle. {_CONVERT}")
         _require(length <= size - 8, path, f"says its header is {length} bytes, but is itself {size} bytes long")
         _require(
             length <= max_header_bytes, path, f"has a header of {length} bytes; at most {max_header_bytes} are read"

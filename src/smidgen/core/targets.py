@@ -112,7 +112,9 @@ class Targets:
 
     def _refuse_parameters(self, other: "Targets") -> None:
         if any(term.parameters for term in (*self._terms, *other._terms)):
-            raise TargetError('& and ~ choose modules; name parameters last: (Targets("*.attn") & ...).parameter("weight")')
+            raise TargetError(
+                '& and ~ choose modules; name parameters last: (Targets("*.attn") & ...).parameter("weight")'
+            )
 
     def resolve(self, model: nn.Module, accepts: Callable[[Site], str | None]) -> "Resolution":
         """The sites in this model, and what was passed over and why.

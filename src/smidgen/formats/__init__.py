@@ -6,9 +6,12 @@ An adapter folder holds three files.  The first two are Hugging Face PEFT's wher
     adapter_model.safetensors    the tensors
     smidgen.json                 what only we know: resolved places, base fingerprint, checksums, extra
 
-    write.py          a model's adapters -> folder              layout.py        keys and shapes of the tensors in our own layout
-    read.py           folder -> what a model's adapters need    translation.py   how a method says its layout, and that of HF PEFT
-    note.py           smidgen.json                              peft_<...>.py    the methods that HF PEFT has
+    write.py         a model's adapters -> folder
+    read.py          folder -> what a model's adapters need
+    note.py          smidgen.json
+    layout.py        keys of the tensors in our own layout
+    translation.py   what a method says of its layout, and of HF PEFT's
+    peft_<...>.py    the methods that HF PEFT has
 
 A method that HF PEFT lacks needs nothing here: its `DiskNames` is enough, see `translation.py`.
 """

@@ -1,8 +1,9 @@
 """What stands in `adapter_model.safetensors`: every tensor of an adapter under its site's name.
 
-    base_model.model.<path of the layer>.<tensor>        base_model.model.<path>.<parameter>.<tensor> at a parameter site
-    base_model.<tensor>                                  tensors that all sites of an adapter share
-    base_model.model.<path>.<tensor of the module>       heads, under the module's own names
+    base_model.model.<path of the layer>.<tensor>
+    base_model.model.<path>.<parameter>.<tensor>      at a parameter site
+    base_model.model.<path>.<tensor of the module>    heads, under the module's own names
+    base_model.<tensor>                               tensors that all sites of an adapter share
 
 Where Hugging Face PEFT has the method, its keys and shapes are written instead: see `peft.py`.
 """

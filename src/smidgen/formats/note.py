@@ -74,7 +74,7 @@ class Several:
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
-    """Sorted keys, two spaces: the same value gives the same bytes.  Raises FolderError for what JSON has no word for."""
+    """Sorted keys, two spaces: the same value gives the same bytes.  Raises FolderError for what is no JSON."""
     try:
         return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
@@ -92,14 +92,14 @@ def read_note(folder: Path) -> "Note | Several | None":
     version = data.pop("format", None)
     if version != FORMAT:
         raise FolderError(
-            f"{path}: format is {str(version)[:40]!r}, this smidgen reads format {FORMAT}. A newer smidgen wrote it: upgrade"
+            f"{path}: format is {str(version)[:40]!r}, this smidgen reads {FORMAT}. A newer one wrote it: upgrade"
         )
     kinds = {"adapters": list, "extra": dict} if "adapters" in data else _KINDS
     wrong = [name for name, kind in kinds.items() if not isinstance(data.get(name), kind)]
     wrong += [name for name in data if name not in kinds and name not in ("composition", "not_peft")]
     if wrong:
         raise FolderError(
-            f"{path}: {', '.join(map(ascii, wrong))[:300]} is missing, misspelt or of another type than in format {FORMAT}"
+            f"{path}: {', '.join(map(ascii, wrong))[:300]} is missing, misspelt or of another type than it has"
         )
     composition(data, path)
     if "adapters" in data:

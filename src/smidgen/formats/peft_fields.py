@@ -1,4 +1,4 @@
-"""The fields of Hugging Face PEFT's `adapter_config.json` by peft_type, with the values they have when nobody sets them.
+"""The fields of Hugging Face PEFT's `adapter_config.json` by peft_type, with their defaults.
 
 Data from peft 0.21.2, whose `save_pretrained` writes all of them.  A test compares it with the installed package.
 """

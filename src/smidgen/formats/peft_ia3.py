@@ -1,4 +1,4 @@
-"""IA3 in Hugging Face PEFT's folder: the same tensors; `feedforward_modules` says which layers have their input scaled."""
+"""IA3 in Hugging Face PEFT's folder: the same tensors; `feedforward_modules` have their input scaled."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -67,6 +67,6 @@ def _scales_input(site: Site, config: Mapping[str, Any], shapes: Shapes) -> bool
     ends = config.get("feedforward_modules") or []
     if not isinstance(ends, list):
         raise FolderError(
-            f"feedforward_modules is {str(ends)[:80]!r}. Patterns from a file are not run: write the paths that it means"
+            f"feedforward_modules is {str(ends)[:80]!r}. Patterns from a file are not run: write the paths it means"
         )
     return clean(site.path).endswith(tuple(plain(end, "feedforward_modules") for end in ends))

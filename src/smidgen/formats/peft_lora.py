@@ -10,14 +10,14 @@
 
 A parameter's key does not name it: HF PEFT nests one wrapper per parameter of a module in the order in which the module
 registered them, the first one innermost, and every level adds ".base_layer".  Of nn.MultiheadAttention it always adapts
-in_proj_weight under the module's key and out_proj under ".base_layer.out_proj".
+in_proj_weight under the module's key and out_proj under ".base_layer.out_proj", and adds the change of out_proj twice
+(0.21.2): so what it trained is read with alpha doubled there, and written only where it is.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from ..core.layers import ConvKind, EmbeddingKind, LinearKind
@@ -56,8 +56,8 @@ class LoRATranslation(PeftTranslation):
         for site in sites:
             if _in_attention(site):
                 pair = [s for s in sites if s.path == site.path]
-                if len(pair) != 2 or len({(method.rank_at(s), _alpha(method, s)) for s in pair}) > 1:
-                    return f"{site.path}: HF PEFT adapts in_proj_weight and out_proj of an attention together, with one rank and alpha"
+                if len(pair) != 2 or len({(method.rank_at(s), _their_alpha(method, s)) for s in pair}) > 1:
+                    return f"{site.path}: HF PEFT adapts in_proj_weight and out_proj together, and out_proj twice"
         return None
 
     def fields(self, modules: Modules, method: Method, sites: Sequence[Site]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class LoRATranslation(PeftTranslation):
         parameters = [site for site in sites if site.parameter and not _in_attention(site)]
         called = sorted({clean(site.path) for site in sites if not site.parameter or _in_attention(site)})
         ranks = {_name(site): method.rank_at(site) for site in sites}
-        alphas = {_name(site): _number(_alpha(method, site)) for site in sites}
+        alphas = {_name(site): _number(_their_alpha(method, site)) for site in sites}
         return {
             "r": method.rank,
             "lora_alpha": _number(method.alpha),
@@ -94,13 +94,14 @@ class LoRATranslation(PeftTranslation):
         alphas = pattern_of(config, "alpha_pattern")
         rank, alpha = number(config, "r", whole=True), float(number(config, "lora_alpha"))
         found = tuple(sites.values())
+        ours = {s.name: float(first_match(alphas, _name(s), alpha)) * _times(s) for s in found}
         settings = {
             "rank": rank,
             "alpha": alpha,
             "dropout": float(number(config, "lora_dropout")),
             "rank_stabilised": bool(config.get("use_rslora", False)),
             "rank_pattern": exact_names({s.name: first_match(ranks, _name(s), rank) for s in found}, rank),
-            "alpha_pattern": exact_names({s.name: float(first_match(alphas, _name(s), alpha)) for s in found}, alpha),
+            "alpha_pattern": exact_names(ours, alpha),
         }
         return Found(settings, found)
 
@@ -133,8 +134,13 @@ def _name(site: Site) -> str:
     return clean(site.path if _in_attention(site) else site.name)
 
 
-def _alpha(method: LoRA, site: Site) -> float:
-    return next(iter(by_site(method.alpha_pattern, [site]).values()), method.alpha)
+def _their_alpha(method: LoRA, site: Site) -> float:
+    return float(next(iter(by_site(method.alpha_pattern, [site]).values()), method.alpha)) / _times(site)
+
+
+def _times(site: Site) -> int:
+    """How often HF PEFT adds the change of this site."""
+    return 2 if _in_attention(site) and site.parameter != "in_proj_weight" else 1
 
 
 def _number(value: float) -> float:

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from ..core.attention import widths_of
 from ..core.errors import FolderError
 from ..core.method import Method
 from ..core.site import Site
-from ..methods.prefix_tuning import PrefixTuning, from_peft, to_peft
+from ..methods.prefix_tuning import PrefixTuning
 from ..methods.prompt_tuning import PromptTuning
 from .layout import Modules, Stored, Tensors
 from .peft_fields import PROMPTS
@@ -88,7 +89,7 @@ class PrefixTranslation(PeftTranslation):
     def stored_peft(self, method: Method, sites: Sequence[Site], tensors: Tensors) -> list[Stored]:
         layers = [site for site in sites if site.path]
         holds = tuple((site.name, name) for site in layers for name in ("K", "V"))
-        return [Stored(KEY, holds, _pack, partial(_unpack, layers=len(layers)))]
+        return [Stored(KEY, holds, _side_by_side, partial(_apart, count=len(holds)))]
 
     def find(self, modules: Modules, config: Mapping[str, Any], shapes: Shapes) -> Found:
         # a projected prefix is written as what it computes
@@ -110,9 +111,9 @@ def _text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _pack(tensors: Sequence[Tensor]) -> Tensor:
-    return to_peft(list(zip(tensors[::2], tensors[1::2], strict=True)))
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors), dim=1)  # K, V, K, V, ... (N, layers 2 D)
 
 
-def _unpack(tensor: Tensor, layers: int) -> list[Tensor]:
-    return [part for front in from_peft(tensor, layers) for part in front]
+def _apart(tensor: Tensor, count: int) -> Sequence[Tensor]:
+    return tensor.chunk(count, dim=1)

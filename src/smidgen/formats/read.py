@@ -1,7 +1,6 @@
 """Read an adapter folder: everything is checked against the model before memory is taken or the model is touched."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,11 +14,11 @@ from ..core.errors import FolderError, SmidgenError
 from ..core.files import recover
 from ..core.fingerprint import fingerprint, same_base
 from ..core.method import Method, method_named
-from ..core.safe import Header, read_header, read_json, read_tensors, tensor_sha256
+from ..core.safe import DTYPES, Entry, Header, read_header, read_json, read_tensors, tensor_sha256
 from ..core.site import Site
 from ..core.targets import Resolution, Targets
-from .layout import PREFIX, Modules, Stored, canonical, clean, expected_tensors
-from .note import NOTE, Note, Several, composition, read_note
+from .layout import PREFIX, Modules, Stored, canonical, clean, expected_tensors, site_key
+from .note import NOTE, Note, Place, Several, composition, read_note
 from .peft_fields import WITHOUT_EFFECT
 from .translation import PeftTranslation, plain
 from .translations import peft_method, translation_of
@@ -156,6 +155,7 @@ class _Reader:
             method, sites, theirs = self._from_note(config, note)
         heads = self.head_sites(method)
         self._check_places(method, sites, note)
+        method = self._with_tensors(method, sites, lambda key: _without_memory(header.tensors[keys[key]]), keys)
         expected = expected_tensors(method, sites, heads)
         translation = translation_of(type(method))
         stored = all_stored(translation, method, sites, heads, expected, theirs=theirs)
@@ -166,6 +166,7 @@ class _Reader:
         read = read_tensors(folder / WEIGHTS, header, [keys[canonical(entry.key)] for entry in stored])
         self._check_values(folder, read, note)
         self._check_copies(folder, header, copies)
+        method = self._with_tensors(method, sites, lambda key: read[keys[key]], keys)
         tensors = {}
         for entry in stored:
             values = entry.unpack(read[keys[canonical(entry.key)]])
@@ -197,15 +198,22 @@ class _Reader:
             if field in translation.globs or field.endswith("_pattern"):
                 for pattern in value:
                     plain(pattern, field)
-        missing = [place.path for place in note.sites if place.path not in self.modules]
+        missing = [f"{p.path}.{p.parameter}" if p.parameter else p.path for p in note.sites if not self._is_there(p)]
         if missing:
             raise FolderError(
-                f"does not fit this model: {len(missing)} of {len(note.sites)} places are not in {type(self.model).__name__}: "
-                f"{', '.join(missing[:5])}. {_trained_on(note)}"
+                f"does not fit this model: {len(missing)} of {len(note.sites)} places are not in "
+                f"{type(self.model).__name__}: {', '.join(missing[:5])}. {_trained_on(note)}"
             )
         sites = [self.modules.site(place.path, place.parameter) for place in note.sites]
         settings = {field: _frozen(value) for field, value in note.settings.items()}
         return self._method(method_class, settings, sites, note.heads), sites, theirs
+
+    def _is_there(self, place: Place) -> bool:
+        if place.path not in self.modules or place.parameter is None:
+            return place.path in self.modules
+        owner, _, name = place.parameter.rpartition(".")
+        path = ".".join(part for part in (place.path, owner) if part)
+        return path in self.modules and self.modules[path]._parameters.get(name) is not None
 
     def _from_peft(
         self, config: Mapping[str, Any], header: Header, keys: Mapping[str, str]
@@ -218,7 +226,8 @@ class _Reader:
         if not found.sites:
             some = ", ".join(list(header.tensors)[:3])[:300]
             raise FolderError(
-                f"does not fit this model: none of its {len(header.tensors)} tensors has a place in {type(self.model).__name__}: {some} ..."
+                f"does not fit this model: none of its {len(header.tensors)} tensors has a place in "
+                f"{type(self.model).__name__}: {some} ..."
             )
         heads = self._heads_of(config, shapes, translation.prefix)
         return self._method(method_class, found.settings, found.sites, heads), list(found.sites), True
@@ -243,6 +252,20 @@ class _Reader:
     ) -> Method:
         return cls(targets=Targets.exactly(site.path for site in sites), heads=tuple(heads), **settings)
 
+    def _with_tensors(
+        self, method: Method, sites: Sequence[Site], value: Callable[[str], Tensor], keys: Iterable[str]
+    ) -> Method:
+        """`Method.with_tensors`, for those that have it, with what stands in the file for each site."""
+        if type(method).with_tensors is Method.with_tensors:
+            return method
+        own_names = {suffix: name for name, suffix in method.disk.tensors.items()}
+        tensors: dict[Site, dict[str, Tensor]] = {}
+        for site in sites:
+            begin = site_key(site, "", "")
+            found = {key: key[len(begin) + 1 :] for key in keys if key.startswith(begin + ".")}
+            tensors[site] = {own_names.get(suffix, suffix): value(key) for key, suffix in found.items()}
+        return method.with_tensors(tensors)
+
     def _check_places(self, method: Method, sites: Sequence[Site], note: Note | None) -> None:
         wrong = [
             f"{site.name}: {reason}"
@@ -265,7 +288,7 @@ class _Reader:
         keys: Mapping[str, str],
         note: Note | None,
     ) -> list[str]:
-        """All that does not fit, in one error.  Returns the keys of copies of the base's weights, which HF PEFT adds."""
+        """All that does not fit, in one error.  Returns the keys of HF PEFT's copies of the base's weights."""
         problems, known = [], set()
         for entry in stored:
             key = canonical(entry.key)
@@ -293,7 +316,7 @@ class _Reader:
         return [keys[key] for key in copies]
 
     def _copied(self, key: str, shape: Sequence[int]) -> Tensor | None:
-        """The base's own tensor that a key of HF PEFT's is a copy of: embeddings, and the biases of wrapped layers."""
+        """The base's own tensor that a key of HF PEFT's is a copy of: embeddings, biases of layers."""
         path, _, name = key.removeprefix(PREFIX).rpartition(".")
         path = path.removesuffix(".base_layer")
         tensor = self.modules[path]._parameters.get(name) if path in self.modules else None
@@ -306,7 +329,7 @@ class _Reader:
         differ = [
             f"{field} ({str(config[field])[:60]}, {str(ours.get(field))[:60]})"
             for field in config
-            if field not in WITHOUT_EFFECT and config[field] != ours.get(field)
+            if field not in WITHOUT_EFFECT and config[field] != ours.get(field) and (field in ours or config[field])
         ]
         if differ:
             raise FolderError(
@@ -320,8 +343,8 @@ class _Reader:
         found = fingerprint(self.model, leave_out=[clean(site.path) for site in (*heads, *more)])
         if not same_base(expected, found):
             raise FolderError(
-                f"fits this model in shape, but was trained on other weights (fingerprint {expected}, this model has {found}). "
-                f"{_trained_on(note)} If that is meant: load(..., check_base=False)"
+                f"fits this model in shape, but was trained on other weights (fingerprint {expected[:80]}, "
+                f"this model has {found}). {_trained_on(note)} If that is meant: load(..., check_base=False)"
             )
 
     def _check_values(self, folder: Path, read: Mapping[str, Tensor], note: Note | None) -> None:
@@ -333,7 +356,7 @@ class _Reader:
             raise FolderError(f"{folder / WEIGHTS}: {len(problems)} of {len(read)} tensors: {'; '.join(problems[:8])}")
 
     def _check_copies(self, folder: Path, header: Header, copies: Sequence[str]) -> None:
-        """HF PEFT copies embeddings into the file whenever they are targets; a copy that differs means a trained one."""
+        """HF PEFT copies embeddings into the file when they are targets; one that differs was trained."""
         for raw in copies:
             copy = read_tensors(folder / WEIGHTS, header, [raw])[raw]
             own = cast(Tensor, self._copied(canonical(raw), copy.shape)).detach().cpu()
@@ -344,8 +367,13 @@ class _Reader:
             )
             if dtype is None or not torch.equal(copy.to(dtype), own.to(dtype)):
                 raise FolderError(
-                    f"{raw} differs from the model's own: the base was changed when the adapter was trained. Load the base that it belongs to"
+                    f"{raw} differs from the model's own: the base was changed when the adapter was trained. "
+                    "Load the base that it belongs to"
                 )
+
+
+def _without_memory(entry: Entry) -> Tensor:
+    return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
 
 
 def _ancestors(path: str) -> list[str]:

@@ -5,13 +5,13 @@ A method file says its names on disk in `disk = DiskNames(...)`, and for a metho
     disk = DiskNames("SMIDGEN_BOTTLENECK")                                   parameters and settings keep their names
     disk = DiskNames("SMIDGEN_BITFIT", tensors={"change": "bias"})           or have others on disk
 
-Where HF PEFT has the method, `peft_<method>.py` in this folder has a `PeftTranslation` for it, entered in `translations.py`.
-Its layout is written whenever it can hold the adapter; `obstacle` says why it cannot, and then our own layout is written
-under "SMIDGEN_<METHOD>", so that HF PEFT fails by name and not by accident.
+Where HF PEFT has the method, a `PeftTranslation` in this folder says how, and `translations.py` lists it.  Its layout
+is written whenever it can hold the adapter; `obstacle` says why it cannot, and then our own layout is written under
+"SMIDGEN_<METHOD>", so that HF PEFT fails by name and not by accident.
 
-Settings are written as JSON and read back as tuples, dicts, numbers and texts, so that is what they may be.  `build` is run
-without memory to learn the shapes, so it makes parameters and computes nothing with them.  Settings whose names
-end in `_pattern` are {glob: value}; they are written as {site: value}, because no pattern from a file is ever run.
+Settings are written as JSON and read back as tuples, dicts, numbers and texts, so that is what they may be.  Those
+whose names end in `_pattern` are {glob: value}; they are written as {site: value}: no pattern from a file is ever run.
+`build` is also run without memory, to learn shapes: it makes parameters and computes nothing with them.
 """
 
 import re
@@ -112,7 +112,8 @@ def plain(pattern: Any, field: str) -> str:
     text = re.sub(r"\\(\W)", r"\1", text)
     if not text or set(text) & set("\\^$*+?{}[]()|"):
         raise FolderError(
-            f"{field} holds {str(pattern)[:80]!r}. Patterns from a file are not run: write the paths, or ends of paths, that it means"
+            f"{field} holds {str(pattern)[:80]!r}. Patterns from a file are not run: "
+            "write the paths, or ends of paths, that it means"
         )
     return text
 
@@ -161,7 +162,8 @@ def refuse_unknown(config: Mapping[str, Any], used: Mapping[str, Any] | frozense
     if bad:
         shown = ", ".join(f"{name} = {str(value)[:60]!r}" for name, value in list(bad.items())[:8])
         raise FolderError(
-            f"adapter_config.json asks for what cannot be done here: {shown}. Merge the adapter with the tool that made it, or train it without"
+            f"adapter_config.json asks for what cannot be done here: {shown}. "
+            "Merge the adapter with the tool that made it, or train it without"
         )
 
 

@@ -45,8 +45,8 @@ class Placed:
 class About:
     """What a folder says beside the numbers.
 
-    base_model: path or name of the base, by default what its config remembers.   task_type: HF PEFT's word for the task, by default what
-        the model's class says.
+    base_model: path or name of the base, by default what its config remembers.   task_type: HF PEFT's word for the
+        task, by default what the model's class says.
     extra: kept as it is in smidgen.json and read back by `read_extra`.
     """
 
@@ -219,8 +219,8 @@ def _packed(name: str, stored: Sequence[Stored], held: Mapping[str, Mapping[str,
     bad = [key for key, tensor in tensors.items() if not finite(tensor)]
     if bad:
         raise FolderError(
-            f'"{name}" holds NaN or infinity in {len(bad)} of {len(tensors)} tensors, so nothing was written: {", ".join(bad[:5])}. '
-            "Go back to the last good checkpoint"
+            f'"{name}" holds NaN or infinity in {len(bad)} of {len(tensors)} tensors, so nothing was written: '
+            f"{', '.join(bad[:5])}. Go back to the last good checkpoint"
         )
     return tensors
 
@@ -264,7 +264,7 @@ def _composition(active: Expression, names: Sequence[str]) -> Any:
 
 
 def _check_replaceable(folder: Path, replace: bool) -> None:
-    """Raise FolderError unless there is room for a folder: nothing there, or adapters only and leave to replace them."""
+    """Raise FolderError unless nothing is there, or adapters only and leave to replace them."""
     if not folder.is_dir():
         raise FolderError(f"{folder} is a file; an adapter folder is a folder")
     with os.scandir(folder) as entries:

@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, Call
-from ..core.attach import HELD, bare_call, replaced
+from ..core.adapter import HELD, Adapter, Call
+from ..core.attach import bare_call, replaced
 from ..core.disk_names import DiskNames
 from ..core.method import Method, method
 from ..core.site import Site
@@ -58,7 +58,7 @@ def leaves(model: nn.Module, paths: list[str]) -> list[str]:
 
 
 class HeadAdapter(Adapter):
-    """The layer's own parameters and buffers in fp32 or better, under `module`; the layer runs with them for its own."""
+    """The layer's own parameters and buffers in fp32 or better, under `module`; the layer runs with these."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)

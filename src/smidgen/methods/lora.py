@@ -9,7 +9,7 @@ A: (R, I)   B: (O, R)   I = fan-in, O = fan-out, R = rank.   B starts at zero, s
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from ..core.method import Method, method
 from ..core.site import Site, compute_dtype
 from ..core.targets import Targets
 
+Number = TypeVar("Number", int, float)
+
 
 @method("lora")
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class LoRA(Method):
     dropout: probability of dropping an entry of the adapter's input while training.
     dropout_on: "elements" draws a mask per entry of the input, as the paper does; "features" one per input feature
         and call, which costs next to nothing.
-    rank_pattern, alpha_pattern: other values for the sites that a glob matches: {"*.q_proj": 16}; the last match counts.
+    rank_pattern, alpha_pattern: other values for the sites that a glob matches: {"*.q_proj": 16}; the last one counts.
     """
 
     rank: int = 8
@@ -85,6 +87,7 @@ class LoRAAdapter(AdditiveAdapter):
         rank, stack = method.rank_at(site), site.linear.stack
         self.scale = method.scale_at(site)
         self.dropout, self.dropout_on = method.dropout, method.dropout_on
+        self.plain = site.storage.plain
         self.A = site.empty(stack * rank, site.fan_in)
         self.B = site.empty(stack * site.fan_out, rank)
 
@@ -93,16 +96,14 @@ class LoRAAdapter(AdditiveAdapter):
             nn.init.zeros_(self.A)
             nn.init.normal_(self.B, generator=generator)
         else:
-            nn.init.kaiming_uniform_(
-                self.A, a=math.sqrt(5), generator=generator
-            )  # the authors' choice, so results compare
+            # the authors' choice, so results compare
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
             nn.init.zeros_(self.B)
 
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        W = self.site.stored
         # a bare frozen Linear with nothing around it: one fused pass
-        if getattr(call, "__func__", None) is nn.Linear.forward and self.plain and not W.requires_grad:
-            b, A, mask = self.site.bias, cast(Tensor, self.A), None
+        if self.plain and getattr(call, "__func__", None) is nn.Linear.forward and self._is_frozen():
+            W, b, A, mask = self.site.stored, self.site.bias, cast(Tensor, self.A), None
             if self.training and self.dropout:
                 if self.dropout_on == "features":
                     A = A * self._mask(x, x.shape[-1])  # a dropped input feature is a dropped column of A
@@ -126,12 +127,15 @@ class LoRAAdapter(AdditiveAdapter):
         per_expert = torch.bmm(self.B.view(E, -1, R), self.A.view(E, R, -1))  # (E, O, I)
         return self.scale * per_expert.flatten(0, 1)[rows]
 
+    def _is_frozen(self) -> bool:
+        b = self.site.bias
+        return not self.site.stored.requires_grad and (b is None or not b.requires_grad)
+
     def _mask(self, x: Tensor, *shape: int) -> Tensor:
         keep = 1 - self.dropout
         return torch.empty(shape, dtype=compute_dtype(x), device=x.device).bernoulli_(keep).div_(keep)
 
 
-def _last_match(pattern: Mapping[str, Any], site: Site, default: Any) -> Any:
-    return next(
-        (v for glob, v in reversed(list(pattern.items())) if Targets(glob).matches(site.name, site.layer)), default
-    )
+def _last_match(pattern: Mapping[str, Number], site: Site, default: Number) -> Number:
+    matching = [value for glob, value in pattern.items() if Targets(glob).matches(site.name, site.layer)]
+    return matching[-1] if matching else default

@@ -1,11 +1,12 @@
-"""Prefix tuning: learned keys and values in front of every attention's own.  Li & Liang 2021, arXiv:2101.00190, section 4;
-in every layer of encoders too: P-tuning v2, Liu et al. 2021, arXiv:2110.07602.
+"""Prefix tuning: learned keys and values in front of every attention's own.  Li & Liang 2021, arXiv:2101.00190, section
+4; for encoders and without the MLP: P-tuning v2, Liu et al. 2021, arXiv:2110.07602.
 
     softmax(q [K; k]^T / sqrt(d)) [V; v]        K: (N, Dk)   V: (N, Dv)
-    reparametrised (section 4.3):   [K V] = tanh(E W^T + b) W_site^T + b_site        E: (N, Dk)   W: (M, Dk)   W_site: (Dk + Dv, M)
+    [K V] = tanh(E W^T + b) U^T + c             E: (N, Dk)   W: (M, Dk)   U: (Dk + Dv, M)   reparametrised, section 4.3
 
-N = length, D = key/value heads x head width, M = reparametrisation.  Keys and values are learned themselves: no position
-is applied to them, and real tokens stay at the positions they had.  Relative position biases (T5) are zero towards them.
+N = length, D = key/value heads x head width, M = reparametrisation; all sites share E, W and b.  Keys and values are
+learned as they act: no position is applied to them, and real tokens stay at the positions they had.  Relative position
+biases (T5) are zero towards them.
 Trainable parameters: N (Dk + Dv) per site; reparametrised N Dk + M (Dk + 1) once and (M + 1) (Dk + Dv) per site.
 """
 
@@ -39,8 +40,8 @@ class PrefixTuning(Method):
     reparametrisation: M, the width of the paper's MLP that the prefix is computed by while it is trained; it steadies
         training where the learning rate is high.  None learns K and V directly, as P-tuning v2 does.
     init_std: standard deviation of the random start, of K and V or of the MLP's last layer.
-    shift_positions: count positions of real tokens from N on, as Hugging Face PEFT does, whose prefix sits in the cache.
-        Its folders need it; otherwise it only costs room.
+    shift_positions: count positions of real tokens from N on, as Hugging Face PEFT does, whose prefix sits in the
+        cache.  Its folders need it; otherwise it only costs room.
     """
 
     length: int = 16
@@ -50,13 +51,22 @@ class PrefixTuning(Method):
 
     summary = "softmax(q [K; k]^T) [V; v]"
     paper = "Li & Liang 2021, arXiv:2101.00190"
-    disk = DiskNames("PREFIX_TUNING", fields={"length": "num_virtual_tokens", "reparametrisation": "encoder_hidden_size"})
+    disk = DiskNames("PREFIX_TUNING", fields={"length": "num_virtual_tokens"})
 
     def check(self) -> None:
-        require(isinstance(self.length, int) and self.length > 0, f"length is {self.length}; a prefix needs a whole number of at least 1")
+        require(
+            isinstance(self.length, int) and self.length > 0,
+            f"length is {self.length}; a prefix needs a whole number of at least 1",
+        )
         width = self.reparametrisation
-        require(width is None or (isinstance(width, int) and width > 0), f"reparametrisation is {width}; it is None or the width of an MLP")
-        require(math.isfinite(self.init_std) and self.init_std > 0, f"init_std is {self.init_std}; it must be a positive number")
+        require(
+            width is None or (isinstance(width, int) and width > 0),
+            f"reparametrisation is {width}; it is None or the width of an MLP",
+        )
+        require(
+            math.isfinite(self.init_std) and self.init_std > 0,
+            f"init_std is {self.init_std}; it must be a positive number",
+        )
 
     def accepts(self, site: Site) -> str | None:
         name = type(site.layer).__name__
@@ -64,21 +74,24 @@ class PrefixTuning(Method):
             return "a prefix goes to an attention module, not to a parameter"
         if reach_of(site.layer) is None:
             return (
-                f"{name} does not compute attention in a way that can be reached: through transformers' attention interface, "
-                "scaled_dot_product_attention or nn.MultiheadAttention without bias_k"
+                f"{name} computes no attention that can be reached: through transformers' attention interface, "
+                "scaled_dot_product_attention, or nn.MultiheadAttention without bias_k"
             )
-        return None if widths_of(site.layer) else f"{name} does not tell its key and value width (head_dim and num_heads)"
+        return (
+            None if widths_of(site.layer) else f"{name} does not tell its key and value width (head_dim and num_heads)"
+        )
 
     def auto(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
         found = [(path, module) for path, module in model.named_modules() if "smidgen" not in path.split(".")]
         reached = [path for path, module in found if self.accepts(Site.at(path, module)) is None]
         if not reached:
-            attention = {path: type(module).__name__ for path, module in found if "attention" in type(module).__name__.lower()}
-            raise TargetError(
-                f"no attention of {type(model).__name__} can be given a prefix. "
-                + "; ".join(f"{path} is a {name}" for path, name in list(attention.items())[:3])
-                + ("; they compute it by themselves" if attention else "It has no module named attention")
+            own = [f"{path} ({type(m).__name__})" for path, m in found if "attention" in type(m).__name__.lower()]
+            reason = (
+                f"It computes attention by itself in {', '.join(own[:3])}"
+                if own
+                else "It has no module named attention"
             )
+            raise TargetError(f"no attention of {type(model).__name__} can be given a prefix. {reason}")
         return reached, {}
 
     def resolve(self, model: nn.Module) -> Resolution:
@@ -94,7 +107,9 @@ class PrefixTuning(Method):
         return PrefixAdapter(self, site)
 
     def shared(self, sites: tuple[Site, ...]) -> "Reparametrisation | None":
-        return None if self.reparametrisation is None else Reparametrisation(self.length, self.reparametrisation, sites[0])
+        return (
+            None if self.reparametrisation is None else Reparametrisation(self.length, self.reparametrisation, sites[0])
+        )
 
 
 class PrefixAdapter(Adapter):
@@ -105,7 +120,8 @@ class PrefixAdapter(Adapter):
     def __init__(self, method: PrefixTuning, site: Site) -> None:
         super().__init__(site)
         widths, reach = widths_of(site.layer), reach_of(site.layer)
-        assert widths is not None and reach is not None, f"{site.name} was not accepted"
+        assert widths is not None, f"{site.name} was not accepted"
+        assert reach is not None, f"{site.name} was not accepted"
         self.widths, self.reach, self.std = widths, reach, method.init_std
         self.learned_directly = method.reparametrisation is None
         if method.reparametrisation is None:
@@ -136,8 +152,8 @@ class PrefixAdapter(Adapter):
         """K and V as they act now, and as they are saved: a reparametrised prefix is written as what it computes."""
         if self.learned_directly:
             return self.K, self.V
-        K, V = F.linear(self.shared(), self.weight, self.bias).split(self.widths, dim=1)
-        return K, V
+        both = F.linear(self.shared(), self.weight, self.bias)
+        return both[:, : self.widths[0]], both[:, self.widths[0] :]
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         return with_in_front(self.site.layer, self.site.name, self.reach, self.front(), call, *args, **kwargs)
@@ -198,14 +214,15 @@ def _refuse_own_positions(model: nn.Module) -> None:
     )
     if counts_padding or "position_ids" not in inspect.signature(model.forward).parameters:
         raise TargetError(
-            f"shift_positions: {type(model).__name__} does not take its positions from position_ids as 0, 1, ..., so they cannot be shifted"
+            f"shift_positions: {type(model).__name__} does not count its positions from position_ids as 0, 1, ..., "
+            "so they cannot be shifted"
         )
 
 
 def to_peft(fronts: Sequence[Front]) -> Tensor:
     """K and V of all layers, in their order, as Hugging Face PEFT's `prompt_embeddings` (N, layers 2 D).
 
-    Raises FolderError if the layers differ in width, which that format cannot hold.
+    It says the same there only with shift_positions.   Raises FolderError if the widths differ: that format has one.
     """
     widths = {tensor.shape[1] for front in fronts for tensor in front}
     if len(widths) != 1:
@@ -218,7 +235,8 @@ def from_peft(prompt_embeddings: Tensor, layers: int) -> list[Front]:
 
     Raises FolderError if the tensor does not divide by the layers.
     """
-    if prompt_embeddings.ndim != 2 or prompt_embeddings.shape[1] % (2 * layers):
-        raise FolderError(f"prompt_embeddings is {tuple(prompt_embeddings.shape)}; keys and values of {layers} layers do not fit into that")
+    shape = tuple(prompt_embeddings.shape)
+    if len(shape) != 2 or shape[1] % (2 * layers):
+        raise FolderError(f"prompt_embeddings is {shape}; keys and values of {layers} layers do not fit in")
     parts = prompt_embeddings.chunk(2 * layers, dim=1)
     return list(zip(parts[::2], parts[1::2], strict=True))

@@ -12,7 +12,7 @@ stays right: which token is the last before the padding, where an image belongs,
 import inspect
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from ..core.site import Site
 from ..core.targets import Resolution
 
 _ADDED = "_smidgen_prompt_tokens"  # while a model runs: how many ids of prompts its call has got already
+_OTHER_PASTS = ("cache_params", "state", "mems")  # in which recurrent models keep what they have read
 _SAMPLE = 1024  # tokens whose vectors give the scale of a random prompt
 
 
@@ -42,8 +43,10 @@ class PromptTuning(Method):
         from those of `init_ids`, repeated or cut to the length.   The paper finds the last two better in small models.
     init_ids: token ids of a text that describes the task, or of the class labels.
 
-    Outputs per token (logits, hidden states, start and end logits) come back without the prompt; attentions, caches, the
-    encoder's own output and the tuples of `return_dict=False` from question answering keep its places.
+    Beside an adapter on the embedding it has to act last: Stack("that", "prompt").
+
+    Outputs per token (logits, hidden states, start and end logits) come back without the prompt; attentions, caches
+    and, in the tuples of `return_dict=False`, start and end logits and an encoder's output keep its places.
     """
 
     length: int = 20
@@ -55,7 +58,10 @@ class PromptTuning(Method):
     disk = DiskNames("PROMPT_TUNING", fields={"length": "num_virtual_tokens", "init": "prompt_tuning_init"})
 
     def check(self) -> None:
-        require(isinstance(self.length, int) and self.length > 0, f"length is {self.length}; a prompt needs a whole number of at least 1")
+        require(
+            isinstance(self.length, int) and self.length > 0,
+            f"length is {self.length}; a prompt needs a whole number of at least 1",
+        )
         known = ("random", "vocabulary", "text")
         require(self.init in known, f'init is "{self.init}"; it is one of {", ".join(known)}')
         object.__setattr__(self, "init_ids", tuple(self.init_ids))
@@ -155,6 +161,10 @@ class PromptTokens(Adapter):
         cache = kwargs.get("past_key_values")
         if getattr(cache, "is_compileable", False):
             raise AttachError("a static key/value cache has no room for a prompt: use the default cache")
+        if other := [name for name in _OTHER_PASTS if kwargs.get(name) is not None]:
+            raise AttachError(
+                f"whether the prompt is in {other[0]} already cannot be told: generate with use_cache=False"
+            )
         if cache is not None and cache.get_seq_length() > 0:
             self._lengthen_mask(kwargs, None)
             if kwargs.get("position_ids") is not None:
@@ -171,7 +181,7 @@ class PromptTokens(Adapter):
         return out if self.is_encoder else _trimmed(out, self.length, tokens.shape[-1] + self.length)
 
     def _lengthen(self, kwargs: dict[str, Any], first: int) -> Tensor:
-        """Put the prompt in front of everything that has a place per token.  Returns the tokens as they were, (B, T)."""
+        """Put the prompt in front of all that has a place per token.  Returns the tokens as they were, (B, T)."""
         N, ids, embeds = self.length, kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if ids is not None:
             tokens = ids
@@ -182,7 +192,9 @@ class PromptTokens(Adapter):
             prompt = self.shared.prompt.to(embeds.dtype)
             kwargs["inputs_embeds"] = torch.cat((prompt.expand(*embeds.shape[:-2], -1, -1), embeds), dim=-2)
         else:
-            raise AttachError(f"a prompt stands in front of input_ids or inputs_embeds; the call gave {', '.join(kwargs) or 'nothing'}")
+            raise AttachError(
+                f"a prompt goes before input_ids or inputs_embeds; the call gave {', '.join(kwargs) or 'nothing'}"
+            )
         self._lengthen_mask(kwargs, tokens)
         for name in ("token_type_ids", "mm_token_type_ids"):
             if kwargs.get(name) is not None:
@@ -196,7 +208,7 @@ class PromptTokens(Adapter):
         for name in ("start_positions", "end_positions"):
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name] + N
-        return tokens
+        return cast(Tensor, tokens)
 
     def _lengthen_mask(self, kwargs: dict[str, Any], tokens: Tensor | None) -> None:
         mask = kwargs.get("attention_mask")
@@ -204,8 +216,8 @@ class PromptTokens(Adapter):
             return
         if not isinstance(mask, Tensor) or mask.ndim > (2 if tokens is None else tokens.ndim):
             raise AttachError(
-                "a prompt needs the attention_mask with one number per token (batch, tokens), or none; a mask of more dimensions has no "
-                "room for it"
+                "a prompt needs the attention_mask with one number per token (batch, tokens), or none; a mask of more "
+                "dimensions has no room for it"
             )
         if self.is_encoder and tokens is not None and mask.shape[-1] > tokens.shape[-1]:
             return  # the model's own call has made it longer
@@ -213,7 +225,7 @@ class PromptTokens(Adapter):
 
 
 class PromptMask(Adapter):
-    """At an encoder-decoder: the decoder sees the prompt in the encoder's output, so that mask is longer."""
+    """At an encoder-decoder: the decoder sees the prompt in the encoder's output, so its mask of that is longer."""
 
     by_row = starts_as_base = mergeable = False
 
@@ -229,7 +241,11 @@ class PromptMask(Adapter):
         kwargs.update(zip(self.names, args, strict=False))
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = _in_front(1, self.length, kwargs["attention_mask"])
-        return call(**kwargs)
+        out = call(**kwargs)
+        if isinstance(out, MutableMapping) and out.get("encoder_last_hidden_state") is not None:
+            length = out["encoder_last_hidden_state"].shape[1]
+            _cut_named(out, ("encoder_last_hidden_state", "encoder_hidden_states"), self.length, length, 3)
+        return out
 
 
 def _embedding(module: nn.Module) -> nn.Module:
@@ -242,7 +258,9 @@ def _embedding(module: nn.Module) -> nn.Module:
     except (AttributeError, NotImplementedError):
         embedding = None
     if not isinstance(embedding, nn.Module) or not isinstance(Site.at("", embedding).kind, EmbeddingKind):
-        raise TargetError(f"{name} does not tell its token embedding: prompt tuning needs get_input_embeddings() to give an nn.Embedding")
+        raise TargetError(
+            f"{name} does not tell its token embedding: get_input_embeddings() has to give an nn.Embedding"
+        )
     return embedding
 
 
@@ -265,14 +283,16 @@ def _in_front(value: int, count: int, tensor: Tensor) -> Tensor:
 def _trimmed(out: Any, count: int, length: int) -> Any:
     """A model's output without the first `count` of its `length` places per token."""
     if isinstance(out, MutableMapping):  # transformers' ModelOutput
-        for name in ("logits", "last_hidden_state", "hidden_states"):
-            if out.get(name) is not None:
-                out[name] = _cut(out[name], count, length, 3)
-        for name in ("start_logits", "end_logits"):
-            if out.get(name) is not None:
-                out[name] = _cut(out[name], count, length, 2)
+        _cut_named(out, ("logits", "last_hidden_state", "hidden_states"), count, length, 3)
+        _cut_named(out, ("start_logits", "end_logits"), count, length, 2)
         return out
     return _cut(out, count, length, 3)
+
+
+def _cut_named(out: MutableMapping[str, Any], names: tuple[str, ...], count: int, length: int, dimensions: int) -> None:
+    for name in names:
+        if out.get(name) is not None:
+            out[name] = _cut(out[name], count, length, dimensions)
 
 
 def _cut(value: Any, count: int, length: int, dimensions: int) -> Any:

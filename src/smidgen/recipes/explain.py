@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from ..core.errors import nearest
 from ..core.method import method_named
+from ..methods.lora import LoRA
 from .schema import MISTAKE, PARTS, SHORT, MethodPart, Recipe, method_fields
 from .yaml_text import Loc
 
@@ -72,8 +73,8 @@ def _wrong(value: Any, loc: Loc, details: Sequence[Any]) -> str:
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
         near = nearest(str(value), choices, count=1)
-        hint = f' Did you mean "{near[0]}"?' if near else ""
-        return f"{shown(value)}; it can be {', '.join(choices)}.{hint}"
+        hint = f'. Did you mean "{near[0]}"?' if near else ""
+        return f"{shown(value)}; it can be {' or '.join(choices)}{hint}"
     return "empty" if kind == "string_too_short" else f"{shown(value)}: {details[0]['msg']}"
 
 
@@ -93,6 +94,8 @@ def _unknown(loc: Loc, values: Mapping[str, Any]) -> str:
         keys = list((PARTS[where] if where else Recipe).model_fields)
     near = nearest(key, keys, count=1)
     homes = [name for name, part in PARTS.items() if key in part.model_fields and name != where]
+    if where != "method" and key in method_fields(LoRA):
+        homes.append("method")
     hint = f" It is a key of {homes[0]}." if homes else f' Did you mean "{near[0]}"?' if near else ""
     return f'"{key}" is not a {noun} of {owner}.{hint} {noun.capitalize()}s: {", ".join(keys)}'
 
@@ -100,7 +103,8 @@ def _unknown(loc: Loc, values: Mapping[str, Any]) -> str:
 def _missing(name: str, flags: Mapping[str, str]) -> str:
     dotted = f"{name}.{SHORT[name]}" if name in SHORT else name
     said = [flag for flag, key in flags.items() if key == dotted]
-    return f'{name} is missing; say it with "{name}: PATH"' + (f" in a recipe, or {said[0]} PATH" if said else "")
+    ways = [f'"{name}: PATH" in a recipe'] * ("." not in name) + [f"{flag} PATH" for flag in said]
+    return f"{name} is missing" + (f"; say it with {', or '.join(ways)}" if ways else "")
 
 
 def _part_that_is_there(loc: Loc, values: Mapping[str, Any]) -> Loc:

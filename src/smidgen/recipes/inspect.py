@@ -6,10 +6,11 @@ import typing
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from torch import nn
 
@@ -27,6 +28,7 @@ from ..training import checkpoint
 
 _STEP = "step-*"
 _NUMBERS = ("count", "parameters", "share", "trains", "step", "best step", "best value")
+_WIDEST = 1000  # characters of a table
 
 
 def inspect(what: str, console: Console) -> None:
@@ -59,7 +61,7 @@ def inspect_model(name: str, console: Console) -> None:
     for (path, kind, shape, role), sizes in groups.items():
         size = sum(sizes)
         table.add_row(str(len(sizes)), path, kind, shape, f"{size:,}", share_text(size / total), role)
-    console.print(table)
+    _print(console, table)
     blocks = Counter((_starred(path), type(module).__name__) for path, module in model.named_modules() if path)
     repeated = [f"{n} x {path} ({kind})" for (path, kind), n in blocks.items() if n > 1 and path.endswith(".*")]
     _say(console, {"blocks": ", ".join(repeated) or "none repeat"})
@@ -129,7 +131,7 @@ def inspect_checkpoint(path: Path, console: Console) -> None:
             size,
             "whole",
         )
-    console.print(table)
+    _print(console, table)
     if damaged:
         raise CheckpointError("\n".join(damaged))
 
@@ -151,17 +153,16 @@ def list_methods(console: Console, model: str | None = None) -> None:
                 failed[name] = str(error).partition("\n")[0]
                 row += ["-", "-"]
         table.add_row(*row)
-    console.print(table)
+    _print(console, table)
     _say(console, {name: f"not on {model} with its own defaults: {reason}" for name, reason in failed.items()})
 
 
 def _merges(method: type[Method]) -> bool:
-    """Whether the adapters that the method builds say that they merge."""
+    """Whether one of the adapters that the method says it builds can be merged."""
     built = typing.get_type_hints(method.build)["return"]
-    classes = [
-        kind for kind in typing.get_args(built) or (built,) if isinstance(kind, type) and issubclass(kind, Adapter)
-    ]
-    return any(kind.mergeable and kind.merged is not Adapter.merged for kind in classes)
+    kinds = [kind for kind in typing.get_args(built) or (built,) if kind is not Adapter]
+    kinds += [below for kind in kinds for below in kind.__subclasses__()]
+    return any(kind.mergeable and kind.merged is not Adapter.merged for kind in kinds)
 
 
 def _trained(method: Method, model: nn.Module) -> int:
@@ -210,11 +211,18 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in columns:
-        justify: Literal["left", "right"] = "right" if name in _NUMBERS else "left"
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=name in ("module", "method", "checkpoint"))
+        table.add_column(name, justify="right" if name in _NUMBERS else "left")
     return table
+
+
+def _print(console: Console, table: Table) -> None:
+    """Whole, also where the terminal is narrow or there is none: a path that is cut helps nobody."""
+    console.print()
+    table.width = Measurement.get(console, console.options.update_width(_WIDEST), table).maximum
+    console.print(table, crop=False)
+    console.print()
 
 
 def _say(console: Console, facts: Mapping[str, Any]) -> None:

@@ -145,7 +145,10 @@ class _Sheet:
         self.places = {known: place for known, place in self.places.items() if known[: len(loc)] != loc}
 
     def _place(self, loc: Loc) -> _Place:
-        return next(self.places[loc[:end]] for end in range(len(loc), -1, -1) if loc[:end] in self.places)
+        """Where `loc` was said: itself, else something in it, else what it is in."""
+        inside = [place for known, place in self.places.items() if loc and known[: len(loc)] == loc]
+        around = [self.places[loc[:end]] for end in range(len(loc), -1, -1) if loc[:end] in self.places]
+        return self.places[loc] if loc in self.places else (inside + around)[0]
 
     def _raise(self, otherwise: str) -> None:
         ordered = sorted(self.mistakes, key=lambda found: found[0].line)

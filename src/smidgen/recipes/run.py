@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -309,27 +310,27 @@ def _choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) -
 
 def _trial(work: Work, batch: int, precision: str) -> None:
     """One forward and backward through the frozen model, to see what it costs."""
-    rows = work.task.collate(work.train, range(min(batch, len(work.train))))
+    rows = work.task.collate(work.train, range(min(batch, 8, len(work.train))))
     embedding = work.model.body.get_input_embeddings()  # type: ignore[operator]
     inputs = {name: value for name, value in rows.items() if name not in ("targets", "input_ids")}
     x = embedding(rows["input_ids"]).detach().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         out = work.model.body(inputs_embeds=x, **inputs).last_hidden_state
-    out.float().sum().backward()
+    torch.autograd.grad(out.float().sum(), x)
 
 
 def _attach(method: Method, work: Work, chosen: Chosen, plan: Plan) -> AdapterSet:
-    """Attach to the layers that the task really calls, choosing parameters first where the method does."""
+    """Attach to the layers that the task really uses, choosing parameters first where the method does."""
     body = work.model.body
     if isinstance(method, Selective):
         method = _choose_parameters(method, work, chosen)
     elif method.targets.is_auto:
         paths, _ = method.auto(body)
-        called = _called(work, chosen)
-        idle = [path for path in paths if path not in called]
-        method = dataclasses.replace(method, targets=Targets.exactly(path for path in paths if path in called))
+        used = _used(work, chosen)
+        idle = [path for path in paths if path not in used]
+        method = dataclasses.replace(method, targets=Targets.exactly(path for path in paths if path in used))
         if idle:
-            plan.decide("left out", None, ", ".join(idle), "layers that this task never calls")
+            plan.decide("left out", None, ", ".join(idle), "layers that this task does not use")
     adapters = attach(body, method, seed=chosen.seed)
     plan.decide("sites", None, str(len(adapters.sites("default"))), adapters.report().splitlines()[0])
     return adapters
@@ -346,21 +347,32 @@ def _choose_parameters(method: Selective, work: Work, chosen: Chosen) -> Selecti
     return method.choose(work.model.body, loss, batches=min(8, max(1, len(work.train) // chosen.batch)))
 
 
-@torch.no_grad()
-def _called(work: Work, chosen: Chosen) -> set[str]:
-    """Paths in the body of the modules that the task's forward calls."""
-    called: set[str] = set()
-    hooks = [
-        module.register_forward_pre_hook(lambda module, args, path=path: called.add(path))  # type: ignore[misc]
-        for path, module in work.model.body.named_modules()
-    ]
-    device = next(work.model.parameters()).device
+def _used(work: Work, chosen: Chosen) -> set[str]:
+    """Paths in the body of the modules that the task's loss depends on.
+
+    A zero that requires a gradient is added to each module's output; one that gets none belongs to a module in vain.
+    """
+    zeros: dict[str, Tensor] = {}
+
+    def hook(path: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def add_zero(module: nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                used.add(path)
+                return None
+            return output + zeros.setdefault(path, torch.zeros((), requires_grad=True)).to(output)
+
+        return add_zero
+
+    used: set[str] = set()
+    hooks = [module.register_forward_hook(hook(path)) for path, module in work.model.body.named_modules()]
     try:
-        work.model(_first_batch(work, chosen, device))
+        batch = _first_batch(work, chosen, next(work.model.parameters()).device)
+        loss, _ = work.task.loss(work.model(batch), batch)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return called
+        for handle in hooks:
+            handle.remove()
+    gradients = torch.autograd.grad(loss, list(zeros.values()), allow_unused=True)
+    return used | {path for path, gradient in zip(zeros, gradients, strict=True) if gradient is not None}
 
 
 def _first_batch(work: Work, chosen: Chosen, device: torch.device) -> Batch:
@@ -432,11 +444,11 @@ def _full(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator", co
     )
     base.start(model)
     full = dataclasses.replace(work, model=model)
-    called = _called(full, chosen)
+    reached = _used(full, chosen)
     used = {
         name: p
         for name, p in body.named_parameters()
-        if name.rpartition(".")[0] in called or name.rpartition(".")[0] == ""
+        if name.rpartition(".")[0] in reached
     }
     groups = [
         Group(parameters=used, learning_rate=rates.learning_rate, weight_decay=rates.weight_decay),

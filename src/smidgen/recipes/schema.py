@@ -12,8 +12,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from ..core.errors import ConfigError, TargetError, nearest
 from ..core.method import Method, method_named
@@ -91,16 +91,17 @@ class TaskPart(Part):
     kind: Kind | None = None
     max_length: Annotated[int, Field(ge=2)] | None = None
 
-    @model_validator(mode="after")
-    def _is_a_task(self) -> Self:
+    @field_validator("name")
+    @classmethod
+    def _is_a_task(cls, name: str) -> str:
         known = ["text_classification", *(entry.name for entry in entry_points(group="smidgen.tasks"))]
-        if self.name not in known:
-            near = nearest(self.name, known)
+        if name not in known:
+            near = nearest(name, known)
             hint = f' Did you mean "{near[0]}"?' if near else ""
-            if self.name in typing.get_args(Kind):
-                hint = f" That is a kind of text_classification, said with task.kind: {self.name}."
-            raise mistake(("name",), f'there is no task "{self.name}".{hint} There are: {", ".join(known)}')
-        return self
+            if name in typing.get_args(Kind):
+                hint = f" That is a kind of text_classification, said with task.kind: {name}."
+            raise mistake((), f'there is no task "{name}".{hint} There are: {", ".join(known)}')
+        return name
 
 
 class MethodPart(Part):
@@ -123,14 +124,25 @@ class MethodPart(Part):
     @model_validator(mode="after")
     def _is_a_method(self) -> Self:
         try:
-            method_named(self.name)
+            method = method_named(self.name)
         except ConfigError as error:
             raise mistake(("name",), str(error)) from error
+        wrong: list[InitErrorDetails] = []
+        settings = self.settings
         try:
-            self.build()
+            _checked(method, settings)
+        except ValidationError as error:
+            wrong = [_again(detail) for detail in error.errors(include_url=False)]
+            settings = {name: value for name, value in settings.items() if all(d["loc"][0] != name for d in wrong)}
+        try:
+            method(**_checked(method, settings))  # what is left: may these values be?
         except (ConfigError, TargetError) as error:
-            about = [name for name in self.settings if str(error).startswith(name)]
-            raise mistake((*about[:1],), str(error)) from error
+            about = [name for name in settings if str(error).startswith(name)]
+            if isinstance(error, TargetError):
+                about = ["targets"]
+            wrong.append(_finding((*about[:1],), str(error)))
+        if wrong:
+            raise ValidationError.from_exception_data("method", wrong)
         return self
 
 
@@ -213,7 +225,9 @@ class Recipe(Part):
         values = self.model_dump(mode="json", exclude_none=True)
         if self.method is not None:
             values["method"] = {"name": self.method.name, **self.method.settings}  # null may be a value there
-        return write_yaml(values)
+        if not self.data.shift:
+            del values["data"]["shift"]
+        return write_yaml({key: value for key, value in values.items() if value not in ({}, {"against": []}, False)})
 
 
 PARTS: dict[str, type[Part]] = {
@@ -251,8 +265,16 @@ def mistake(loc: tuple[str, ...], text: str) -> ValidationError:
 
 def mistakes(found: Iterable[tuple[tuple[str, ...], str]]) -> ValidationError:
     """Several findings at once."""
-    details = [InitErrorDetails(type=PydanticCustomError(MISTAKE, text), loc=loc, input=None) for loc, text in found]
-    return ValidationError.from_exception_data("recipe", details)
+    return ValidationError.from_exception_data("recipe", [_finding(loc, text) for loc, text in found])
+
+
+def _finding(loc: tuple[str, ...], text: str) -> InitErrorDetails:
+    return InitErrorDetails(type=PydanticCustomError(MISTAKE, text), loc=loc, input=None)
+
+
+def _again(detail: ErrorDetails) -> InitErrorDetails:
+    """One line of an error that was caught, to be raised with others."""
+    return InitErrorDetails(type=detail["type"], loc=detail["loc"], input=detail["input"], ctx=detail.get("ctx", {}))
 
 
 def _checked(method: type[Method], settings: Mapping[str, Any]) -> dict[str, Any]:

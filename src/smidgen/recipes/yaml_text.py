@@ -58,7 +58,7 @@ def read_yaml(text: str) -> Document:
         document.mistakes.append((mark.line + 1 if mark else 1, f"not YAML: {_HINTS.get(problem, problem)}"))
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        document.mistakes.append((line, f"not YAML: the character U+{ord(error.character):04X} is not allowed"))
+        document.mistakes.append((line, f"not YAML: the character U+{error.character:04X} is not allowed"))
     except RecursionError:
         document.mistakes.append((1, "nested too deeply"))
     return document
@@ -112,3 +112,10 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_str(self, data: str) -> ScalarNode:
+        # in quotes and escaped: PyYAML writes U+0085 and its like as they are, and reads them as a space
+        return self.represent_scalar(f"{_TAG}str", data, None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)

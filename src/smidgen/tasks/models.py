@@ -114,7 +114,7 @@ def _why_no_model(folder: Path) -> str | None:
     if not _has_config(folder):
         if (folder / "adapter_config.json").is_file():
             return f"it is an adapter, trained on {_base_of(folder)}; give that model"
-        gguf = " It has a GGUF file, which is not read" if any(folder.glob("*.gguf")) else ""
+        gguf = "; it has a GGUF file, which is not read" if any(folder.glob("*.gguf")) else ""
         return f"it has no config.json{gguf}"
     if (folder / "model.safetensors").is_file():
         return None

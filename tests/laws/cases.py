@@ -1,0 +1,176 @@
+"""Every method on every body that it can act on; and what the laws do to such a case."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import smidgen.methods
+from smidgen import AdapterSet, Targets, attach
+from smidgen.core.composition import merged
+from smidgen.core.errors import ConfigError, TargetError
+from smidgen.core.method import Method, method_named, methods
+
+from .bodies import BODIES, ROWS, Body
+
+for found in pkgutil.iter_modules(smidgen.methods.__path__):
+    importlib.import_module(f"smidgen.methods.{found.name}")
+
+# name of the example -> method, settings.  A new method needs one line here, and is then under all laws.
+EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bitfit": ("bitfit", {}),
+    "bottleneck": ("bottleneck", {"width": 3, "non_linearity": "tanh"}),
+    "bottleneck_parallel": ("bottleneck", {"width": 3, "non_linearity": "tanh", "placement": "parallel", "scale": 2.0}),
+    "head": ("head", {}),
+    "ia3": ("ia3", {}),
+    "ia3_on_input": ("ia3", {"feedforward": ("layer", "linear2")}),
+    "lora": ("lora", {"rank": 2, "alpha": 3.0}),
+    "prefix_tuning": ("prefix_tuning", {"length": 2, "init_std": 0.5}),
+    "prefix_tuning_reparametrised": ("prefix_tuning", {"length": 2, "reparametrisation": 3, "init_std": 0.5}),
+    "prompt_tuning": ("prompt_tuning", {"length": 2}),
+    "selective": ("selective", {"budget": 0.3, "by": "magnitude"}),
+}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# norm(difference) / norm(output): what rounding of the base's dtype may do
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one body in one dtype."""
+
+    example: str
+    body: Body
+    targets: Targets
+    dtype: torch.dtype = torch.float32
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __str__(self) -> str:
+        dtype = "" if self.dtype == torch.float32 else f"-{str(self.dtype).removeprefix('torch.')}"
+        return f"{self.example}-{self.body.name}{dtype}"
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.dtype]
+
+    def method(self) -> Method:
+        name, settings = EXAMPLES[self.example]
+        return method_named(name)(targets=self.targets, **settings)
+
+    def model(self) -> nn.Module:
+        """The base model, the same each time."""
+        return base_model(self.body, self.dtype)
+
+    def attached(self, *names: str, fresh: bool = False) -> tuple[nn.Module, AdapterSet]:
+        """The base model with adapters of these names, "a" if none is given, away from their start unless fresh."""
+        model, names = self.model(), names or ("a",)
+        adapters = attach(model, self.method(), names[0], seed=1)
+        for number, name in enumerate(names[1:]):
+            adapters.add(self.method(), name, seed=2 + number)
+        if not fresh:
+            for number, name in enumerate(names):
+                perturb(adapters, name, seed=number)
+        return model, adapters
+
+    def run(self, model: nn.Module, rows: slice = slice(None)) -> Tensor:
+        """The model's output for these rows of the body's batch."""
+        return output_of(model(**{name: x[rows] for name, x in batch_for(self.body, self.dtype).items()}))
+
+    def same(self, one: Tensor, other: Tensor) -> bool:
+        """True if these are the same bits; near each other where torch has two kernels for one layer."""
+        return gap(one, other) <= self.tolerance if self.body.fused else torch.equal(one, other)
+
+    def is_mergeable(self, adapters: AdapterSet) -> bool:
+        """True if every part can become part of a weight that can be written."""
+        return all(
+            part.mergeable and part.site.kind is not None and part.site.storage.plain
+            for name in adapters.names
+            for part in adapters.parts(name).values()
+        )
+
+
+def base_model(body: Body, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return body.make().to(dtype).eval()
+
+
+def batch_for(body: Body, dtype: torch.dtype) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in body.batch().items()}
+
+
+def output_of(out: Any) -> Tensor:
+    """The tensor that a model's output is about."""
+    return out if isinstance(out, Tensor) else out.logits
+
+
+@torch.no_grad()
+def perturb(adapters: AdapterSet, name: str, seed: int = 0) -> None:
+    """Move an adapter away from where it started, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapters.parameters(name):
+        parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    """norm(difference) / norm(other)."""
+    assert one.shape == other.shape
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+def merged_values(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
+    """The base's parameters with an adapter in them, by name, for torch.func.functional_call."""
+    values: dict[str, Tensor] = {}
+    for site in adapters.sites(name):
+        adapter = adapters.parts(name)[site.name]
+        b = None if site.bias is None else site.bias.to(adapters_dtype(site.stored))
+        W, b = merged(name, lambda _: adapter, site.weight().to(adapters_dtype(site.stored)), b, slice(None))  # noqa: B023
+        prefix = f"{site.path}." if site.path else ""
+        values[prefix + (site.parameter or "weight")] = site.linear.as_stored(site.stored, W).to(site.stored.dtype)
+        if b is not None and site.bias is not None:
+            values[prefix + "bias"] = b.to(site.bias.dtype)
+    return values
+
+
+def adapters_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def cases(dtypes: Sequence[torch.dtype] = (torch.float32,)) -> Iterator[Case]:
+    """All cases that there are: for every example and body the first place where the method can act."""
+    for example in EXAMPLES:
+        for body in BODIES:
+            case = next((Case(example, body, targets) for targets in _places(body) if _accepts(example, body, targets)), None)
+            if case is not None:
+                for dtype in dtypes if body.in_all_dtypes else (torch.float32,):
+                    if _base_runs(body, dtype):
+                        yield Case(example, body, case.targets, dtype)
+
+
+def _places(body: Body) -> tuple[Targets, ...]:
+    return (*body.places, Targets.auto())
+
+
+def _accepts(example: str, body: Body, targets: Targets) -> bool:
+    model = base_model(body, torch.float32)
+    try:
+        method = Case(example, body, targets).method()
+        method.fitted(model).resolve(model)
+    except (ConfigError, TargetError):
+        return False
+    return True
+
+
+def _base_runs(body: Body, dtype: torch.dtype) -> bool:
+    try:
+        base_model(body, dtype)(**batch_for(body, dtype))
+    except RuntimeError:  # not on this processor
+        return False
+    return True
+
+
+__all__ = ["EXAMPLES", "ROWS", "Case", "cases", "gap", "merged_values", "methods", "output_of", "perturb"]
