@@ -12,7 +12,7 @@ from torch import nn
 
 from .core import attach as mechanism
 from .core.adapter import HELD, Adapter
-from .core.composition import Expression, Rows, Stack, Weighted, names_in
+from .core.composition import Expression, Rows, Stack, Weighted, names_in, weighted_in
 from .core.errors import AttachError, PreflightError, TargetError, nearest
 from .core.merge import MergeReport, merge_into_base
 from .core.method import Method
@@ -260,6 +260,12 @@ class AdapterSet:
         """
         for name in names_in(expression):
             self._entry(name)
+        for name in weighted_in(expression):
+            if not all(part.weightable for part in self.parts(name).values()):
+                raise AttachError(
+                    f'"{name}" ({self.method(name).name}) changes what the model reads; a share of that means nothing, '
+                    "so it cannot be weighted. Activate it alone, or in a Stack"
+                )
         if isinstance(self._active, Rows):
             mechanism.restore(self.model)  # it may have been taken for rows run apart
         if isinstance(expression, Rows) and not self._all_by_row(expression):

@@ -78,7 +78,11 @@ class Case:
 
     def run(self, model: nn.Module, rows: slice = slice(None)) -> Tensor:
         """The model's output for these rows of the body's batch."""
-        return output_of(model(**{name: x[rows] for name, x in batch_for(self.body, self.dtype).items()}))
+        return output_of(model(**{name: x[rows] for name, x in self.batch().items()}))
+
+    def batch(self) -> dict[str, Tensor]:
+        """What the model is run on, the same each time."""
+        return batch_for(self.body, self.dtype)
 
     def same(self, one: Tensor, other: Tensor) -> bool:
         """True if these are the same bits; near each other where torch has two kernels for one layer."""
@@ -119,7 +123,8 @@ def perturb(adapters: AdapterSet, name: str, seed: int = 0) -> None:
 def gap(one: Tensor, other: Tensor) -> float:
     """norm(difference) / norm(other)."""
     assert one.shape == other.shape
-    return float((one.double() - other.double()).norm() / other.double().norm())
+    one, other = one.detach().double(), other.detach().double()
+    return float((one - other).norm() / other.norm())
 
 
 def merged_values(adapters: AdapterSet, name: str) -> dict[str, Tensor]:

@@ -202,12 +202,10 @@ def test_generating_with_a_cache_gives_what_it_gives_without(name: str) -> None:
 
 def test_config_and_cache_stay_the_models_own() -> None:
     model = tiny("LlamaForCausalLM")
-    before = [module.__dict__.get("config") for module in model.modules()]
     written = model.config.to_json_string()
     strong(model)
     out = model(IDS, use_cache=True)
     assert out.past_key_values.get_seq_length() == IDS.shape[1]
-    assert [m.__dict__.get("config") for m in model.modules() if not isinstance(m, PrefixAdapter)][: len(before)]
     assert all(m.config is model.config for m in model.modules() if type(m).__name__ == "LlamaAttention")
     assert model.config.to_json_string() == written
 
@@ -256,6 +254,7 @@ def test_the_base_may_be_bf16_and_the_prefix_stays_fp32() -> None:
     adapters.check_gradients()
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
 def test_gradients_are_the_same_with_gradient_checkpointing(name: str) -> None:
     model = tiny(name, **({"dropout_rate": 0.0} if name.startswith("T5") else {})).train()
@@ -356,7 +355,7 @@ def test_what_cannot_be_given_a_prefix_is_refused_by_name() -> None:
         attach(tiny("DebertaV2ForSequenceClassification"), PrefixTuning())
     with pytest.raises(TargetError, match=r"Linear computes no attention that can be reached"):
         attach(tiny("LlamaForCausalLM"), PrefixTuning(targets="*.q_proj"))
-    with pytest.raises(TargetError, match=r"does not take|does not count its positions"):
+    with pytest.raises(TargetError, match="does not count its positions"):
         attach(tiny("BartForConditionalGeneration"), PrefixTuning(shift_positions=True))
     assert (
         len(attach(tiny("LlamaForCausalLM"), PrefixTuning(targets=Targets("layers.1.self_attn"))).sites("default")) == 1

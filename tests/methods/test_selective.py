@@ -1,9 +1,10 @@
-"""Selective tuning: scores and choice against a naive computation in float64; each grain and criterion on two models."""
+"""Selective tuning: scores and choice against a naive computation in float64; each grain and criterion on models."""
 
 import copy
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smidgen import Targets, Weighted, attach
-from smidgen.adapters import AdapterSet
+from smidgen.adapters import AdapterSet, load
 from smidgen.core.errors import ConfigError, NonFiniteError, TargetError
 from smidgen.methods.lora import LoRA
 from smidgen.methods.selective import By, Grain, Selective, SelectiveAdapter, SelectiveChosen, gradient_scores
@@ -97,6 +98,18 @@ def counts(method: SelectiveChosen, model: nn.Module) -> dict[str, int]:
     }
 
 
+def flat_indices(method: SelectiveChosen, model: nn.Module) -> Tensor:
+    """The chosen entries as indices into all parameters of the model, one after another."""
+    found, offset = [], 0
+    for name, p in model.named_parameters():
+        path, _, own = name.rpartition(".")
+        if (path, own) in method.chosen:
+            indices = method.chosen[path, own]
+            found.append(offset + (torch.arange(p.numel()) if indices is None else indices))
+        offset += p.numel()
+    return torch.cat(found)
+
+
 def part(adapters: AdapterSet, site: str) -> SelectiveAdapter:
     found = adapters.parts("default")[site]
     assert isinstance(found, SelectiveAdapter)
@@ -136,14 +149,7 @@ def test_the_largest_scores_of_the_whole_model_are_chosen(by: By, budget: float)
     flat = torch.cat(list(naive_scores(model, loss_of(model), 8, by).values()))
     expected = flat.topk(math.floor(budget * TOTAL)).indices.sort().values
     method = Selective(budget=budget, by=by).choose(model, loss_of(model))
-    chosen, offset = [], 0
-    for name, p in list(model.named_parameters())[:-2]:
-        path, _, own = name.rpartition(".")
-        if (path, own) in method.chosen:
-            indices = method.chosen[path, own]
-            chosen.append(offset + (torch.arange(p.numel()) if indices is None else indices))
-        offset += p.numel()
-    assert torch.equal(torch.cat(chosen), expected)
+    assert torch.equal(flat_indices(method, model), expected)
 
 
 def test_batches_of_one_row_give_the_fisher_of_rows_and_larger_ones_mix_in_the_mean_gradient() -> None:
@@ -192,9 +198,8 @@ def test_tensors_and_layers_are_chosen_whole_and_within_the_budget(by: By, grain
     assert set(method.chosen.values()) == {None}
     if grain == "layers":
         for path in {path for path, _ in method.chosen}:
-            assert {own for at, own in method.chosen if at == path} == set(model.get_submodule(path)._parameters) - {
-                "bias"
-            } | ({"bias"} if model.get_submodule(path).bias is not None else set())
+            own = {name for name, _ in model.get_submodule(path).named_parameters()}
+            assert {name for at, name in method.chosen if at == path} == own
 
 
 def test_tensors_are_taken_by_their_mean_score_while_they_fit() -> None:
@@ -225,6 +230,18 @@ def test_equal_scores_are_decided_by_the_order_of_the_model() -> None:
     assert counts(method, model) == {"0.weight": 35, "0.bias": 7, "2.weight": 4}
     assert method.chosen["0", "weight"] is None  # all of it
     assert method.chosen["2", "weight"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("limit", [1, 13, 40, 77, 78])
+def test_the_choice_is_that_of_a_stable_sort_of_everything(dtype: torch.dtype, limit: int) -> None:
+    model = mlp().to(dtype)
+    for p in model.parameters():
+        p.data = torch.randint(-3, 4, p.shape).to(dtype) * 1.5e-3  # many ties, zeros and both signs
+    flat = torch.cat([p.detach().abs().flatten() for p in list(model.parameters())[:-2]])
+    expected = flat.sort(descending=True, stable=True).indices[:limit].sort().values
+    method = Selective(budget=(limit + 0.5) / TOTAL, by="magnitude").choose(model)
+    assert torch.equal(flat_indices(method, model), expected)
 
 
 def test_choosing_leaves_the_model_as_it_was() -> None:
@@ -312,9 +329,9 @@ def test_targets_restrict_the_choice() -> None:
         f"bert.encoder.layer.{i}.attention.self.query.weight" for i in range(2)
     }
     with pytest.raises(TargetError, match="Name the modules that own them"):
-        Selective(targets="encoder.layer.0").candidates(model)
+        Selective(targets="encoder.layer.0", by="last").choose(model)
     with pytest.raises(TargetError, match="matches none"):
-        Selective(targets="*.qery").candidates(model)
+        Selective(targets="*.qery", by="last").choose(model)
 
 
 def test_tied_tensors_are_left_out_with_the_reason() -> None:
@@ -325,7 +342,7 @@ def test_tied_tensors_are_left_out_with_the_reason() -> None:
     assert left_out["0.weight"] == "0.weight and 2.weight are one tied tensor; one cannot change alone"
     assert Selective(budget=0.5).limit(model) == (9 * 4 + 4 * 4 + 4) // 2
     with pytest.raises(TargetError, match=r"leaves no parameter of Sequential.*one tied tensor"):
-        Selective(targets="0").candidates(model)
+        Selective(targets="0", by="last").choose(model)
 
 
 def test_integer_weights_are_refused_with_the_reason() -> None:
@@ -518,6 +535,14 @@ def test_it_composes_with_lora_and_weights() -> None:
     assert torch.equal(model(x), base)
 
 
+def test_the_base_is_scored_beside_another_adapter() -> None:
+    model = mlp()
+    alone = Selective(budget=0.3).choose(model, loss_of(model))
+    adapters = attach(model, LoRA(rank=2, targets="0"), "style")
+    beside = Selective(budget=0.3).choose(model, loss_of(model))
+    assert torch.equal(flat_indices(beside, adapters.detach()), flat_indices(alone, model))
+
+
 def test_rows_of_a_batch_can_have_it_or_not() -> None:
     model, x = mlp(), torch.randn(2, 5)
     base = model(x)
@@ -558,34 +583,34 @@ def test_merging_in_blocks_of_rows_gives_the_whole() -> None:
 # -- saved
 
 
-def test_the_tensors_hold_all_that_is_needed_to_put_it_on_again() -> None:
-    model, fresh = Cnn().eval(), Cnn().eval()
-    fresh.load_state_dict(model.state_dict())
-    method = Selective(budget=0.2).choose(model, loss_of(model, (4, 3, 8, 8), 2))
+@pytest.mark.parametrize("grain", ALL_GRAINS)
+def test_a_saved_adapter_needs_neither_data_nor_a_choice(grain: Grain, tmp_path: Path) -> None:
+    model, fresh, third = (nn.Sequential(Reader(), nn.Linear(4, 3)).eval() for _ in range(3))
+    for other in (fresh, third):
+        other.load_state_dict(model.state_dict())
+    x = torch.randn(5, 2, 4)
+    method = Selective(budget=0.3, grain=grain).choose(model, lambda: model(x).square().mean())
     adapters = attach(model, method)
     randomise(adapters)
-    saved = {name: dict(part.state_dict()) for name, part in adapters.parts("default").items()}
-    for name, tensors in saved.items():
-        place = next(place for place in method.chosen if ".".join(place) == name)
-        if method.chosen[place] is not None:
-            assert tensors["indices"].dtype == torch.int32
-            assert torch.equal(tensors["indices"].long(), method.chosen[place])
-    plain = Selective(**method.settings())
-    assert set(method.settings()) == {"budget", "by", "grain"}
-    loaded = plain.with_tensors({site: saved[site.name] for site in adapters.sites("default")})
-    again = attach(fresh, loaded)
-    for name, tensors in saved.items():
-        part(again, name).load_state_dict(tensors)
-    x = images()
+    adapters.save(tmp_path / "saved")
+    again = load(fresh, tmp_path / "saved")
     assert torch.equal(fresh(x), model(x))
+    assert again.method("default").settings() == {"budget": 0.3, "by": "fisher", "grain": grain}
+    for name, tensors in again.parts("default").items():
+        place = next(place for place in method.chosen if ".".join(place) == name)
+        indices = method.chosen[place]
+        assert set(dict(tensors.state_dict())) == ({"values"} if indices is None else {"indices", "values"})
+        assert indices is None or torch.equal(tensors.get_buffer("indices"), indices.int())
+    attach(third, again.method("default"))  # the choice goes on to another model of the kind
+    assert counts(again.method("default"), third) == counts(method, model)
 
 
 def test_sizes_come_from_tensors_without_memory() -> None:
     model = mlp()
     site = Selective().candidates(model)[0][0]
     sized = Selective().with_tensors({site: {"indices": torch.empty(4, dtype=torch.int32, device="meta")}})
-    with torch.device("meta"):
-        assert sized.chosen["0", "weight"].shape == (4,)
+    assert sized.chosen["0", "weight"].is_meta
+    assert sized.chosen["0", "weight"].shape == (4,)
     whole = Selective().with_tensors({site: {"values": torch.empty(7, 5, device="meta")}})
     assert whole.build(site).values.shape == (7, 5)
 

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 import smidgen
 from smidgen.core.method import methods
 from smidgen.recipes.load import load_recipe, recipe_from
-from smidgen.recipes.schema import MethodPart, Recipe, method_fields
+from smidgen.recipes.method_part import MethodPart, method_fields
+from smidgen.recipes.schema import Recipe
 
 SMALLEST = {"model": "models/minilm", "data": "reviews.csv"}
 TEXT = st.text(st.characters(categories=["L", "N", "P", "Zs"]), min_size=1, max_size=12).filter(lambda t: "\0" not in t)

@@ -62,5 +62,5 @@ def _fit(z: Tensor, targets: Tensor, W: Tensor, c: Tensor, loss: Loss, penalty: 
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     return W.detach(), c.detach()

@@ -94,7 +94,7 @@ def _gradients(model: nn.Module, trained: Mapping[str, nn.Parameter], task: Task
         raise PreflightError(
             f"the loss of the first batch is {float(loss)}: check the labels, or load the base in float32"
         )
-    (loss / max(count, 1)).backward()
+    (loss / max(count, 1)).backward()  # type: ignore[no-untyped-call]
     gradients: dict[str, Tensor] = {name: p.grad for name, p in trained.items() if p.grad is not None}
     broken = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
     if broken:

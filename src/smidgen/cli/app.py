@@ -57,7 +57,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")] = 0,
 ) -> None:
     """Tune a small model on real reviews and show what it learned."""
-    from ..recipes.run import demo as run
+    from ..recipes.demo import demo as run
 
     run(Console(), out, seed=seed)
 
@@ -65,31 +65,27 @@ def demo(
 @app.command("predict", rich_help_panel="Use")
 def predict(
     adapter: Adapter,
-    data: Annotated[
-        str | None, typer.Argument(metavar="DATA", help="Rows to predict: a file or folder.", show_default=False)
-    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="Rows to predict: a file or folder.")] = None,
     text: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A text to predict; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the predictions here, not on screen.")] = None,
     model: Model = None,
 ) -> None:
     """Predict with a tuned model, for rows of a file or for texts on the command line."""
     if (data is None) == (not text):
-        raise RecipeError('say what to predict, and one of both: DATA, or --text "..."')
+        raise RecipeError('say what to predict, and one of both: --data PATH, or --text "..."')
     from ..recipes.use import predict as run
 
-    run(adapter, data or "", model=model, text=text or [], out=out, console=Console())
+    run(adapter, data, model=model, text=text or [], out=out, console=Console())
 
 
 @app.command("evaluate", rich_help_panel="Use")
 def evaluate(
     adapter: Adapter,
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Rows with labels: a file or folder.", show_default=False)
-    ],
+    data: Annotated[str, typer.Option(metavar="PATH", help="Rows with labels: a file or folder.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON for a program to read.")] = False,
     model: Model = None,
 ) -> None:
-    """Measure a tuned model on rows with labels, beside the base model."""
+    """Measure a tuned model on rows with labels."""
     from ..recipes.use import evaluate as run
 
     run(adapter, data, model=model, console=Console(), as_json=json)

@@ -34,7 +34,7 @@ def reporting() -> Iterator[None]:
     except OSError as error:
         _end(str(error), 1)
     except KeyboardInterrupt:
-        _end("stopped by Ctrl-C", 130)
+        _end("stopped", 130)
 
 
 def _end(text: str, code: int) -> None:

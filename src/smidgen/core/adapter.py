@@ -24,12 +24,14 @@ class Adapter(nn.Module):
         by_row: acts on every row of the batch by itself through one tensor argument and keeps its shape, so that the
             rows of one batch can have different adapters at this site.
         starts_as_base: a fresh adapter leaves the model's output as it was.
+        weightable: base + w * (what it changes) has a meaning, so that `Weighted` can hold it.
         mergeable: `merged` says how the weight changes.
     """
 
     additive: ClassVar[bool] = False
     by_row: ClassVar[bool] = True
     starts_as_base: ClassVar[bool] = True
+    weightable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
 
     shared: nn.Module  # set by AdapterSet: what all adapters of the name use together, if the method has that

@@ -244,9 +244,9 @@ def _multi_head(
         if kwargs.get(name) is not None:
             kwargs[name] = F.pad(kwargs[name], (count, 0))
     kwargs["is_causal"] = False  # only a hint that the mask is causal, which it was before it was widened
-    room = key.new_zeros(count, *key.shape[1:])  # the function counts the keys it is given
-    key_room = torch.cat((room, key))
-    value_room = key_room if value is key else torch.cat((value.new_zeros(count, *value.shape[1:]), value))
+    edge = (0, 0) * (key.ndim - 1) + (count, 0)  # the function counts the keys it is given
+    key_room = F.pad(key, edge)
+    value_room = key_room if value is key else F.pad(value, edge)
     return F.multi_head_attention_forward(query, key_room, value_room, width, heads, *args, **kwargs)
 
 

@@ -72,6 +72,15 @@ def names_in(expression: Expression) -> Iterator[str]:
             yield from names_in(part)
 
 
+def weighted_in(expression: Expression) -> Iterator[str]:
+    """The adapter names that an expression weighs."""
+    if isinstance(expression, Weighted):
+        yield from names_in(expression)
+    elif isinstance(expression, Stack | Rows):
+        for part in expression.parts:
+            yield from weighted_in(part)
+
+
 def to_data(expression: Expression) -> Any:
     """The expression as JSON data; `from_data` reads it back."""
     if isinstance(expression, Weighted):

@@ -74,7 +74,7 @@ def _blocks(site: Site, expression: Expression) -> "Iterator[tuple[slice, Tensor
         rows = slice(start, min(start + step, height))
         old = site.linear.read_rows(stored, rows)
         old = old.to(torch.promote_types(old.dtype, torch.float32))
-        b = None if bias is None else bias.detach()[rows].to(old.dtype)
+        b = None if bias is None else bias.detach().flatten()[rows].to(old.dtype)
         new, b = merged(expression, lambda name: _find(site, name), old, b, rows)
         yield rows, old, new, b
 
@@ -101,7 +101,7 @@ def _write(site: Site, expression: Expression) -> None:
     for rows, _, new, b in _blocks(site, expression):
         site.linear.write_rows(target, rows, new)
         if bias is not None and b is not None:
-            bias.data[rows] = b.to(bias.dtype)
+            bias.data.view(-1)[rows] = b.to(bias.dtype)
 
 
 def _refuse_unmergeable(sites: list[Site], expression: Expression) -> None:
@@ -148,7 +148,8 @@ def _compare_with_running(sites: list[Site], expression: Expression) -> None:
         running = base(x) if plan is None else plan(base, x)
         W, b = torch.cat([new for _, _, new, _ in _blocks(site, expression)]), site.bias
         if b is not None:
-            b = torch.cat([part for _, _, _, part in _blocks(site, expression) if part is not None]).to(b.dtype)
+            parts = [part for _, _, _, part in _blocks(site, expression) if part is not None]
+            b = torch.cat(parts).view(b.shape).to(b.dtype)
         stored = site.linear.as_stored(site.storage.read(site.stored), W).to(site.stored.dtype)
         with mechanism.replaced(layer, {"weight": stored} | ({} if b is None else {"bias": b})):
             merged_out = base(x)

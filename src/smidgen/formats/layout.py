@@ -118,6 +118,10 @@ class Modules:
     def __getitem__(self, path: str) -> nn.Module:
         return self._found[path][1]
 
+    def get(self, path: str) -> nn.Module | None:
+        """The module at this path, or None."""
+        return self._found[path][1] if path in self._found else None
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
 

@@ -149,9 +149,8 @@ def _number(value: float) -> float:
 
 
 def _their_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Their first match counts and keys are regular expressions: whole paths, the longest first."""
-    found = exact_names(values, default)
-    return {name.replace(".", "\\."): value for name, value in reversed(found.items())}
+    """Their keys are regular expressions on the end of a path; with ^ on all of it."""
+    return {"^" + name.replace(".", "\\."): value for name, value in values.items() if value != default}
 
 
 def _depths(sites: Sequence[Site]) -> dict[str, int]:

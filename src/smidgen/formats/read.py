@@ -20,7 +20,7 @@ from ..core.targets import Resolution, Targets
 from .layout import PREFIX, Modules, Stored, canonical, clean, expected_tensors, site_key
 from .note import NOTE, Note, Place, Several, composition, read_note
 from .peft_fields import WITHOUT_EFFECT
-from .translation import PeftTranslation, plain
+from .translation import PeftTranslation, in_order, plain
 from .translations import peft_method, translation_of
 from .write import CONFIG, WEIGHTS, all_stored, as_read, config_fields, finite, kind_name
 
@@ -79,10 +79,7 @@ def read_folder(
     check_base: refuse an adapter that was trained on another base model.
     head_sites: the sites of a method's heads in the model.
     """
-    folder = Path(folder)
-    recover(folder)
-    if not folder.is_dir():
-        raise FolderError(f"{folder} is no folder" if folder.exists() else f"there is no folder {folder}")
+    folder = _existing(folder)
     note = read_note(folder)
     places, active = _locate(folder, note, name)
     reader = _Reader(model, check_base, head_sites)
@@ -96,8 +93,16 @@ def read_folder(
 
 def read_extra(folder: str | Path) -> dict[str, Any]:
     """What the writer kept with the adapter under `extra`; empty for a folder of HF PEFT's.  Raises FolderError."""
-    note = read_note(Path(folder))
+    note = read_note(_existing(folder))
     return dict(note.extra) if note else {}
+
+
+def _existing(folder: str | Path) -> Path:
+    folder = Path(folder)
+    recover(folder)
+    if not folder.is_dir():
+        raise FolderError(f"{folder} is no folder" if folder.exists() else f"there is no folder {folder}")
+    return folder
 
 
 def _locate(
@@ -205,15 +210,18 @@ class _Reader:
                 f"{type(self.model).__name__}: {', '.join(missing[:5])}. {_trained_on(note)}"
             )
         sites = [self.modules.site(place.path, place.parameter) for place in note.sites]
-        settings = {field: _frozen(value) for field, value in note.settings.items()}
+        settings = {
+            field: in_order(value) if field.endswith("_pattern") else _frozen(value)
+            for field, value in note.settings.items()
+        }
         return self._method(method_class, settings, sites, note.heads), sites, theirs
 
     def _is_there(self, place: Place) -> bool:
         if place.path not in self.modules or place.parameter is None:
             return place.path in self.modules
         owner, _, name = place.parameter.rpartition(".")
-        path = ".".join(part for part in (place.path, owner) if part)
-        return path in self.modules and self.modules[path]._parameters.get(name) is not None
+        layer = self.modules.get(".".join(part for part in (place.path, owner) if part))
+        return layer is not None and layer._parameters.get(name) is not None
 
     def _from_peft(
         self, config: Mapping[str, Any], header: Header, keys: Mapping[str, str]
@@ -318,8 +326,10 @@ class _Reader:
     def _copied(self, key: str, shape: Sequence[int]) -> Tensor | None:
         """The base's own tensor that a key of HF PEFT's is a copy of: embeddings, biases of layers."""
         path, _, name = key.removeprefix(PREFIX).rpartition(".")
-        path = path.removesuffix(".base_layer")
-        tensor = self.modules[path]._parameters.get(name) if path in self.modules else None
+        layer = self.modules.get(path.removesuffix(".base_layer"))
+        if layer is None or not (path.endswith(".base_layer") or layer in _embeddings(self.model)):
+            return None
+        tensor = layer._parameters.get(name)
         return tensor if tensor is not None and tuple(tensor.shape) == tuple(shape) else None
 
     def _check_agreement(
@@ -370,6 +380,16 @@ class _Reader:
                     f"{raw} differs from the model's own: the base was changed when the adapter was trained. "
                     "Load the base that it belongs to"
                 )
+
+
+def _embeddings(model: Any) -> list[nn.Module]:
+    """Of transformers' models: HF PEFT writes these whole if the vocabulary was resized."""
+    if not hasattr(model, "get_input_embeddings"):
+        return []
+    try:
+        return [model.get_input_embeddings(), model.get_output_embeddings()]
+    except (AttributeError, NotImplementedError):
+        return []
 
 
 def _without_memory(entry: Entry) -> Tensor:

@@ -80,10 +80,7 @@ class PeftTranslation(Translation):
 
 
 def by_site(pattern: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Any]:
-    """{glob: value} as {name of the site: value}, so that reading it back gives each site the same.
-
-    A name also matches sites whose names end with it, and the last match counts: so longer names stand later.
-    """
+    """{glob: value} as {name of the site: value}, so that reading it back gives each site the same."""
     if not pattern:
         return {}
     globs = [(Targets(glob), value) for glob, value in reversed(list(pattern.items()))]
@@ -92,7 +89,7 @@ def by_site(pattern: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Any]
         found = [value for targets, value in globs if targets.matches(site.name, site.layer)]
         if found:
             values[clean(site.name)] = found[0]
-    return dict(sorted(values.items(), key=lambda item: (item[0].count("."), item[0])))
+    return in_order(values)
 
 
 def exact_names(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
@@ -102,7 +99,12 @@ def exact_names(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
         return {}
     ends = tuple(f".{name}" for name in differ)
     kept = {name: value for name, value in values.items() if value != default or name.endswith(ends)}
-    return dict(sorted(kept.items(), key=lambda item: (item[0].count("."), item[0])))
+    return in_order(kept)
+
+
+def in_order(pattern: Mapping[str, Any]) -> dict[str, Any]:
+    """{site: value} with longer names later: the last match counts, and "a.b" is also the end of "c.a.b"."""
+    return dict(sorted(pattern.items(), key=lambda item: (item[0].count("."), item[0])))
 
 
 def plain(pattern: Any, field: str) -> str:
@@ -119,8 +121,10 @@ def plain(pattern: Any, field: str) -> str:
 
 
 def first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """HF PEFT's rule: the first key that is the name or its end after a dot counts."""
-    return next((value for end, value in patterns.items() if name == end or name.endswith("." + end)), default)
+    """HF PEFT's rule: the first key that is the name or, without ^, its end after a dot counts."""
+    return next(
+        (v for end, v in patterns.items() if name == end.removeprefix("^") or name.endswith("." + end)), default
+    )
 
 
 def number(config: Mapping[str, Any], field: str, *, whole: bool = False) -> Any:
@@ -142,7 +146,8 @@ def pattern_of(config: Mapping[str, Any], field: str, *, whole: bool = False) ->
     if not isinstance(value, dict):
         raise FolderError(f"{field} is {str(value)[:80]!r}, not a mapping")
     return {
-        plain(key, field): as_number(number, f"{field} of {key!r:.80}", whole=whole) for key, number in value.items()
+        "^" * key.startswith("^") + plain(key, field): as_number(number, f"{field} of {key!r:.80}", whole=whole)
+        for key, number in value.items()
     }
 
 

@@ -21,7 +21,7 @@ from ..core.safe import tensor_sha256, write_tensors
 from ..core.site import Site
 from .layout import Modules, Stored, Tensors, clean, expected_tensors, stored_heads, tensors_of
 from .note import NOTE, Note, Place, Several, as_json
-from .peft_fields import FIELDS, TASK_HEADS, TASKS, VERSION
+from .peft_fields import FIELDS, TASK_HEADS, TASKS
 from .translation import PeftTranslation, Translation
 from .translations import translation_of
 
@@ -165,7 +165,7 @@ def config_fields(
         return {**FIELDS[translation.peft_type], **own, "modules_to_save": saved, "peft_type": translation.peft_type}
     settings = translation.settings(method, sites)
     fields = {method.disk.fields.get(name, name): value for name, value in settings.items()}
-    return {"peft_type": f"SMIDGEN_{method.name.upper()}", "peft_version": VERSION, **fields}
+    return {"peft_type": f"SMIDGEN_{method.name.upper()}", **fields}
 
 
 def _peft_obstacle(modules: Modules, placed: Placed, task: str | None) -> str | None:

@@ -44,7 +44,7 @@ class Head(Method):
         return leaves(model, head_modules(model)), {}
 
     def build(self, site: Site) -> "HeadAdapter":
-        return HeadAdapter(site)
+        return HeadAdapter(site) if site.kind else ModuleHeadAdapter(site)
 
 
 def leaves(model: nn.Module, paths: list[str]) -> list[str]:
@@ -82,3 +82,9 @@ class HeadAdapter(Adapter):
         own = dict(self.module.named_parameters())
         weight = self.site.linear.read_rows(own["weight"], rows)
         return weight.to(W.dtype), None if b is None else own["bias"][rows].to(b.dtype)
+
+
+class ModuleHeadAdapter(HeadAdapter):
+    """Of a module that is no plain layer, such as an attention: what its rows are only its own code knows."""
+
+    by_row = mergeable = False

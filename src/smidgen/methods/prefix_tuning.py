@@ -184,7 +184,7 @@ class Reparametrisation(Shared):
 class PositionsAdapter(Adapter):
     """At the model: real tokens stand at positions N, N + 1, ...; it has no parameters."""
 
-    by_row = starts_as_base = mergeable = False
+    by_row = starts_as_base = weightable = mergeable = False
 
     def __init__(self, method: PrefixTuning, site: Site) -> None:
         super().__init__(site)

@@ -4,9 +4,9 @@
 
 Trainable parameters: N E.  In an encoder-decoder the prompt stands in front of the encoder's input.
 
-How it is done: the model's call gets N further token ids in front, ids that the vocabulary does not have, and the
-embedding gives P for them.  So the model sees a longer sequence of tokens and everything in it that goes by token ids
-stays right: which token is the last before the padding, where an image belongs, positions, shared embeddings.
+How it is done: the model's call gets N further token ids in front, ids that the vocabulary does not have, and while it
+runs the embedding gives P for them.  So the model sees a longer sequence of tokens, and everything in it that goes by
+token ids stays right: which token is the last before the padding, where an image belongs, positions, shared embeddings.
 """
 
 import inspect
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
-from ..core.attach import bare_call, is_adapted
+from ..core.attach import PLAN, bare_call, is_adapted
+from ..core.composition import Plan
 from ..core.disk_names import DiskNames
 from ..core.errors import AttachError, TargetError, require
 from ..core.layers import EmbeddingKind
@@ -26,7 +27,6 @@ from ..core.method import Method, Shared, method
 from ..core.site import Site
 from ..core.targets import Resolution
 
-_ADDED = "_smidgen_prompt_tokens"  # while a model runs: how many ids of prompts its call has got already
 _OTHER_PASTS = ("cache_params", "state", "mems")  # in which recurrent models keep what they have read
 _SAMPLE = 1024  # tokens whose vectors give the scale of a random prompt
 
@@ -42,8 +42,6 @@ class PromptTuning(Method):
     init: "random" draws from the scale of the embedding, "vocabulary" starts from the vectors of random tokens, "text"
         from those of `init_ids`, repeated or cut to the length.   The paper finds the last two better in small models.
     init_ids: token ids of a text that describes the task, or of the class labels.
-
-    Beside an adapter on the embedding it has to act last: Stack("that", "prompt").
 
     Outputs per token (logits, hidden states, start and end logits) come back without the prompt; attentions, caches
     and, in the tuples of `return_dict=False`, start and end logits and an encoder's output keep its places.
@@ -82,7 +80,7 @@ class PromptTuning(Method):
 
     def build(self, site: Site) -> Adapter:
         if isinstance(site.kind, EmbeddingKind):
-            return PromptVectors(self, site)
+            return PromptVectors(site)
         return PromptMask(self, site) if _has_decoder(site.layer) else PromptTokens(self, site)
 
     def shared(self, sites: tuple[Site, ...]) -> "Prompt":
@@ -117,24 +115,38 @@ class Prompt(Shared):
 
 
 class PromptVectors(Adapter):
-    """At the embedding: P for the ids that the vocabulary does not have."""
+    """At the embedding, where P lives; it acts through `PromptTokens`, which knows which call has the prompt's ids."""
 
-    by_row = starts_as_base = mergeable = False
+    by_row = starts_as_base = weightable = mergeable = False
     shared: Prompt
-
-    def __init__(self, method: PromptTuning, site: Site) -> None:
-        super().__init__(site)
-        self.length, self.vocabulary = method.length, site.fan_in
 
     def reset(self, generator: torch.Generator | None) -> None:
         """Nothing to draw: P is shared."""
 
-    def forward(self, call: Call, ids: Tensor) -> Tensor:
-        index = ids - self.vocabulary
-        own = (index >= 0) & (index < self.length)
-        below = torch.where(index >= self.length, ids - self.length, ids)  # of a prompt stacked under this one
-        vectors: Tensor = call(below.masked_fill(own, 0))
-        learned = self.shared.prompt[index.clamp(0, self.length - 1)].to(vectors.dtype)
+    def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+
+class Marked:
+    """The embedding's plan while a model with a prompt runs: the ids first, first + 1, ... are embedded as P (N, E)."""
+
+    additive = by_row = False
+
+    def __init__(self, prompt: Tensor, first: int, plan: Plan | None) -> None:
+        self.prompt, self.first, self.plan = prompt, first, plan
+
+    @property
+    def beyond(self) -> int:
+        """The first id after those."""
+        return self.first + len(self.prompt)
+
+    def __call__(self, call: Call, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        own = (ids >= self.first) & (ids < self.beyond)
+        tokens = ids.masked_fill(own, 0)
+        vectors: Tensor = (
+            call(tokens, *args, **kwargs) if self.plan is None else self.plan(call, tokens, *args, **kwargs)
+        )
+        learned = self.prompt[(ids - self.first).clamp(0, len(self.prompt) - 1)].to(vectors.dtype)
         return torch.where(own[..., None], learned, vectors)
 
 
@@ -144,12 +156,12 @@ class PromptTokens(Adapter):
     A call whose key/value cache holds something is a later step of generation: the prompt is in the cache already.
     """
 
-    by_row = starts_as_base = mergeable = False
+    by_row = starts_as_base = weightable = mergeable = False
     shared: Prompt
 
     def __init__(self, method: PromptTuning, site: Site) -> None:
         super().__init__(site)
-        self.length, self.vocabulary = method.length, Site.at("", _embedding(site.layer)).fan_in
+        self.length = method.length
         self.names = tuple(inspect.signature(site.layer.forward).parameters)
         self.is_encoder = site.path != ""  # of a model whose decoder reads all that comes out
 
@@ -170,14 +182,15 @@ class PromptTokens(Adapter):
             if kwargs.get("position_ids") is not None:
                 kwargs["position_ids"] = kwargs["position_ids"] + self.length
             return call(**kwargs)
-        state = self.site.layer.__dict__
-        before = state.get(_ADDED, 0)
-        tokens = self._lengthen(kwargs, self.vocabulary + before)
-        state[_ADDED] = before + self.length
+        embedding = self.shared.site.layer.__dict__
+        before = embedding[PLAN]
+        first = before.beyond if isinstance(before, Marked) else self.shared.site.fan_in  # a Stack has several prompts
+        tokens = self._lengthen(kwargs, first)
+        embedding[PLAN] = Marked(self.shared.prompt, first, before)
         try:
             out = call(**kwargs)
         finally:
-            state[_ADDED] = before
+            embedding[PLAN] = before
         return out if self.is_encoder else _trimmed(out, self.length, tokens.shape[-1] + self.length)
 
     def _lengthen(self, kwargs: dict[str, Any], first: int) -> Tensor:
@@ -227,7 +240,7 @@ class PromptTokens(Adapter):
 class PromptMask(Adapter):
     """At an encoder-decoder: the decoder sees the prompt in the encoder's output, so its mask of that is longer."""
 
-    by_row = starts_as_base = mergeable = False
+    by_row = starts_as_base = weightable = mergeable = False
 
     def __init__(self, method: PromptTuning, site: Site) -> None:
         super().__init__(site)

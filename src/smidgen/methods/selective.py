@@ -85,10 +85,7 @@ class Selective(Method):
         return math.floor(Fraction(str(self.budget)) * _count(model))  # 0.29 of 100 is 29, not 28.999...
 
     def candidates(self, model: nn.Module) -> tuple[list[Site], dict[str, str]]:
-        """The parameters that may be chosen, in the model's order, and those that may not with the reason.
-
-        Raises TargetError if there are none.
-        """
+        """The parameters that may be chosen, in the model's order, and those that may not with the reason."""
         modules, auto = dict(_modules(model)), self.targets.is_auto
         named = {} if auto else {site.name: site for site in self.targets.resolve(model, lambda site: None).sites}
         heads = set(head_modules(model)) if auto else set()
@@ -110,13 +107,6 @@ class Selective(Method):
                 left_out[name] = reason
             else:
                 sites.append(site)
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:5])
-        require(
-            bool(sites),
-            f"{self.targets} leaves no parameter of {type(model).__name__} to choose from. "
-            + (reasons or 'Name the modules that own them; those inside a block are "block.*"'),
-            TargetError,
-        )
         return sites, left_out
 
     def choose(self, model: nn.Module, loss: Callable[[], Tensor] | None = None, batches: int = 8) -> "SelectiveChosen":
@@ -126,7 +116,14 @@ class Selective(Method):
         Of entries that score the same, those earlier in the model are taken.
         Raises ConfigError, TargetError, or NonFiniteError if a loss or a gradient is not finite.
         """
-        sites, _ = self.candidates(model)
+        sites, left_out = self.candidates(model)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:5])
+        require(
+            bool(sites),
+            f"{self.targets} leaves no parameter of {type(model).__name__} to choose from. "
+            + (reasons or 'Name the modules that own them; those inside a block are "block.*"'),
+            TargetError,
+        )
         score: Score = _magnitude
         if self.by in ("fisher", "gradient"):
             if loss is None:
@@ -186,25 +183,30 @@ class Selective(Method):
 class SelectiveChosen(Selective):
     """Selective tuning that knows its entries: what `Selective.choose` returns, to be attached."""
 
-    chosen: Mapping[Place, Indices] = field(default_factory=dict, compare=False, repr=False)
+    chosen: Mapping[Place, Indices] = field(default_factory=dict, compare=False, repr=False)  # tensors do not compare
 
     def fitted(self, model: nn.Module) -> Method:
         return self
 
     def resolve(self, model: nn.Module) -> Resolution:
-        sites, left_out = self.candidates(model)
-        modules, names = dict(_modules(model)), {site.name for site in sites}
-        missing = [name for place in self.chosen if (name := _join(*place)) not in names]
+        modules = dict(_modules(model))
+        missing = [
+            _join(path, parameter)
+            for path, parameter in self.chosen
+            if path not in modules or parameter not in dict(modules[path].named_parameters())
+        ]
         require(
             not missing,
-            f"{len(missing)} of the {len(self.chosen)} chosen parameters cannot be changed in this "
+            f"{len(missing)} of the {len(self.chosen)} chosen parameters are not in this "
             f"{type(model).__name__}: {', '.join(missing[:5])}. Choose again, for this model",
             TargetError,
         )
-        found = (Site.at(path, modules[path], parameter) for path, parameter in self.chosen)
-        return Resolution(model, tuple(found), tuple(left_out.items()))
+        sites = tuple(Site.at(path, modules[path], parameter) for path, parameter in self.chosen)
+        return Resolution(model, sites, tuple(self.candidates(model)[1].items()))
 
     def build(self, site: Site) -> "SelectiveAdapter":
+        reason = self.accepts(site)
+        require(reason is None, f"{site.name}: {reason}", TargetError)
         require(_place(site) in self.chosen, f"nothing was chosen at {site.name}: choose again, for this model")
         return SelectiveAdapter(site, self.chosen[_place(site)])
 

@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from ..core.errors import nearest
 from ..core.method import method_named
 from ..methods.lora import LoRA
-from .schema import MISTAKE, PARTS, SHORT, MethodPart, Recipe, method_fields
+from .method_part import MethodPart, method_fields
+from .part import MISTAKE
+from .schema import PARTS, SHORT, Recipe
 from .yaml_text import Loc
 
 _EXPECTED = {

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from ..core.errors import RecipeError, nearest
 from .explain import explain, shown
-from .schema import SHORT, MethodPart, Recipe, spelled_out
+from .method_part import MethodPart
+from .schema import SHORT, Recipe, spelled_out
 from .yaml_text import Loc, read_scalar, read_yaml
 
 FLAGS = {  # flag -> key

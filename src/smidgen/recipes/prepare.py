@@ -20,7 +20,7 @@ from ..data.split import duplicate_groups, split, subset
 from ..data.table import Problem, Table
 from ..tasks.base import Examples
 from ..tasks.models import Located, locate
-from ..tasks.text_classification import TextClassification, TextClassifier, pooling_for
+from ..tasks.text_classification import TextClassification, TextClassifier
 from .schema import DataPart, Recipe
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
         checked[name] = table.select([i for i in range(len(table)) if i not in bad])
     if problems:
         if recipe.data.on_bad_row == "fail":
-            raise DataError(_bad_rows(problems, sum(map(len, given.values()))))
+            raise DataError(bad_rows_message(problems, sum(map(len, given.values()))))
         notes.append(
             f"{len(problems)} bad rows were left out: "
             + "; ".join(map(str, problems[:3]))
@@ -107,7 +107,7 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
         targets = task.encode(data.train).targets
         task.centre, task.spread = float(targets.mean()), max(float(targets.std()), 1e-6)
     torch.manual_seed(seed)  # of the new head
-    model = TextClassifier(body, config.hidden_size, task.outputs, pooling_for(config)).to(device)
+    model = TextClassifier(body, task.outputs).to(device)
     return Work(
         recipe=recipe,
         located=located,
@@ -142,8 +142,8 @@ def load_body(located: Located, dtype: str | None, revision: str | None = None) 
     from transformers import AutoModel
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # what it says about heads that are not loaded is as it should be
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it says about heads that are not loaded is as it should be
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         body: nn.Module = AutoModel.from_pretrained(
             located.source, dtype=dtype or "float32", revision=revision or "main", use_safetensors=True
@@ -169,7 +169,7 @@ def _read(data: DataPart) -> tuple[dict[str, Table], list[Problem]]:
     tables: dict[str, Table] = {}
     if "train" not in parts:
         raise DataError(f"{data.train} has no training rows; it has {', '.join(parts)}")
-    tables.update(parts)
+    tables.update({str(name): table for name, table in parts.items()})
     named = {"valid": data.valid, "test": data.test} | {f"shift:{name}": where for name, where in data.shift.items()}
     for name, where in named.items():
         if where is not None:
@@ -236,10 +236,11 @@ def _lengths(task: TextClassification, table: Table, rows: Sequence[int]) -> lis
     return [len(ids) for ids in tokenizer(some.column(task.columns.text), pairs, verbose=False)["input_ids"]]
 
 
-def _bad_rows(problems: list[Problem], rows: int) -> str:
+def bad_rows_message(problems: list[Problem], rows: int) -> str:
+    """All bad rows in one message, the first of them named."""
     shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
     more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return f"{len(problems)} of {rows + 0:,} rows cannot be used:\n{shown}{more}\nMend them, or leave them out with --on-bad-row skip"
+    return f"{len(problems)} of {rows:,} rows cannot be used:\n{shown}{more}\nMend them, or leave them out with --on-bad-row skip"
 
 
 def _first_line(error: Exception) -> str:

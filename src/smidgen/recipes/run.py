@@ -267,12 +267,11 @@ def _method(recipe: Recipe, plan: Plan) -> tuple[Method, Preset]:
 def _choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) -> Chosen:
     """Everything but the number of steps, which needs a measurement."""
     cpu = next(work.model.parameters()).device.type == "cpu"
-    batch = plan.decide(
-        "batch", said.batch, min(32, max(4, len(work.train) // 16)), "at most 32: adapters learn worse from larger ones"
-    )
+    rows = len(work.train)
+    fitting = 32 if rows >= 4000 else 16 if rows >= 200 else 8
+    batch = plan.decide("batch", said.batch, fitting, "at most 32: adapters learn worse from larger ones; fewer for few rows")
     precision, why = choose_precision(lambda p: _trial(work, batch, p), next(work.model.parameters()).device)
     plan.decide("precision", None, "fp32" if precision == "no" else precision, why)
-    smoothing = 0.0 if work.task.labels.kind in ("regression", "multilabel") else 0.05
     minutes = DEFAULT_MINUTES_ON_CPU if cpu and said.epochs is None and said.steps is None else None
     return Chosen(
         precision=precision,
@@ -289,14 +288,9 @@ def _choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) -
             "weight_decay", said.weight_decay, rates.weight_decay, "a little, against overfitting"
         ),
         warmup=plan.decide("warmup", said.warmup, 0.06, "share of the steps"),
-        label_smoothing=plan.decide(
-            "label_smoothing",
-            said.label_smoothing,
-            smoothing,
-            "labels are never all right" if smoothing else "not for this kind",
-        ),
+        label_smoothing=plan.decide("label_smoothing", said.label_smoothing, 0.0, "none: it cost accuracy or brought nothing"),
         clip=plan.decide("clip", said.clip, 1.0, "of the gradient's norm"),
-        patience=plan.decide("patience", said.patience, 3, "evaluations without a better metric"),
+        patience=plan.decide("patience", said.patience, 4, "evaluations without a better metric"),
         epochs=plan.decide("epochs", said.epochs, rates.epochs, "at most"),
         minutes=plan.decide(
             "minutes",
@@ -439,9 +433,7 @@ def _full(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator", co
 
     recipe, rates = work.recipe, preset("full")
     body = load_body(work.located, recipe.model.dtype, recipe.model.revision).to(accelerator.device)
-    model = TextClassifier(body, work.model.head.in_features, work.task.outputs, work.model.pooling).to(
-        accelerator.device
-    )
+    model = TextClassifier(body, work.task.outputs).to(accelerator.device)
     base.start(model)
     full = dataclasses.replace(work, model=model)
     reached = _used(full, chosen)

@@ -1,7 +1,7 @@
 """The result of a run as one folder, written whole or not at all, and read again for predicting.
 
 adapter_config.json, adapter_model.safetensors, smidgen.json   the adapter of the body (formats/folder.py)
-head.safetensors                                               the task's head: weight (K, D), bias (K,)
+head.safetensors                                               the task's head: weight (K, 2 D), bias (K,)
 recipe.yaml, report.json, report.html, README.md               what was run, what it came to
 """
 
@@ -19,7 +19,7 @@ from ..core.safe import read_json, read_tensors, write_tensors
 from ..evaluate.card import model_card
 from ..evaluate.report import Report
 from ..tasks.models import Located, locate
-from ..tasks.text_classification import TextClassification, TextClassifier, pooling_for
+from ..tasks.text_classification import TextClassification, TextClassifier
 from .prepare import Work, load_body, load_tokenizer
 
 if TYPE_CHECKING:
@@ -68,12 +68,11 @@ def load_result(folder: Path, model: str | None = None, dtype: str | None = None
     """
     extra = _extra(folder)
     located = locate(model or str(extra["base_model"]))
-    task = TextClassification.from_description(_mapping(extra, "task", folder), load_tokenizer(located))
+    task = TextClassification.from_description(dict(_mapping(extra, "task", folder)), load_tokenizer(located))
     body = load_body(located, dtype)
-    config: Any = body.config
     adapters = load(body, folder)
     head = read_tensors(folder / HEAD)
-    classifier = TextClassifier(body, config.hidden_size, task.outputs, pooling_for(config))
+    classifier = TextClassifier(body, task.outputs)
     needed = {name: tuple(p.shape) for name, p in classifier.head.named_parameters()}
     found = {name: tuple(t.shape) for name, t in head.items()}
     if needed != found or not all(bool(torch.isfinite(t).all()) for t in head.values()):

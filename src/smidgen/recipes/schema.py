@@ -4,36 +4,28 @@ None means that nobody said, so the plan decides and says why.  `load.py` makes 
 reports every mistake with its line; `Recipe.to_yaml` writes one that loads back equal.
 """
 
-import json
 import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic import Field, field_validator, model_validator
 
-from ..core.errors import ConfigError, TargetError, nearest
-from ..core.method import Method, method_named
+from ..core.errors import nearest
+from ..core.method import Method
 from ..data.labels import Kind
+from .method_part import MethodPart as MethodPart
+from .part import Part, mistake, mistakes
 from .yaml_text import write_yaml
 
 # what a word or a number stands for where a mapping could be: `model: x` is `model: {path: x}`
 SHORT = {"model": "path", "data": "train", "task": "name", "method": "name"}
-MISTAKE = "mistake"  # the error type of our own checks, whose text is meant for the user as it is
-_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, str_min_length=1)
+
 
 Count = Annotated[int, Field(ge=1)]
 Above0 = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Part(BaseModel):
-    """A mapping of the recipe.  Unknown keys are refused, and nothing is converted silently: "8" is not 8."""
-
-    model_config = _STRICT
 
 
 class ModelPart(Part):
@@ -56,7 +48,7 @@ class DataPart(Part):
     train: str
     valid: str | None = None
     test: str | None = None
-    shift: dict[str, str] = {}
+    shift: dict[str, str] = Field(default_factory=dict)
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
@@ -102,48 +94,6 @@ class TaskPart(Part):
                 hint = f" That is a kind of text_classification, said with task.kind: {name}."
             raise mistake((), f'there is no task "{name}".{hint} There are: {", ".join(known)}')
         return name
-
-
-class MethodPart(Part):
-    """A method by name; every other key is a field of that method, checked against the method's own types."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str = "lora"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The fields of the method that were said, as plain data."""
-        return dict(self.model_extra or {})
-
-    def build(self) -> Method:
-        """The method's own frozen dataclass."""
-        method = method_named(self.name)
-        return method(**_checked(method, self.settings))
-
-    @model_validator(mode="after")
-    def _is_a_method(self) -> Self:
-        try:
-            method = method_named(self.name)
-        except ConfigError as error:
-            raise mistake(("name",), str(error)) from error
-        wrong: list[InitErrorDetails] = []
-        settings = self.settings
-        try:
-            _checked(method, settings)
-        except ValidationError as error:
-            wrong = [_again(detail) for detail in error.errors(include_url=False)]
-            settings = {name: value for name, value in settings.items() if all(d["loc"][0] != name for d in wrong)}
-        try:
-            method(**_checked(method, settings))  # what is left: may these values be?
-        except (ConfigError, TargetError) as error:
-            about = [name for name in settings if str(error).startswith(name)]
-            if isinstance(error, TargetError):
-                about = ["targets"]
-            wrong.append(_finding((*about[:1],), str(error)))
-        if wrong:
-            raise ValidationError.from_exception_data("method", wrong)
-        return self
 
 
 class TrainPart(Part):
@@ -250,43 +200,3 @@ def spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None:
             full[key] = value
     return full
-
-
-def method_fields(method: type[Method]) -> list[str]:
-    """The keys that a method takes, its own first."""
-    names = [field.name for field in fields(method)]
-    return sorted(names, key=lambda name: name in ("targets", "heads"))
-
-
-def mistake(loc: tuple[str, ...], text: str) -> ValidationError:
-    """Our own finding about the key at `loc`, for a validator to raise."""
-    return mistakes([(loc, text)])
-
-
-def mistakes(found: Iterable[tuple[tuple[str, ...], str]]) -> ValidationError:
-    """Several findings at once."""
-    return ValidationError.from_exception_data("recipe", [_finding(loc, text) for loc, text in found])
-
-
-def _finding(loc: tuple[str, ...], text: str) -> InitErrorDetails:
-    return InitErrorDetails(type=PydanticCustomError(MISTAKE, text), loc=loc, input=None)
-
-
-def _again(detail: ErrorDetails) -> InitErrorDetails:
-    """One line of an error that was caught, to be raised with others."""
-    return InitErrorDetails(type=detail["type"], loc=detail["loc"], input=detail["input"], ctx=detail.get("ctx", {}))
-
-
-def _checked(method: type[Method], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain settings as the values of a method's fields.  Raises pydantic's ValidationError naming every wrong one."""
-    hints = typing.get_type_hints(method)
-    places = str | tuple[str, ...]
-    types = {name: places if name in ("targets", "heads") else hints[name] for name in method_fields(method)}
-    config = ConfigDict(
-        strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=()
-    )
-    definitions: dict[str, Any] = {name: (hint, None) for name, hint in types.items()}
-    model = create_model(method.name, __config__=config, **definitions)
-    # through JSON, where a list is what a tuple is written as, and nothing else is converted
-    checked = model.model_validate_json(json.dumps(settings))
-    return {name: getattr(checked, name) for name in settings}

@@ -2,8 +2,10 @@
 
 The body is the pre-trained model as it is; the task adds a pooling and a linear head:
 
-    z = mean over the tokens of h_t         encoders;   the last token's h in decoders, which look backwards
-    outputs = W z + c                       W: (K, D)   K = classes, or 1 for a number
+    z = mean over the tokens of h_t         encoders;     the last token's h in decoders, which look backwards
+    outputs = W z + c                       W: (K, 2 D)   K = classes, or 1 for a number
+
+h_t: hidden states of the middle and of the last layer side by side; the middle one often knows what the last forgot.
 
 The head starts from the linear probe on the frozen body, so tuning starts where the probe ends (linear probing, then
 fine-tuning: Kumar et al. 2022, arXiv:2202.10054).
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.adapter import Held
 from ..core.errors import DataError, ModelError
 from ..data.columns import Columns
 from ..data.labels import Kind, Labels, check_text
@@ -187,24 +190,37 @@ class TextClassification(Task):
 
 
 class TextClassifier(TaskModel):
-    """A pre-trained body, a pooling over its last hidden states, and a linear head in fp32."""
+    """A pre-trained body, a pooling over its middle and last hidden states, and a linear head in fp32.
 
-    def __init__(self, body: nn.Module, width: int, outputs: int, pooling: Pooling) -> None:
+    The body's own dropout stays off: it slows short runs and brings nothing there; adapters have theirs.
+    """
+
+    def __init__(self, body: nn.Module, outputs: int) -> None:
         super().__init__()
         self.body = body
-        self.pooling: Pooling = pooling
-        self.head: nn.Linear = nn.Linear(width, outputs, device=next(body.parameters()).device)
+        config: Any = body.config
+        self.pooling = pooling_for(config)
+        self.head: nn.Linear = nn.Linear(2 * config.hidden_size, outputs, device=next(body.parameters()).device)
+
+    def train(self, mode: bool = True) -> "TextClassifier":
+        super().train(mode)
+        self.body.eval()
+        for module in self.body.modules():
+            if isinstance(module, Held):
+                module.train(mode)
+        return self
 
     def features(self, batch: Batch) -> Tensor:
-        """The pooled hidden states, (N, D) in fp32."""
+        """The pooled hidden states of the middle and the last layer, (N, 2 D) in fp32."""
         inputs = {name: value for name, value in batch.items() if name != "targets"}
-        hidden = self.body(**inputs).last_hidden_state.float()  # (N, T, D)
+        out = self.body(**inputs, output_hidden_states=True)
+        middle = out.hidden_states[len(out.hidden_states) // 2]
+        hidden = torch.cat([middle, out.last_hidden_state], dim=-1).float()  # (N, T, 2 D)
         mask = batch["attention_mask"]
         if self.pooling == "last":
-            last = mask.sum(1) - 1
-            return cast(Tensor, hidden[torch.arange(len(hidden), device=hidden.device), last])
+            return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
         weights = mask.to(hidden.dtype)[:, :, None]
-        return cast(Tensor, (hidden * weights).sum(1) / weights.sum(1))
+        return (hidden * weights).sum(1) / weights.sum(1)
 
     def forward(self, batch: Batch) -> Tensor:
         return cast(Tensor, self.head(self.features(batch)))

@@ -113,6 +113,8 @@ class Loop:
         stopped: Literal["finished", "early", "interrupted"] = "finished"
         window: list[float] = []
         batches = self._batches()
+        if self.step == 0:
+            self._evaluate(progress)  # the start counts: a run that only makes it worse ends where it began
         with Stopper() as stopper:
             while self.step < settings.steps:
                 _seed_step(settings.seed, self.step, self.accelerator.process_index)

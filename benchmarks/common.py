@@ -1,0 +1,186 @@
+"""What the benchmarks share: interleaved timing, memory kept for backward, models of a shape, and results as JSON.
+
+The machines they run on are shared and differ, so absolute times say little. What is compared runs in one process on
+one thread, in rounds that run everything once in random order; process CPU time is taken, and the ratio is formed
+inside each round. Reported are the median and the quartiles over rounds.
+"""
+
+import gc
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # read when torch is imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import report
+import torch
+from torch import Tensor, nn
+
+RESULTS = Path(__file__).parent / "results"
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over several rounds: median, lower and upper quartile."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> "Spread":
+        low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+        return Spread(statistics.median(samples), low, high, len(samples))
+
+
+def one_thread() -> None:
+    """Fix what would make two runs differ."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def cpu_seconds(run: Run) -> float:
+    """Process CPU time of one run, garbage collection kept out of it."""
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    finally:
+        gc.enable()
+
+
+def interleaved(
+    variants: Mapping[str, Run], rounds: int, measure: Callable[[Run], float] = cpu_seconds, *, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """One figure per variant and round; every round runs all variants once, in random order."""
+    order, shuffle = list(variants), random.Random(0).shuffle
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for run in variants.values() if warm_up else ():
+        run()
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            samples[name].append(measure(variants[name]))
+    return samples
+
+
+def over(samples: Mapping[str, Sequence[float]], floor: str) -> dict[str, Spread]:
+    """Each variant's figure over the floor's of the same round."""
+    return {
+        name: Spread.of([a / b for a, b in zip(figures, samples[floor], strict=True)])
+        for name, figures in samples.items()
+    }
+
+
+def kept_for_backward(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps between forward and backward, parameters not counted.
+
+    Every storage counts once, whole, however many saved tensors are views of it.
+    """
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor  # held by the graph, so no address is used twice while it lives
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = loss()
+    del graph
+    return sum(kept.values())
+
+
+def peak_extra_bytes(run: Run) -> int | None:
+    """Resident memory at its highest during the run over that at its start; None where the system does not say."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark again
+        before = _status("VmRSS")
+        run()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def llama(hidden: int, layers: int, feed_forward: int, heads: int, dtype: torch.dtype) -> nn.Module:
+    """A Llama of this shape with random weights and a small vocabulary; the other layers repeat the first."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        use_cache=False,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    model.to_empty(device="cpu")
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # to_empty lost its buffers, which no state dict holds
+    blocks = model.model.layers
+    with torch.no_grad():
+        for outside in (model.model.embed_tokens, model.model.norm, model.lm_head, blocks[0]):
+            for parameter in outside.parameters():
+                parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1)
+        for block in blocks[1:]:
+            for parameter, first in zip(block.parameters(), blocks[0].parameters(), strict=True):
+                parameter.copy_(first)
+    return model
+
+
+def save(name: str, title: str, text: str, tables: list[dict[str, Any]], claims: list[dict[str, Any]]) -> None:
+    """Write `results/<name>.json` and make the page of all results anew.
+
+    tables: title, columns, rows of texts, numbers and spreads.   claims: what was claimed, the limit, the figure.
+    """
+    result = {
+        "title": title,
+        "text": text,
+        "machine": _machine(),
+        "versions": {package: version(package) for package in ("smidgen", "torch", "transformers", "peft")},
+        "tables": tables,
+        "claims": claims,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, default=asdict) + "\n")
+    report.main()
+
+
+def _machine() -> dict[str, Any]:
+    cpu = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ": unknown")
+    memory = next((line for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), ": 0 kB")
+    return {
+        "processor": cpu.split(":")[1].strip(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(int(memory.split()[1]) / 2**20),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []

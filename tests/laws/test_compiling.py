@@ -1,0 +1,42 @@
+"""Compiled without a graph break equals eager, also after switching."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from smidgen import Rows, Stack, Weighted
+from smidgen.core.composition import Expression
+
+from .cases import EXAMPLES, Case, cases, gap
+
+# One body for each method, the first that it accepts, since a compilation takes long; and those that show a parameter as
+# the site and a whole model.
+FIRST = ("linear", "layer_norm", "multihead_attention", "llama")
+MORE = ("lora-conv2d", "lora-embedding", "lora-experts", "lora-multihead_attention", "lora-llama", "head-bert")
+SWITCHES: tuple[Expression, ...] = ("b", Weighted(a=0.5, b=2.0), Stack("a", "b"), Rows("a", None, "b"), None, "a")
+
+
+def compiled_cases() -> list[Case]:
+    found = {str(case): case for case in cases()}
+    first = [next(found[key] for body in FIRST if (key := f"{example}-{body}") in found) for example in EXAMPLES]
+    return first + [found[key] for key in MORE]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("some_case", compiled_cases(), ids=str)
+def test_compiled_without_a_graph_break_equals_eager_also_after_switching(some_case: Case):
+    case = some_case
+    model, adapters = case.attached("a", "b")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for expression in ("a", *SWITCHES):
+        adapters.activate(expression)
+        if isinstance(expression, Rows) and not adapters._all_by_row(expression):
+            continue  # one call of the model for each group
+        assert gap(case.run(compiled), case.run(model)) <= case.tolerance, expression

@@ -1,0 +1,98 @@
+"""Copies, pickles and saved adapters do what the original does and share nothing with it."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import smidgen
+from smidgen import Rows, Weighted, adapters_of
+
+from .cases import Case, cases
+
+
+def storages(model: nn.Module) -> set[int]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_gives_the_same_output_and_shares_no_storage(case: Case, way):
+    model, adapters = case.attached("a", "b")
+    other = way(model)
+    theirs = adapters_of(other)
+    assert theirs is not None
+    assert theirs is not adapters
+    assert theirs.model is other
+    assert not storages(other) & storages(model)
+    for expression in ("a", "b", Weighted(a=0.5, b=2.0), Rows("a", None, "b"), None):
+        adapters.activate(expression)
+        expected = case.run(model)
+        theirs.activate(expression)
+        assert torch.equal(case.run(other), expected)
+    theirs.activate("b")
+    adapters.activate("a")
+    before = case.run(model)
+    for p in theirs.parameters():
+        p.zero_()
+    theirs.detach()
+    assert torch.equal(case.run(model), before)
+    assert torch.equal(case.run(other), case.run(case.model()))
+
+
+def test_a_copy_made_while_rows_run_apart_still_does(case: Case):
+    model, adapters = case.attached("a", "b")
+    adapters.activate(Rows("a", None, "b"))
+    assert torch.equal(case.run(copy.deepcopy(model)), case.run(model))
+
+
+def test_pickles_open_in_a_fresh_process(tmp_path: Path):
+    bundle = {}
+    for case in cases():
+        if "tests." in case.body.make().__class__.__module__:  # the other process has no tests
+            continue
+        model, _ = case.attached()
+        bundle[str(case)] = (model, case.batch(), case.run(model).detach())
+    assert len(bundle) > 10
+    (tmp_path / "models").write_bytes(pickle.dumps(bundle))
+    program = (
+        "import pickle, torch, pathlib\n"
+        "torch.set_num_threads(1)\n"
+        f"bundle = pickle.loads(pathlib.Path({str(tmp_path / 'models')!r}).read_bytes())\n"
+        "for name, (model, batch, expected) in bundle.items():\n"
+        "    out = model(**batch)\n"
+        "    assert torch.equal(getattr(out, 'logits', out), expected), name\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+if hasattr(smidgen, "load"):
+
+    @torch.no_grad()
+    def test_saved_and_loaded_equals_itself(stored_case: Case, tmp_path: Path):
+        model, adapters = stored_case.attached("a", "b")
+        adapters.activate(Weighted(a=0.5, b=2.0))
+        adapters.save(tmp_path / "folder")
+        other = stored_case.model()
+        theirs = smidgen.load(other, tmp_path / "folder")
+        assert theirs.active == adapters.active
+        for name in ("a", "b"):
+            ours = dict(adapters.named_parameters(name))
+            assert {n: torch.equal(p, ours[n]) for n, p in theirs.named_parameters(name)} == dict.fromkeys(ours, True)
+        assert torch.equal(stored_case.run(other), stored_case.run(model))
+
+    @torch.no_grad()
+    def test_one_adapter_loads_under_another_name(case: Case, tmp_path: Path):
+        model, adapters = case.attached("a", "b")
+        adapters.save(tmp_path / "folder", "b")
+        other = case.model()
+        smidgen.load(other, tmp_path / "folder", "renamed")
+        adapters.activate("b")
+        assert torch.equal(case.run(other), case.run(model))
