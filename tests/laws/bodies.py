@@ -19,6 +19,7 @@ class Body:
     """A model and a batch for it.
 
     places: where to put adapters; of these a method gets the first that it can act on.   "auto" is always the last.
+    typical: stands for its way of holding adapters in the laws that do not depend on arithmetic.
     in_all_dtypes: try the laws that depend on the dtype in fp64, bf16 and fp16 too.
     fused: while nothing trains, torch runs the bare layer by a kernel that rounds differently.
     """
@@ -27,6 +28,7 @@ class Body:
     make: Callable[[], nn.Module]
     batch: Callable[[], Inputs]
     places: tuple[Targets, ...]
+    typical: bool = False
     in_all_dtypes: bool = False
     fused: bool = False
 
@@ -148,19 +150,21 @@ def indices(*shape: int, name: str = "x") -> Callable[[], Inputs]:
     return lambda: {name: torch.randint(11, (ROWS, *shape))}
 
 
-def layer(name: str, make: Callable[[], nn.Module], *shape: int, dtypes: bool = False) -> Body:
-    return Body(name, lambda: Around(make()), floats(*shape), (Targets("layer"),), dtypes)
+def layer(name: str, make: Callable[[], nn.Module], *shape: int, typical: bool = False, dtypes: bool = False) -> Body:
+    return Body(name, lambda: Around(make()), floats(*shape), (Targets("layer"),), typical, dtypes)
 
 
 BODIES = (
-    layer("linear", lambda: nn.Linear(3, 5), 2, 3, dtypes=True),
+    layer("linear", lambda: nn.Linear(3, 5), 2, 3, typical=True, dtypes=True),
     layer("linear_without_bias", lambda: nn.Linear(3, 5, bias=False), 3),
     layer("linear_int8", lambda: Int8Linear(3, 5), 2, 3),
-    layer("transposed_linear", transposed_linear, 2, 3, dtypes=True),
+    layer("transposed_linear", transposed_linear, 2, 3),
     layer("conv1d_strided", lambda: nn.Conv1d(3, 5, 3, stride=2, padding=1), 3, 7),
     layer("conv2d", lambda: nn.Conv2d(3, 5, (2, 3)), 3, 5, 6, dtypes=True),
     layer("conv2d_1x1", lambda: nn.Conv2d(3, 5, 1, bias=False), 3, 4, 4),
-    layer("conv2d_circular_dilated", lambda: nn.Conv2d(3, 5, 3, padding=2, dilation=2, padding_mode="circular"), 3, 6, 6),
+    layer(
+        "conv2d_circular_dilated", lambda: nn.Conv2d(3, 5, 3, padding=2, dilation=2, padding_mode="circular"), 3, 6, 6
+    ),
     layer("conv2d_same_reflect", lambda: nn.Conv2d(3, 5, 3, padding="same", padding_mode="reflect"), 3, 5, 5),
     layer("conv2d_grouped", lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1), 4, 5, 5),
     layer("conv2d_depthwise", lambda: nn.Conv2d(4, 8, 3, groups=4), 4, 4, 4),
@@ -171,13 +175,14 @@ BODIES = (
     layer("batch_norm", trained_batch_norm, 4, 3, 3),
     layer("group_norm", lambda: nn.GroupNorm(2, 4), 4, 3, 3),
     layer("instance_norm", lambda: nn.InstanceNorm2d(4, affine=True), 4, 3, 3),
-    Body("embedding", lambda: Around(nn.Embedding(11, 5)), indices(4), (Targets("layer"),), in_all_dtypes=True),
-    Body("experts", lambda: Around(Experts()), floats(2, 3), (Targets("layer").parameter("weight"),), in_all_dtypes=True),
+    Body("embedding", lambda: Around(nn.Embedding(11, 5)), indices(4), (Targets("layer"),), True, in_all_dtypes=True),
+    Body("experts", lambda: Around(Experts()), floats(2, 3), (Targets("layer").parameter("weight"),), True),
     Body(
         "multihead_attention",
         lambda: SelfAttention(nn.MultiheadAttention(8, 2, batch_first=True)),
         floats(4, 8),
         (Targets("layer").parameter("in_proj_weight", "out_proj.weight"), Targets("layer")),
+        typical=True,
         in_all_dtypes=True,
         fused=True,
     ),
@@ -189,8 +194,9 @@ BODIES = (
             Targets("layer.self_attn").parameter("in_proj_weight") | Targets("out_proj", "linear1", "linear2"),
             Targets("linear1", "linear2"),
         ),
+        typical=True,
         fused=True,
     ),
-    Body("bert", bert, indices(4, name="input_ids"), (), in_all_dtypes=True),
-    Body("llama", llama, indices(4, name="input_ids"), ()),
+    Body("bert", bert, indices(4, name="input_ids"), (), typical=True, in_all_dtypes=True),
+    Body("llama", llama, indices(4, name="input_ids"), (), typical=True),
 )

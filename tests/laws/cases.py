@@ -1,9 +1,9 @@
 """Every method on every body that it can act on; and what the laws do to such a case."""
 
+import functools
 import importlib
 import pkgutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 import smidgen.methods
 from smidgen import AdapterSet, Targets, attach
-from smidgen.core.composition import merged
+from smidgen.core.adapter import Adapter
 from smidgen.core.errors import ConfigError, TargetError
-from smidgen.core.method import Method, method_named, methods
+from smidgen.core.method import Method, method_named
+from smidgen.core.storage import master_dtype
 
-from .bodies import BODIES, ROWS, Body
+from .bodies import BODIES, Body
 
 for found in pkgutil.iter_modules(smidgen.methods.__path__):
     importlib.import_module(f"smidgen.methods.{found.name}")
@@ -47,7 +48,6 @@ class Case:
     body: Body
     targets: Targets
     dtype: torch.dtype = torch.float32
-    settings: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         dtype = "" if self.dtype == torch.float32 else f"-{str(self.dtype).removeprefix('torch.')}"
@@ -88,13 +88,22 @@ class Case:
         """True if these are the same bits; near each other where torch has two kernels for one layer."""
         return gap(one, other) <= self.tolerance if self.body.fused else torch.equal(one, other)
 
-    def is_mergeable(self, adapters: AdapterSet) -> bool:
+    @property
+    def is_mergeable(self) -> bool:
         """True if every part can become part of a weight that can be written."""
-        return all(
-            part.mergeable and part.site.kind is not None and part.site.storage.plain
-            for name in adapters.names
-            for part in adapters.parts(name).values()
-        )
+        return all(part.mergeable and part.site.kind and part.site.storage.plain for part in parts_of(self))
+
+    @property
+    def is_weightable(self) -> bool:
+        """True if a share of what the adapter changes has a meaning."""
+        return all(part.weightable for part in parts_of(self))
+
+
+@functools.cache
+def parts_of(case: Case) -> tuple[Adapter, ...]:
+    """The parts of an adapter of this case, to ask for their traits."""
+    _, adapters = case.attached()
+    return tuple(adapters.parts("a").values())
 
 
 def base_model(body: Body, dtype: torch.dtype) -> nn.Module:
@@ -132,32 +141,32 @@ def merged_values(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for site in adapters.sites(name):
         adapter = adapters.parts(name)[site.name]
-        b = None if site.bias is None else site.bias.to(adapters_dtype(site.stored))
-        W, b = merged(name, lambda _: adapter, site.weight().to(adapters_dtype(site.stored)), b, slice(None))  # noqa: B023
+        b = None if site.bias is None else site.bias.flatten().to(master_dtype(site.bias))
+        W = site.weight().to(master_dtype(site.stored))
+        W, b = adapter.merged(W, b, slice(None))
         prefix = f"{site.path}." if site.path else ""
         values[prefix + (site.parameter or "weight")] = site.linear.as_stored(site.stored, W).to(site.stored.dtype)
         if b is not None and site.bias is not None:
-            values[prefix + "bias"] = b.to(site.bias.dtype)
+            values[prefix + "bias"] = b.view(site.bias.shape).to(site.bias.dtype)
     return values
 
 
-def adapters_dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
-def cases(dtypes: Sequence[torch.dtype] = (torch.float32,)) -> Iterator[Case]:
+@functools.cache
+def cases() -> tuple[Case, ...]:
     """All cases that there are: for every example and body the first place where the method can act."""
-    for example in EXAMPLES:
-        for body in BODIES:
-            case = next((Case(example, body, targets) for targets in _places(body) if _accepts(example, body, targets)), None)
-            if case is not None:
-                for dtype in dtypes if body.in_all_dtypes else (torch.float32,):
-                    if _base_runs(body, dtype):
-                        yield Case(example, body, case.targets, dtype)
+    return tuple(
+        Case(example, body, place, dtype)
+        for example in EXAMPLES
+        for body in BODIES
+        if (place := _place(example, body)) is not None
+        for dtype in (DTYPES if body.in_all_dtypes else DTYPES[:1])
+        if _base_runs(body, dtype)
+    )
 
 
-def _places(body: Body) -> tuple[Targets, ...]:
-    return (*body.places, Targets.auto())
+def _place(example: str, body: Body) -> Targets | None:
+    places = (*body.places, Targets.auto())
+    return next((place for place in places if _accepts(example, body, place)), None)
 
 
 def _accepts(example: str, body: Body, targets: Targets) -> bool:
@@ -170,12 +179,10 @@ def _accepts(example: str, body: Body, targets: Targets) -> bool:
     return True
 
 
+@functools.cache
 def _base_runs(body: Body, dtype: torch.dtype) -> bool:
     try:
         base_model(body, dtype)(**batch_for(body, dtype))
     except RuntimeError:  # not on this processor
         return False
     return True
-
-
-__all__ = ["EXAMPLES", "ROWS", "Case", "cases", "gap", "merged_values", "methods", "output_of", "perturb"]

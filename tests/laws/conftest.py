@@ -1,18 +1,22 @@
-"""Which cases a law is tried on: an argument `case` means all in fp32, `stored_case` in the other dtypes too."""
+"""Which cases a law is tried on, by the name of its argument."""
 
-import functools
+from collections.abc import Callable
 
 import pytest
+import torch
 
-from .cases import DTYPES, Case, cases
+from .cases import Case, cases
 
-
-@functools.cache
-def found(in_all_dtypes: bool) -> list[Case]:
-    return list(cases(DTYPES if in_all_dtypes else DTYPES[:1]))
+CHOICES: dict[str, Callable[[Case], bool]] = {
+    "case": lambda case: case.dtype == torch.float32,
+    "typical_case": lambda case: case.dtype == torch.float32 and case.body.typical,
+    "stored_case": lambda case: True,
+    "mergeable_case": lambda case: case.is_mergeable,
+    "unmergeable_case": lambda case: case.dtype == torch.float32 and not case.is_mergeable,
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for argument, in_all_dtypes in (("case", False), ("stored_case", True)):
+    for argument, is_tried in CHOICES.items():
         if argument in metafunc.fixturenames:
-            metafunc.parametrize(argument, found(in_all_dtypes), ids=str)
+            metafunc.parametrize(argument, [case for case in cases() if is_tried(case)], ids=str)

@@ -1,58 +1,16 @@
 """Attaching changes nothing but what acts; detaching leaves no trace."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from smidgen import attach
 from smidgen.core.adapter import HELD
 from smidgen.core.method import method_named
 
 from .cases import EXAMPLES, Case, gap
-
-OURS = {HELD, "_smidgen_set", "_smidgen_plan", "_smidgen_values"}
-
-
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """State of the base, in order; the tensors themselves."""
-    state = model.state_dict(keep_vars=True)
-    return {key: tensor for key, tensor in state.items() if HELD not in key.split(".")}
-
-
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {path: module for path, module in model.named_modules() if HELD not in path.split(".")}
-
-
-def attributes(module: nn.Module) -> dict[str, Any]:
-    """What the module has, its tensors and parts by identity."""
-    own = {name: value for name, value in module.__dict__.items() if name not in OURS}
-    for table in ("_parameters", "_buffers", "_modules"):
-        own[table] = [(name, id(value)) for name, value in module.__dict__[table].items() if name != HELD]
-    return own
-
-
-def everything(model: nn.Module) -> dict[str, Any]:
-    """All that detaching has to give back, bit for bit."""
-    return {
-        "modules": [(path, id(module), type(module)) for path, module in model.named_modules()],
-        "tensors": [(key, id(t), t.detach().clone()) for key, t in model.state_dict(keep_vars=True).items()],
-        "trained": [(name, p.requires_grad) for name, p in model.named_parameters()],
-        "attributes": [copy.copy(attributes(module)) for module in model.modules()],
-        "names": [list(module.__dict__) for module in model.modules()],
-    }
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one is other or one == other)
+from .snapshots import attributes, base_modules, base_tensors, everything, same
 
 
 def test_a_method_that_says_so_starts_as_the_base_model(stored_case: Case):
@@ -63,9 +21,9 @@ def test_a_method_that_says_so_starts_as_the_base_model(stored_case: Case):
     assert stored_case.same(stored_case.run(model), stored_case.run(stored_case.model()))
 
 
-def test_perturbed_adapters_change_the_output(stored_case: Case):
-    model, _ = stored_case.attached()
-    assert gap(stored_case.run(model), stored_case.run(stored_case.model())) > 1e-3
+def test_perturbed_adapters_change_the_output(case: Case):
+    model, _ = case.attached()
+    assert gap(case.run(model), case.run(case.model())) > 1e-3
 
 
 def test_attaching_changes_no_key_tensor_object_class_or_attribute_of_the_base(case: Case):
@@ -74,7 +32,9 @@ def test_attaching_changes_no_key_tensor_object_class_or_attribute_of_the_base(c
     bits = {key: tensor.detach().clone() for key, tensor in tensors.items()}
     before = {path: (type(module), attributes(module)) for path, module in modules.items()}
     attach(model, case.method(), "a", seed=1)
-    assert [(key, id(tensor)) for key, tensor in base_tensors(model).items()] == [(k, id(t)) for k, t in tensors.items()]
+    assert [(key, id(tensor)) for key, tensor in base_tensors(model).items()] == [
+        (k, id(t)) for k, t in tensors.items()
+    ]
     assert same(base_tensors(model), bits)
     assert [(path, id(m)) for path, m in base_modules(model).items()] == [(p, id(m)) for p, m in modules.items()]
     for path, module in base_modules(model).items():
@@ -86,7 +46,8 @@ def test_attaching_changes_no_key_tensor_object_class_or_attribute_of_the_base(c
         assert same(changed, own), path
 
 
-def test_attaching_keeps_the_modes_and_freezes_the_base(case: Case):
+def test_attaching_keeps_the_modes_and_freezes_the_base(typical_case: Case):
+    case = typical_case
     model = case.model()
     next(iter(model.children())).train()
     modes = {path: module.training for path, module in base_modules(model).items()}
@@ -112,7 +73,8 @@ def test_detaching_restores_every_bit(case: Case):
     assert torch.equal(case.run(model), output)
 
 
-def test_the_same_seed_gives_the_same_start_and_draws_no_global_random_numbers(case: Case):
+def test_the_same_seed_gives_the_same_start_and_draws_no_global_random_numbers(typical_case: Case):
+    case = typical_case
     state = torch.get_rng_state()
     torch.manual_seed(7)
     model, after = case.model(), torch.get_rng_state()
@@ -123,7 +85,8 @@ def test_the_same_seed_gives_the_same_start_and_draws_no_global_random_numbers(c
     torch.set_rng_state(state)
 
 
-def test_a_checkpoint_of_the_base_loads_strictly_and_leaves_the_adapters_alone(case: Case):
+def test_a_checkpoint_of_the_base_loads_strictly_and_leaves_the_adapters_alone(typical_case: Case):
+    case = typical_case
     model, adapters = case.attached()
     own = [p.detach().clone() for p in adapters.parameters("a")]
     output = case.run(model)
@@ -137,7 +100,8 @@ def test_a_checkpoint_of_the_base_loads_strictly_and_leaves_the_adapters_alone(c
     assert torch.equal(case.run(model), output)
 
 
-def test_a_checkpoint_of_the_adapted_model_loads_with_its_adapters(case: Case):
+def test_a_checkpoint_of_the_adapted_model_loads_with_its_adapters(typical_case: Case):
+    case = typical_case
     model, _ = case.attached()
     other, adapters = case.attached(fresh=True)
     other.load_state_dict(model.state_dict(), strict=True)
@@ -145,7 +109,10 @@ def test_a_checkpoint_of_the_adapted_model_loads_with_its_adapters(case: Case):
 
 
 @pytest.mark.parametrize("step", ["build", "reset"])
-def test_an_attach_that_fails_at_its_last_site_changes_nothing(case: Case, step: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_attach_that_fails_at_its_last_site_changes_nothing(
+    typical_case: Case, step: str, monkeypatch: pytest.MonkeyPatch
+):
+    case = typical_case
     model = case.model()
     method = case.method().fitted(model)
     sites = method.resolve(model).sites

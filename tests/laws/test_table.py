@@ -1,6 +1,8 @@
 """No method escapes the laws."""
 
-from .cases import EXAMPLES, cases, methods
+from smidgen.core.method import methods
+
+from .cases import EXAMPLES, cases
 
 
 def test_every_method_has_an_example():
@@ -10,4 +12,6 @@ def test_every_method_has_an_example():
 
 def test_every_example_acts_on_some_body():
     idle = set(EXAMPLES) - {case.example for case in cases()}
-    assert not idle, f"no body of tests/laws/bodies.py has a place for {sorted(idle)}: add one, or name its targets there"
+    assert not idle, (
+        f"no body of tests/laws/bodies.py has a place for {sorted(idle)}: add one, or name its targets there"
+    )

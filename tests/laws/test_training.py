@@ -52,8 +52,8 @@ def test_a_step_of_training_changes_the_adapter_and_no_parameter_of_the_base(cas
     assert all(torch.equal(after[name], base[name]) for name in base)
 
 
-def test_activating_and_switching_leave_requires_grad_alone(case: Case):
-    model, adapters = case.attached("a", "b")
+def test_activating_and_switching_leave_requires_grad_alone(typical_case: Case):
+    model, adapters = typical_case.attached("a", "b")
     for p in adapters.parameters("a"):
         p.requires_grad_(False)
     before = [p.requires_grad for p in model.parameters()]
@@ -63,7 +63,8 @@ def test_activating_and_switching_leave_requires_grad_alone(case: Case):
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
-def test_gradient_checkpointing_gives_the_same_gradients(case: Case, reentrant: bool):
+def test_gradient_checkpointing_gives_the_same_gradients(typical_case: Case, reentrant: bool):
+    case = typical_case
     model, adapters = case.attached()
     model.train()
     loss_of(case.run(model)).backward()
@@ -78,8 +79,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(case: Case, reentrant: 
 
 def run_checkpointed(case: Case, model: nn.Module, reentrant: bool) -> Tensor:
     """By transformers' own way where the model has it, else the whole model in one segment."""
-    if hasattr(model, "gradient_checkpointing_enable"):
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
         return case.run(model)
     anchor = torch.zeros((), requires_grad=True)  # the reentrant kind wants an input that requires a gradient

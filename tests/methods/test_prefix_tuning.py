@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from smidgen import attach
 from smidgen.adapters import AdapterSet
-from smidgen.core.composition import Rows, Stack
-from smidgen.core.errors import ConfigError, NotMergeable, TargetError
+from smidgen.core.composition import Rows, Stack, Weighted
+from smidgen.core.errors import AttachError, ConfigError, NotMergeable, TargetError
 from smidgen.core.targets import Targets
 from smidgen.methods.prefix_tuning import PrefixAdapter, PrefixTuning, from_peft, to_peft
 
@@ -384,9 +384,12 @@ def test_heads_that_do_not_fit_are_an_error() -> None:
         layer(torch.randn(1, 4, 24))
 
 
-def test_settings_that_cannot_be_are_refused_and_a_prefix_does_not_merge() -> None:
+def test_settings_that_cannot_be_are_refused_and_a_prefix_is_neither_merged_nor_weighted() -> None:
     for settings in ({"length": 0}, {"reparametrisation": 0}, {"init_std": 0.0}):
         with pytest.raises(ConfigError, match=next(iter(settings))):
             PrefixTuning(**settings)
+    adapters = strong(tiny("LlamaForCausalLM"))
     with pytest.raises(NotMergeable, match="changes activations"):
-        strong(tiny("LlamaForCausalLM")).merge()
+        adapters.merge()
+    with pytest.raises(AttachError, match="cannot be weighted"):
+        adapters.activate(Weighted(default=0.5))

@@ -1,7 +1,8 @@
 """The plan: every setting of a run that nobody said, filled in, with the reason.
 
-What is said stands.  What is not is chosen from the preset of the method, the data, and a measurement of milliseconds on
-this machine: which precision is faster here, and how long a step takes, so that a run ends about when it should.
+What is said stands.  What is not is chosen from the preset of the method, the data, and a measurement of
+milliseconds on this machine: which precision is faster here, and how long a step takes, so that a run ends when it
+should.
 """
 
 import math
@@ -9,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,8 @@ _LONGEST_ON_CPU, _LONGEST = 128, 512
 _PRECISION_GAIN = 0.9  # 16 bit has to be faster by so much to be worth its rounding
 _EVALUATIONS = 8
 _LEAST_STEPS = 40
+_SHORT = 64  # tokens
+_SHARE_FOR_TRAINING = 0.6  # of the time; the rest goes to loading, the probe and judging
 
 
 @dataclass
@@ -33,6 +37,10 @@ class Plan:
         value = chosen if said is None else said
         self.entries.append((name, _text(value), why if said is None else "you said so"))
         return value
+
+    def replace(self, name: str, value: object, why: str) -> None:
+        """Change a setting that was decided before."""
+        self.entries = [(name, _text(value), why) if entry[0] == name else entry for entry in self.entries]
 
 
 def choose_max_length(lengths: Sequence[int], model_limit: int, device: torch.device) -> tuple[int, str]:
@@ -50,21 +58,29 @@ def choose_max_length(lengths: Sequence[int], model_limit: int, device: torch.de
     return at_most, f"{limit}; {cut:.0%} of the training texts are longer and are cut"
 
 
-def choose_precision(run: Callable[[str], Any], device: torch.device) -> tuple[str, str]:
-    """ "no" (fp32) or "bf16" for the computing; `run(precision)` does one forward and backward in it."""
+def choose_precision(run: Callable[[str], Any], device: torch.device) -> tuple[str, str, float | None]:
+    """ "no" (fp32) or "bf16" for the computing, why, and the seconds of one `run(precision)` where it was measured.
+
+    run: one forward and backward in that precision.
+    """
     if device.type == "cuda":
-        return (
-            ("bf16", "the GPU multiplies it natively")
-            if torch.cuda.is_bf16_supported()
-            else ("no", "this GPU has no bfloat16")
-        )
+        if torch.cuda.is_bf16_supported():
+            return "bf16", "the GPU multiplies it natively", None
+        return "no", "this GPU has no bfloat16", None
     if device.type != "cpu":
-        return "no", f"the safe choice on {device.type}"
-    seconds = {precision: _fastest(lambda p=precision: run(p)) for precision in ("no", "bf16")}  # type: ignore[misc]
+        return "no", f"the safe choice on {device.type}", None
+    seconds = {precision: _fastest(partial(run, precision)) for precision in ("no", "bf16")}
     ratio = seconds["bf16"] / seconds["no"]
     if ratio < _PRECISION_GAIN:
-        return "bf16", f"measured {1 / ratio:.1f} times as fast as fp32 on this processor; adapters stay in fp32"
-    return "no", f"bfloat16 measured {ratio:.1f} times as slow on this processor"
+        why = f"measured {1 / ratio:.1f} times as fast as fp32 here; adapters stay in fp32"
+        return "bf16", why, seconds["bf16"]
+    return "no", f"bfloat16 measured {ratio:.1f} times as slow on this processor", seconds["no"]
+
+
+def shorter_length(max_length: int, tokens: int, seconds_per_token: float, minutes: float) -> int:
+    """Half the length, down to 64 tokens, where not even one epoch fits the time; seeing all rows is worth more."""
+    fits = tokens * seconds_per_token <= _SHARE_FOR_TRAINING * 60 * minutes
+    return max_length if fits or max_length <= _SHORT else max(_SHORT, max_length // 2)
 
 
 def choose_steps(

@@ -38,8 +38,10 @@ def preflight(
         wrong = [name for name in trained if name not in reached]
         if wrong:
             raise PreflightError(
-                f"{len(wrong)} of {len(trained)} trained tensors get no gradient, so they would never learn: {_list(wrong)}. The model "
-                "reads these weights without calling the layer's forward, or the loss does not depend on them. Leave them out of "
+                f"{len(wrong)} of {len(trained)} trained tensors get no gradient, so they would never "
+                f"learn: {_list(wrong)}. The model "
+                "reads these weights without calling the layer's forward, or the loss does not "
+                "depend on them. Leave them out of "
                 '`targets`, or reach them as parameters: Targets("*.attn").parameter("in_proj_weight")'
             )
         ours = {id(p) for p in trained.values()}
@@ -79,7 +81,8 @@ def _starts_as_base(model: nn.Module, adapters: AdapterSet, batch: Batch) -> str
         tolerance = 1e-4 * max(1.0, float(base.abs().max()))
         if gap > tolerance:
             raise PreflightError(
-                f"a fresh adapter should leave the output as it was, and changes it by {gap:.1e} (allowed: {tolerance:.1e})"
+                f"a fresh adapter should leave the output as it was, and changes it by {gap:.1e} "
+                f"(allowed: {tolerance:.1e})"
             )
         return f"the fresh adapter leaves the output as it was (largest change {gap:.0e})"
     return f"this method does not start as the base model: the fresh adapter changes the output by up to {gap:.1e}"

@@ -81,7 +81,7 @@ class HeadAdapter(Adapter):
     def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
         own = dict(self.module.named_parameters())
         weight = self.site.linear.read_rows(own["weight"], rows)
-        return weight.to(W.dtype), None if b is None else own["bias"][rows].to(b.dtype)
+        return weight.to(W.dtype), None if b is None else own["bias"].flatten()[rows].to(b.dtype)
 
 
 class ModuleHeadAdapter(HeadAdapter):

@@ -113,9 +113,12 @@ class PrefixTuning(Method):
 
 
 class PrefixAdapter(Adapter):
-    """K (N, Dk) and V (N, Dv) of one attention module; or the MLP's last layer that gives both."""
+    """K (N, Dk) and V (N, Dv) of one attention module; or the MLP's last layer that gives both.
 
-    by_row = starts_as_base = mergeable = False
+    Not to be weighted: that would call the attention a second time, which would put the tokens in the cache twice.
+    """
+
+    by_row = starts_as_base = weightable = mergeable = False
 
     def __init__(self, method: PrefixTuning, site: Site) -> None:
         super().__init__(site)

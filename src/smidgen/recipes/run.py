@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from .. import __version__
 from ..adapters import AdapterSet, attach
 from ..auto.linear_probe import Loss, Probe, fit_probe
-from ..auto.plan import DEFAULT_MINUTES_ON_CPU, Plan, choose_precision, choose_steps, evaluation_interval
+from ..auto.plan import (
+    DEFAULT_MINUTES_ON_CPU,
+    Plan,
+    choose_precision,
+    choose_steps,
+    evaluation_interval,
+    shorter_length,
+)
 from ..auto.preflight import preflight
 from ..auto.presets import Preset, preset
 from ..core.errors import CheckpointError, RecipeError
@@ -50,6 +57,9 @@ from .schema import MethodPart, Recipe, TrainPart
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from rich.console import Console
+
+
+_TRIAL = range(8)  # rows of the trial that measures the machine
 
 
 @dataclass
@@ -205,7 +215,8 @@ def _probe(work: Work, chosen: Chosen, accelerator: "Accelerator") -> Base:
             rows = _affordable(model, work, chosen, accelerator)
             if len(rows) < len(work.train):
                 notes.append(
-                    f"The linear probe was fitted on {len(rows):,} of {len(work.train):,} training rows, what a third of the time allows."
+                    f"The linear probe was fitted on {len(rows):,} of {len(work.train):,} training "
+                    "rows, what a third of the time allows."
                 )
         some = work.train.select(rows)
         features = predict(model, work.task, some, accelerator, 2 * chosen.batch)
@@ -266,13 +277,19 @@ def _method(recipe: Recipe, plan: Plan) -> tuple[Method, Preset]:
 
 def _choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) -> Chosen:
     """Everything but the number of steps, which needs a measurement."""
-    cpu = next(work.model.parameters()).device.type == "cpu"
+    device = next(work.model.parameters()).device
     rows = len(work.train)
     fitting = 32 if rows >= 4000 else 16 if rows >= 200 else 8
-    batch = plan.decide("batch", said.batch, fitting, "at most 32: adapters learn worse from larger ones; fewer for few rows")
-    precision, why = choose_precision(lambda p: _trial(work, batch, p), next(work.model.parameters()).device)
+    batch = plan.decide(
+        "batch", said.batch, fitting, "at most 32: adapters learn worse from larger ones; fewer for few rows"
+    )
+    precision, why, seconds = choose_precision(lambda p: _trial(work, p), device)
     plan.decide("precision", None, "fp32" if precision == "no" else precision, why)
-    minutes = DEFAULT_MINUTES_ON_CPU if cpu and said.epochs is None and said.steps is None else None
+    default = DEFAULT_MINUTES_ON_CPU if device.type == "cpu" and said.epochs is None and said.steps is None else None
+    why = "a first answer soon; more with --minutes or --epochs" if default else "no limit"
+    minutes = plan.decide("minutes", said.minutes, default, why)
+    if minutes is not None and seconds is not None and work.recipe.task.max_length is None:
+        _shorten(work, plan, seconds, minutes)
     return Chosen(
         precision=precision,
         batch=batch,
@@ -288,23 +305,34 @@ def _choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) -
             "weight_decay", said.weight_decay, rates.weight_decay, "a little, against overfitting"
         ),
         warmup=plan.decide("warmup", said.warmup, 0.06, "share of the steps"),
-        label_smoothing=plan.decide("label_smoothing", said.label_smoothing, 0.0, "none: it cost accuracy or brought nothing"),
+        label_smoothing=plan.decide(
+            "label_smoothing", said.label_smoothing, 0.0, "none: it cost accuracy or brought nothing"
+        ),
         clip=plan.decide("clip", said.clip, 1.0, "of the gradient's norm"),
         patience=plan.decide("patience", said.patience, 4, "evaluations without a better metric"),
         epochs=plan.decide("epochs", said.epochs, rates.epochs, "at most"),
-        minutes=plan.decide(
-            "minutes",
-            said.minutes,
-            minutes,
-            "a first answer soon; more with --minutes or --epochs" if minutes else "no limit",
-        ),
+        minutes=minutes,
         seed=seed,
     )
 
 
-def _trial(work: Work, batch: int, precision: str) -> None:
+def _shorten(work: Work, plan: Plan, seconds: float, minutes: float) -> None:
+    """Cut texts shorter where not even one epoch of them would fit the time."""
+    per_token = seconds / (len(_TRIAL) * max(work.train.lengths[i] for i in _trial_rows(work)))
+    length = shorter_length(work.task.max_length, sum(work.train.lengths), per_token, minutes)
+    if length < work.task.max_length:
+        why = f"at {work.task.max_length} not one epoch fits the time; seeing all rows is worth more"
+        plan.replace("max_length", length, why)
+        work.cut(length)
+
+
+def _trial_rows(work: Work) -> list[int]:
+    return [i % len(work.train) for i in _TRIAL]
+
+
+def _trial(work: Work, precision: str) -> None:
     """One forward and backward through the frozen model, to see what it costs."""
-    rows = work.task.collate(work.train, range(min(batch, 8, len(work.train))))
+    rows = work.task.collate(work.train, _trial_rows(work))
     embedding = work.model.body.get_input_embeddings()  # type: ignore[operator]
     inputs = {name: value for name, value in rows.items() if name not in ("targets", "input_ids")}
     x = embedding(rows["input_ids"]).detach().requires_grad_()
@@ -437,11 +465,7 @@ def _full(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator", co
     base.start(model)
     full = dataclasses.replace(work, model=model)
     reached = _used(full, chosen)
-    used = {
-        name: p
-        for name, p in body.named_parameters()
-        if name.rpartition(".")[0] in reached
-    }
+    used = {name: p for name, p in body.named_parameters() if name.rpartition(".")[0] in reached}
     groups = [
         Group(parameters=used, learning_rate=rates.learning_rate, weight_decay=rates.weight_decay),
         Group(parameters=_head(model), learning_rate=rates.head_learning_rate, weight_decay=rates.weight_decay),
@@ -490,7 +514,7 @@ def _settings(chosen: Chosen, fingerprint: str) -> Settings:
 def _fingerprint(work: Work, method: Method, chosen: Chosen) -> str:
     """Of everything that a resumed run must find as it was: settings, rows, labels, base."""
     digest = hashlib.sha256()
-    settings = {k: v for k, v in dataclasses.asdict(chosen).items()}
+    settings = dataclasses.asdict(chosen)
     digest.update(
         json.dumps(
             [method.name, repr(method.settings()), settings, work.task.describe()], sort_keys=True, default=str
@@ -528,7 +552,8 @@ def _continue(loop: Loop, saved: tuple[Path, checkpoint.State, list[str]], conso
         console.print(f"[yellow]passed over[/yellow] {line}", highlight=False)
     if state.fingerprint != loop.settings.fingerprint:
         raise CheckpointError(
-            f"{path} belongs to another run: recipe, data or model have changed since. Undo the change, choose another --out, "
+            f"{path} belongs to another run: recipe, data or model have changed since. Undo the "
+            "change, choose another --out, "
             "or start anew with --fresh"
         )
     loop.resume(state)

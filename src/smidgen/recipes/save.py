@@ -118,4 +118,4 @@ body = AutoModel.from_pretrained("{work.located.source if not work.located.is_lo
 adapters = smidgen.load(body, "{out.name}")  # the head is head.safetensors; `smidgen predict` applies both
 ```
 
-Where Hugging Face PEFT has the method, `PeftModel.from_pretrained(body, ...)` loads the same folder onto the same body."""
+Where Hugging Face PEFT has the method, `PeftModel.from_pretrained(body, ...)` loads the folder onto the same body."""

@@ -38,7 +38,9 @@ def predict(
     if text:
         column = tuned.task.columns.text
         if tuned.task.columns.text_pair is not None:
-            raise RecipeError(f'this adapter reads pairs of texts ("{column}", "{tuned.task.columns.text_pair}"): give --data FILE')
+            raise RecipeError(
+                f'this adapter reads pairs of texts ("{column}", "{tuned.task.columns.text_pair}"): give --data FILE'
+            )
         table = Table({column: list(text)}, [f"--text {i + 1}" for i in range(len(text))])
     else:
         table = _rows(tuned, str(data), labelled=False)
@@ -46,7 +48,10 @@ def predict(
     predictions = tuned.task.predictions(outputs)
     lines = []
     for i, prediction in enumerate(predictions):
-        line: dict[str, Any] = {"text": table.column(tuned.task.columns.text)[i], "prediction": tuned.task.named(prediction)}
+        line: dict[str, Any] = {
+            "text": table.column(tuned.task.columns.text)[i],
+            "prediction": tuned.task.named(prediction),
+        }
         if tuned.task.labels.kind in ("binary", "multiclass"):
             line["probability"] = round(float(outputs[i].softmax(0).max()), 4)
         lines.append(json.dumps(line, ensure_ascii=False))
@@ -66,7 +71,9 @@ def evaluate(adapter: Path, data: str, *, model: str | None, console: "Console",
     targets = task.encode(table).targets
     predictions = task.predictions(_outputs(tuned, table))
     scores = task.score(predictions, targets)
-    low, high = bootstrap_interval(lambda p, t: task.score(p, t)[task.metric], predictions, targets, seed=0, resamples=300)
+    low, high = bootstrap_interval(
+        lambda p, t: task.score(p, t)[task.metric], predictions, targets, seed=0, resamples=300
+    )
     if as_json:
         console.print_json(data={"rows": len(table), "metric": task.metric, "low": low, "high": high, **scores})
         return
@@ -94,7 +101,10 @@ def merge(
         write_tensors(new / HEAD, {name: p.detach() for name, p in tuned.model.head.named_parameters()})
         note = {"format": 1, "merged": True, "task": read_json(adapter / "smidgen.json")["extra"]["task"]}
         (new / "smidgen.json").write_text(json.dumps(note, indent=2, sort_keys=True), encoding="utf-8")
-    console.print(f"{report}\nMerged model in {out}: AutoModel.from_pretrained reads it; {HEAD} is the task's head", highlight=False)
+    console.print(
+        f"{report}\nMerged model in {out}: AutoModel.from_pretrained reads it; {HEAD} is the task's head",
+        highlight=False,
+    )
 
 
 def _outputs(tuned: Tuned, table: Table) -> torch.Tensor:
@@ -105,7 +115,8 @@ def _outputs(tuned: Tuned, table: Table) -> torch.Tensor:
 
 
 def _rows(tuned: Tuned, data: str, *, labelled: bool) -> Table:
-    """The rows of a file under the columns that the adapter was trained with; found anew where they have other names."""
+    """The rows of a file under the columns that the adapter was trained with; found anew where they "
+    "have other names."""
     table, problems = read(data)
     task = tuned.task
     wanted = [task.columns.text, *filter(None, [task.columns.text_pair, task.columns.label if labelled else None])]

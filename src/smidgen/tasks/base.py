@@ -1,4 +1,4 @@
-"""Task: what a model is tuned for.  One file per task; the loop, the probe and the report know only what stands here."""
+"""Task: what a model is tuned for.  One file per task; loop, probe and report know only what stands here."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

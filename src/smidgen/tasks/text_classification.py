@@ -158,7 +158,8 @@ class TextClassification(Task):
         }
 
     def constant(self, targets: Tensor, count: int) -> Tensor:
-        """What someone predicts who knows only the training targets: the usual class, classes, or the mean; `count` times."""
+        """What someone predicts who knows only the training targets: the usual class, classes, or "
+        "the mean; `count` times."""
         if self.labels.kind == "regression":
             return targets.mean().expand(count).clone()
         if self.labels.kind == "multilabel":
@@ -233,7 +234,8 @@ def pooling_for(config: Any) -> Pooling:
     """
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{config.model_type} is an encoder-decoder; text classification takes an encoder (BERT, DeBERTa ...) or a decoder (Llama, GPT-2 ...)"
+            f"{config.model_type} is an encoder-decoder; text classification takes an encoder (BERT, "
+            "DeBERTa ...) or a decoder (Llama, GPT-2 ...)"
         )
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 

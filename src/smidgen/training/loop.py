@@ -97,12 +97,8 @@ class Loop:
         """Continue from a checkpoint of this run."""
         self._load(state.tensors)
         self.optimizer.load_state_dict(state.optimizer)
-        self.step, self.history = state.step, state.history
-        best = self.history["best_step"]
-        if best is not None and self.folder is not None:
-            self.best = (
-                state.tensors if best == state.step else checkpoint.load(checkpoint.path_of(self.folder, best)).tensors
-            )
+        self.step, self.history = state.step, dict(state.history)
+        self.best = self.history.pop("best", state.tensors)
 
     def run(self, progress: Progress) -> Outcome:
         """Train to the end, until patience is over, or until somebody asks to stop."""
@@ -110,46 +106,29 @@ class Loop:
         model = self.accelerator.prepare_model(self.model) if self.accelerator.num_processes > 1 else self.model
         model.train()
         started, before = time.monotonic(), self.history["seconds"]
-        stopped: Literal["finished", "early", "interrupted"] = "finished"
-        window: list[float] = []
+        window: list[float] = self.history["window"]
         batches = self._batches()
-        if self.step == 0:
-            self._evaluate(progress)  # the start counts: a run that only makes it worse ends where it began
         with Stopper() as stopper:
-            while self.step < settings.steps:
+            if self.history["best_step"] is None:
+                self._evaluate(progress)  # the start counts: a run that only makes it worse ends where it began
+                self._save()
+            while not (interrupted := self._any(stopper.requested is not None)) and not self._is_over:
                 _seed_step(settings.seed, self.step, self.accelerator.process_index)
                 loss, tokens = self._step(model, guard, [next(batches) for _ in range(settings.accumulate)])
                 self.step += 1
+                last = self.step == settings.steps
                 window.append(loss)
                 progress.step(self.step, loss, tokens)
-                if self.step % max(1, settings.steps // _POINTS) == 0:
+                if last or self.step % max(1, settings.steps // _POINTS) == 0:
                     self._point("train loss", sum(window) / len(window))
                     window.clear()
                 self.history["seconds"] = before + time.monotonic() - started
-                last = self.step == settings.steps
-                asked = self._any(stopper.requested is not None)
                 if last or self.step % settings.evaluate_every == 0:
                     guard.check_parameters(self.step)
                     self._evaluate(progress)
                     self._save()
-                    if settings.patience is not None and self.history["worse"] > settings.patience and not last:
-                        stopped = "early"
-                        break
-                elif asked or self.step % settings.save_every == 0:
-                    guard.check_parameters(self.step)
-                    self._save()
-                if asked and not last:
-                    stopped = "interrupted"
-                    break
-        self.history["seconds"] = before + time.monotonic() - started
-        if stopped != "interrupted":
-            self._load(self.best)
-        return Outcome(
-            stopped=stopped,
-            step=self.step,
-            best_step=self.history["best_step"] or 0,
-            best_value=self.history["best_value"] or math.nan,
-            seconds=self.history["seconds"],
+                elif self.step % settings.save_every == 0:
+                    self._save_checked(guard)
             curves={name: [(int(s), float(v)) for s, v in points] for name, points in self.history["curves"].items()},
         )
 
@@ -272,7 +251,8 @@ def _optimizer(groups: Sequence[Group]) -> torch.optim.Optimizer:
 
 
 def _warmed_linear(step: int, steps: int, warmup: float) -> float:
-    """The factor on the learning rate: a line up over the first share of the steps, a line down to zero over the rest."""
+    """The factor on the learning rate: a line up over the first share of the steps, a line down to "
+    "zero over the rest."""
     rising = max(1, round(warmup * steps))
     return (step + 1) / rising if step < rising else (steps - step) / max(1, steps - rising)
 
