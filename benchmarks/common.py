@@ -132,7 +132,6 @@ def llama(hidden: int, layers: int, feed_forward: int, heads: int, dtype: torch.
         intermediate_size=feed_forward,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
         use_cache=False,
     )
     with torch.device("meta"):

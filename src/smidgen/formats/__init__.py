@@ -7,7 +7,7 @@ An adapter folder holds three files.  The first two are Hugging Face PEFT's wher
     smidgen.json                 what only we know: resolved places, base fingerprint, checksums, extra
 
     write.py         a model's adapters -> folder
-    read.py          folder -> what a model's adapters need
+    read.py          folder -> what a model's adapters need; opened.py and checks.py are its parts
     note.py          smidgen.json
     layout.py        keys of the tensors in our own layout
     translation.py   what a method says of its layout, and of HF PEFT's

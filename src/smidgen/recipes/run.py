@@ -37,6 +37,7 @@ from ..core.errors import CheckpointError, RecipeError
 from ..core.files import remove_directory
 from ..core.fingerprint import fingerprint
 from ..core.method import Method
+from ..core.site import Site
 from ..core.targets import Targets
 from ..data.batches import LengthBucketedBatches
 from ..data.split import subset
@@ -347,15 +348,23 @@ def _attach(method: Method, work: Work, chosen: Chosen, plan: Plan) -> AdapterSe
     if isinstance(method, Selective):
         method = _choose_parameters(method, work, chosen)
     elif method.targets.is_auto:
-        paths, _ = method.auto(body)
-        used = _used(work, chosen)
-        idle = [path for path in paths if path not in used]
-        method = dataclasses.replace(method, targets=Targets.exactly(path for path in paths if path in used))
+        sites, used = method.resolve(body).sites, _used(work, chosen)
+        idle = [site.name for site in sites if site.path not in used]
         if idle:
+            method = dataclasses.replace(method, targets=_exactly([site for site in sites if site.path in used]))
             plan.decide("left out", None, ", ".join(idle), "layers that this task does not use")
     adapters = attach(body, method, seed=chosen.seed)
     plan.decide("sites", None, str(len(adapters.sites("default"))), adapters.report().splitlines()[0])
     return adapters
+
+
+def _exactly(sites: list[Site]) -> Targets:
+    """Targets that name these sites and no others."""
+    targets = Targets.exactly(site.path for site in sites if site.parameter is None)
+    for site in sites:
+        if site.parameter is not None:
+            targets |= Targets.exactly([site.path]).parameter(site.parameter)
+    return targets
 
 
 def _choose_parameters(method: Selective, work: Work, chosen: Chosen) -> Selective:

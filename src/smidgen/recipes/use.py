@@ -115,8 +115,9 @@ def _outputs(tuned: Tuned, table: Table) -> torch.Tensor:
 
 
 def _rows(tuned: Tuned, data: str, *, labelled: bool) -> Table:
-    """The rows of a file under the columns that the adapter was trained with; found anew where they "
-    "have other names."""
+    """The rows of a file under the columns that the adapter was trained with; found anew where they
+    have other names.
+    """
     table, problems = read(data)
     task = tuned.task
     wanted = [task.columns.text, *filter(None, [task.columns.text_pair, task.columns.label if labelled else None])]

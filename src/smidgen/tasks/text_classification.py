@@ -158,8 +158,9 @@ class TextClassification(Task):
         }
 
     def constant(self, targets: Tensor, count: int) -> Tensor:
-        """What someone predicts who knows only the training targets: the usual class, classes, or "
-        "the mean; `count` times."""
+        """What someone predicts who knows only the training targets: the usual class or classes, or
+        the mean; `count` times.
+        """
         if self.labels.kind == "regression":
             return targets.mean().expand(count).clone()
         if self.labels.kind == "multilabel":

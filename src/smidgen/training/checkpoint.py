@@ -42,12 +42,12 @@ class State:
     step: int
     tensors: dict[str, Tensor]  # adapters and heads, fp32
     optimizer: dict[str, Any]  # optimizer.state_dict()
-    history: dict[str, Any]  # metrics so far; under "best_step" the checkpoint that must be kept
+    history: dict[str, Any]  # metrics so far, and the best tensors if these are not
     fingerprint: str  # of recipe, data and model: what must be equal for a resume to make sense
 
 
 def save(folder: str | Path, state: State, *, keep: int = 2) -> Path:
-    """Write `folder`/step-<step>, then delete all older ones but the last `keep` and the best; returns its path.
+    """Write `folder`/step-<step>, then delete all older ones but the last `keep`; returns its path.
 
     Raises CheckpointError if the disk is full or the state holds more than plain data; older ones are untouched then.
     """
@@ -68,7 +68,7 @@ def save(folder: str | Path, state: State, *, keep: int = 2) -> Path:
         raise CheckpointError(f"step {state.step}: the checkpoint was not written: {error}") from error
     older = [step for step in _steps(path.parent) if step <= state.step][keep:]
     try:
-        for step in set(older) - {state.history.get("best_step")}:
+        for step in older:
             remove_directory(path_of(path.parent, step))
     except OSError as error:
         raise CheckpointError(f"{path} was written, but an older one could not be deleted: {error}") from error

@@ -4,7 +4,6 @@ The gradient of a step is that of the mean loss over all that counts in it, howe
 processes: losses are summed, and the gradients divided once by the true count.
 """
 
-import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,7 +88,14 @@ class Loop:
         self.trained = {name: p for group in groups for name, p in group.parameters.items()}
         self.optimizer = _optimizer(groups)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.history: dict[str, Any] = {"curves": {}, "best_step": None, "best_value": None, "worse": 0, "seconds": 0.0}
+        self.history: dict[str, Any] = {
+            "curves": {},
+            "losses": [],  # since the curve's last point
+            "best_step": None,
+            "best_value": None,
+            "worse": 0,  # evaluations since the best one
+            "seconds": 0.0,
+        }
         self.best: dict[str, Tensor] = {}
         self.step = 0
 
@@ -106,31 +112,43 @@ class Loop:
         model = self.accelerator.prepare_model(self.model) if self.accelerator.num_processes > 1 else self.model
         model.train()
         started, before = time.monotonic(), self.history["seconds"]
-        window: list[float] = self.history["window"]
         batches = self._batches()
         with Stopper() as stopper:
             if self.history["best_step"] is None:
                 self._evaluate(progress)  # the start counts: a run that only makes it worse ends where it began
                 self._save()
-            while not (interrupted := self._any(stopper.requested is not None)) and not self._is_over:
+            interrupted = self._any(stopper.requested is not None)
+            while not (interrupted or self._is_over()):
                 _seed_step(settings.seed, self.step, self.accelerator.process_index)
                 loss, tokens = self._step(model, guard, [next(batches) for _ in range(settings.accumulate)])
                 self.step += 1
-                last = self.step == settings.steps
-                window.append(loss)
+                self._note(loss)
                 progress.step(self.step, loss, tokens)
-                if last or self.step % max(1, settings.steps // _POINTS) == 0:
-                    self._point("train loss", sum(window) / len(window))
-                    window.clear()
-                self.history["seconds"] = before + time.monotonic() - started
-                if last or self.step % settings.evaluate_every == 0:
+                judged = self.step == settings.steps or self.step % settings.evaluate_every == 0
+                if judged:
                     guard.check_parameters(self.step)
                     self._evaluate(progress)
+                self.history["seconds"] = before + time.monotonic() - started
+                interrupted = self._any(stopper.requested is not None)
+                if judged or interrupted or self.step % settings.save_every == 0:
+                    guard.check_parameters(self.step)
                     self._save()
-                elif self.step % settings.save_every == 0:
-                    self._save_checked(guard)
+        over = self._is_over()
+        if over:
+            self._load(self.best)
+        return Outcome(
+            stopped="interrupted" if not over else "finished" if self.step == settings.steps else "early",
+            step=self.step,
+            best_step=self.history["best_step"],
+            best_value=self.history["best_value"],
+            seconds=before + time.monotonic() - started,
             curves={name: [(int(s), float(v)) for s, v in points] for name, points in self.history["curves"].items()},
         )
+
+    def _is_over(self) -> bool:
+        """True if all steps are done, or patience is; of a resumed run too."""
+        patience = self.settings.patience
+        return self.step >= self.settings.steps or (patience is not None and self.history["worse"] >= patience)
 
     def _step(self, model: nn.Module, guard: Guard, micro_batches: list[list[int]]) -> tuple[float, int]:
         """One optimiser step; returns the mean loss and the number of tokens, over all processes."""
@@ -173,11 +191,12 @@ class Loop:
     def _save(self) -> None:
         if self.folder is None or not self.accelerator.is_main_process:
             return
+        is_best = self.history["best_step"] == self.step
         state = checkpoint.State(
             step=self.step,
             tensors={name: p.detach() for name, p in self.trained.items()},
             optimizer=self.optimizer.state_dict(),
-            history=self.history,
+            history=self.history if is_best else {**self.history, "best": self.best},
             fingerprint=self.settings.fingerprint,
         )
         checkpoint.save(self.folder, state)
@@ -202,6 +221,14 @@ class Loop:
             source.set_epoch(epoch)
             yield from list(source)[skip:]
             epoch, skip = epoch + 1, 0
+
+    def _note(self, loss: float) -> None:
+        """Keep a step's loss; as many of them as make a point of the curve are averaged."""
+        losses = self.history["losses"]
+        losses.append(loss)
+        if self.step == self.settings.steps or self.step % max(1, self.settings.steps // _POINTS) == 0:
+            self._point("train loss", sum(losses) / len(losses))
+            losses.clear()
 
     def _point(self, curve: str, value: float) -> None:
         self.history["curves"].setdefault(curve, []).append([self.step, value])
@@ -251,8 +278,9 @@ def _optimizer(groups: Sequence[Group]) -> torch.optim.Optimizer:
 
 
 def _warmed_linear(step: int, steps: int, warmup: float) -> float:
-    """The factor on the learning rate: a line up over the first share of the steps, a line down to "
-    "zero over the rest."""
+    """The factor on the learning rate: a line up over the first share of the steps, a line down to
+    zero over the rest.
+    """
     rising = max(1, round(warmup * steps))
     return (step + 1) / rising if step < rising else (steps - step) / max(1, steps - rising)
 

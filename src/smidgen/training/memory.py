@@ -20,8 +20,9 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure the peak memory while the context lasts: resident memory of the process, or a CUDA "
-    "device's allocations."""
+    """Measure the peak memory while the context lasts: resident memory of the process, or a CUDA
+    device's allocations.
+    """
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

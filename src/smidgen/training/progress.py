@@ -1,5 +1,6 @@
-"""What a person sees while a model trains: a bar with loss, metric, speed and time left; lines "
-"where output is piped."""
+"""What a person sees while a model trains: a bar with loss, metric, speed and time left; lines
+where output is piped.
+"""
 
 import time
 from contextlib import AbstractContextManager
