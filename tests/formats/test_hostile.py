@@ -217,7 +217,7 @@ def _replaced(data: Any, junk: Any) -> Iterator[Any]:
                 yield changed
 
 
-JUNK = [None, True, -1, 2**70, "(a+)+!", [[]], {"": {}}]
+JUNK = [None, 2**70, "(a+)+!", [[]], {"": {}}]
 
 
 @pytest.mark.parametrize("junk", JUNK, ids=lambda junk: str(junk)[:8])

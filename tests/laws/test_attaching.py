@@ -103,7 +103,7 @@ def test_a_checkpoint_of_the_base_loads_strictly_and_leaves_the_adapters_alone(t
 def test_a_checkpoint_of_the_adapted_model_loads_with_its_adapters(typical_case: Case):
     case = typical_case
     model, _ = case.attached()
-    other, adapters = case.attached(fresh=True)
+    other, _ = case.attached(fresh=True)
     other.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(case.run(other), case.run(model))
 

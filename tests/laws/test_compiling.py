@@ -10,8 +10,7 @@ from smidgen.core.composition import Expression
 
 from .cases import EXAMPLES, Case, cases, gap
 
-# One body for each method, the first that it accepts, since a compilation takes long; and those that show a parameter as
-# the site and a whole model.
+# Compiling takes long: one body for each method, the first that it accepts, and those that show other kinds of site.
 FIRST = ("linear", "layer_norm", "multihead_attention", "llama")
 MORE = ("lora-conv2d", "lora-embedding", "lora-experts", "lora-multihead_attention", "lora-llama", "head-bert")
 SWITCHES: tuple[Expression, ...] = ("b", Weighted(a=0.5, b=2.0), Stack("a", "b"), Rows("a", None, "b"), None, "a")

@@ -8,6 +8,8 @@ W and b get no gradient.  Kept for backward: x (shared by all layers that read i
     dB = s dy^T (x A^T)         (O, R)
     dx = dy W + g A             (N, I), accumulated in place
 Hu et al. 2021, arXiv:2106.09685, equation 3.  B A is never formed.
+
+Dropout's mask m stands at x in (m x) A^T; one that all rows share, (I,), may as well stand at the columns of A.
 """
 
 from typing import Any
@@ -32,20 +34,25 @@ class _FrozenLinearLowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, W, A, B, h, mask = ctx.saved_tensors
-        A_cast, B_cast = A.to(x.dtype), B.to(x.dtype)
-        rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        kept = rows if mask is None else rows * mask
+        mask = None if mask is None else mask.to(x.dtype)
+        rows, A_cast = _factors(x, A, mask)
+        B_cast, dy_rows = B.to(x.dtype), dy.reshape(-1, dy.shape[-1])
         if torch.is_grad_enabled():  # this backward is itself differentiated, and h was computed outside any graph
-            h = torch.mm(kept, A_cast.T)
+            h = torch.mm(rows, A_cast.T)
         g = torch.mm(dy_rows, B_cast).mul_(ctx.scale)  # (N, R)
-        dA = torch.mm(g.T, kept).to(A.dtype)
-        dB = torch.mm(dy_rows.T, h).mul_(ctx.scale).to(B.dtype)
+        dA = torch.mm(g.T, rows)
+        if mask is not None and mask.dim() == 1:
+            dA = dA.mul_(mask)
+        dB = torch.mm(h.T, dy_rows).mul_(ctx.scale).T  # this way round is the faster one
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.mm(dy_rows, W)
-            dx = dx.addmm_(g, A_cast) if mask is None else dx.add_(torch.mm(g, A_cast).mul_(mask))
+            if mask is None or mask.dim() == 1:
+                dx = dx.addmm_(g, A_cast)
+            else:
+                dx = dx.addcmul_(torch.mm(g, A_cast), mask)
             dx = dx.view(x.shape)
-        return dx, None, None, dA, dB, None, None
+        return dx, None, None, dA.to(A.dtype), dB.to(B.dtype), None, None
 
 
 def frozen_linear_low_rank(
@@ -53,7 +60,8 @@ def frozen_linear_low_rank(
 ) -> Tensor:
     """x W^T + b + scale (x * mask) A^T B^T, with gradients for x, A and B only.
 
-    x: (..., I).   mask: dropout's mask already divided by the keep probability, (N, I) or (1, I), or None.
+    x: (..., I).   mask: 1 where dropout keeps, 0 where it drops, uint8: (N, I) for entries of x, or (I,) for features.
+    What is kept is not scaled up: that is the caller's, in `scale`.
     Under autocast everything runs in its dtype, as the frozen layer alone would.
     """
     device = x.device.type
@@ -73,7 +81,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y, and x A^T (N, R)."""
     y = F.linear(x, W, b)
-    rows = x.reshape(-1, x.shape[-1])
-    h = torch.mm(rows if mask is None else rows * mask, A.to(x.dtype).T)
+    rows, A_cast = _factors(x, A, None if mask is None else mask.to(x.dtype))
+    h = torch.mm(rows, A_cast.T)
     y.view(-1, y.shape[-1]).addmm_(h, B.to(x.dtype).T, alpha=scale)
     return y, h
+
+
+def _factors(x: Tensor, A: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x as rows (N, I) and A (R, I), both in x's dtype, with the mask on one of them."""
+    rows, A = x.reshape(-1, x.shape[-1]), A.to(x.dtype)
+    if mask is None:
+        return rows, A
+    return (rows, A * mask) if mask.dim() == 1 else (rows * mask, A)

@@ -8,6 +8,7 @@ An adapter folder holds three files.  The first two are Hugging Face PEFT's wher
 
     write.py         a model's adapters -> folder
     read.py          folder -> what a model's adapters need; opened.py and checks.py are its parts
+    config.py        adapter_config.json
     note.py          smidgen.json
     layout.py        keys of the tensors in our own layout
     translation.py   what a method says of its layout, and of HF PEFT's

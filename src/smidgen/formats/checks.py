@@ -11,11 +11,12 @@ from ..core.fingerprint import fingerprint, same_base
 from ..core.method import Method
 from ..core.safe import read_tensors, tensor_sha256
 from ..core.site import Site
+from .config import as_read, config_fields
 from .layout import PREFIX, Modules, Stored, Tensors, canonical, clean
 from .note import NOTE
 from .opened import Opened
 from .peft_fields import WITHOUT_EFFECT
-from .write import CONFIG, as_read, config_fields, finite, kind_name
+from .write import CONFIG, finite, kind_name
 
 
 def check_places(opened: Opened, method: Method, sites: Sequence[Site]) -> None:

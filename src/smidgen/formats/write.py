@@ -1,6 +1,5 @@
 """Write an adapter folder."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,10 @@ from ..core.fingerprint import fingerprint
 from ..core.method import Method
 from ..core.safe import tensor_sha256, write_tensors
 from ..core.site import Site
+from .config import config_fields, expects_more, peft_obstacle
 from .layout import Modules, Stored, Tensors, clean, expected_tensors, stored_heads, tensors_of
 from .note import NOTE, Note, Place, Several, as_json
-from .peft_fields import FIELDS, TASK_HEADS, TASKS
+from .peft_fields import TASKS
 from .translation import PeftTranslation, Translation
 from .translations import translation_of
 
@@ -105,8 +105,8 @@ def _files(
     modules, method, translation = Modules(model), placed.method, translation_of(type(placed.method))
     name_of_base = about.base_model or getattr(getattr(model, "config", None), "name_or_path", None) or None
     task = about.task_type or next((t for end, t in TASKS.items() if type(model).__name__.endswith(end)), None)
-    task_for_peft = None if _expects_more(modules, placed.heads, task) else task
-    obstacle = _peft_obstacle(modules, placed, task_for_peft)
+    task_for_peft = None if expects_more(modules, placed.heads, task) else task
+    obstacle = peft_obstacle(modules, placed.method, placed.sites, placed.heads, task_for_peft)
     theirs = isinstance(translation, PeftTranslation) and obstacle is None
     held = {site: {k: _whole(t) for k, t in named.items()} for site, named in tensors_of(placed.parts).items()}
     _check_readable(placed, held)
@@ -151,62 +151,6 @@ def all_stored(
         stored = translation.stored_peft(method, sites, tensors)
         return [*stored, *stored_heads(heads, tensors, translation.prefix)]
     return [*translation.stored(method, sites, tensors), *stored_heads(heads, tensors)]
-
-
-def config_fields(
-    modules: Modules, method: Method, sites: Sequence[Site], heads: Sequence[Site], *, theirs: bool
-) -> dict[str, Any]:
-    """adapter_config.json, but for the name of the base and the task."""
-    translation = translation_of(type(method))
-    if theirs:
-        assert isinstance(translation, PeftTranslation)
-        own = translation.fields(modules, method, sites)
-        saved = _tops(modules, heads) or None
-        return {**FIELDS[translation.peft_type], **own, "modules_to_save": saved, "peft_type": translation.peft_type}
-    settings = translation.settings(method, sites)
-    fields = {method.disk.fields.get(name, name): value for name, value in settings.items()}
-    return {"peft_type": f"SMIDGEN_{method.name.upper()}", **fields}
-
-
-def _peft_obstacle(modules: Modules, placed: Placed, task: str | None) -> str | None:
-    """Why HF PEFT's layout cannot hold this adapter, or None if it can."""
-    translation = translation_of(type(placed.method))
-    if not isinstance(translation, PeftTranslation):
-        return f"HF PEFT has no method like {placed.method.name}"
-    reason = translation.obstacle(modules, placed.method, placed.sites)
-    if reason is None and translation.needs_task and task is None:
-        reason = "without task_type HF PEFT ignores it; with it, it expects the task's head in the file"
-    if reason is None and placed.heads:
-        tops = tuple(_tops(modules, placed.heads))
-        inside = tuple(f"{top}." for top in tops)
-        more = [path for path in modules if path.endswith(tops) and path not in tops and not path.startswith(inside)]
-        if more:  # their rule, without a dot between: "classifier" is "pre_classifier" too
-            reason = f"{more[0]} ends like {', '.join(tops)}, so HF PEFT would expect it in the file as well"
-    return reason
-
-
-def _tops(modules: Modules, heads: Sequence[Site]) -> list[str]:
-    """The fewest modules that hold these heads and no other parameters: HF PEFT's modules_to_save."""
-    leaves = {clean(site.path) for site in heads}
-    owners = [path for path in modules if any(p is not None for p in modules[path]._parameters.values())]
-    tops = set()
-    for leaf in leaves:
-        top = leaf
-        while (parent := top.rpartition(".")[0]) and all(p in leaves for p in owners if _within(p, parent)):
-            top = parent
-        tops.add(top)
-    return sorted(tops)
-
-
-def _within(path: str, parent: str) -> bool:
-    return path == parent or path.startswith(parent + ".")
-
-
-def _expects_more(modules: Modules, heads: Sequence[Site], task_type: str | None) -> bool:
-    """True if HF PEFT, told this task, would look for modules in the file that are not there."""
-    ends = TASK_HEADS.get(task_type or "", ())
-    tops = _tops(modules, heads) if ends else []
-    return any(path.endswith(ends) and not any(_within(path, top) for top in tops) for path in modules if ends)
 
 
 def _packed(name: str, stored: Sequence[Stored], held: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -278,8 +222,3 @@ def _check_replaceable(folder: Path, replace: bool) -> None:
         )
     if not replace:
         raise FolderError(f"{folder} holds an adapter already. Choose another folder, or save(..., replace=True)")
-
-
-def as_read(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields as they are once written and read: tuples are lists."""
-    return cast("dict[str, Any]", json.loads(json.dumps(fields)))

@@ -38,7 +38,7 @@ class Guard:
         self.step = step
         value = loss.item() if isinstance(loss, Tensor) else loss
         if not math.isfinite(value):
-            self._fail(f"the loss is {value}", {})
+            self._fail(f"the loss is {value}", self.trained)
 
     def clip_and_check(self, max_norm: float) -> float:
         """Scale the gradients down to a total 2-norm of at most `max_norm`; returns the norm before.

