@@ -14,7 +14,7 @@ import torch
 GOOD = "good great lovely fine brilliant warm funny clever moving superb".split()
 BAD = "bad awful dull poor tedious cold clumsy stupid boring weak".split()
 OTHER = "the a film plot actor scene story it was is and with of music end start very quite some this".split()
-WORDS = [*GOOD, *BAD, *OTHER]
+WORDS = [*GOOD, *BAD, *OTHER, "never"]
 
 
 def tiny_bert(folder: Path, positions: int = 64) -> Path:
@@ -66,17 +66,16 @@ def tiny_llama(folder: Path, positions: int = 64) -> Path:
     return _save_model(lambda: LlamaModel(config), folder)
 
 
-def reviews(count: int, seed: int = 0, noise: float = 0.1) -> list[tuple[str, str]]:
-    """Texts with their labels; no two texts are equal.   noise: share of the texts with a word of the other side."""
+def reviews(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Different texts with their labels, half of each; "never" turns a word around, which no linear probe can see."""
     generator = random.Random(seed)
     found: dict[str, str] = {}
     while len(found) < count:
         label = ("negative", "positive")[len(found) % 2]
-        own, other = (BAD, GOOD) if label == "negative" else (GOOD, BAD)
-        words = generator.choices(OTHER, k=generator.randint(3, 9)) + generator.choices(own, k=2)
-        if generator.random() < noise:
-            words.append(generator.choice(other))
-        generator.shuffle(words)
+        turned = generator.random() < 0.5
+        words = generator.choices(OTHER, k=generator.randint(3, 9))
+        said = generator.choice(GOOD if (label == "positive") != turned else BAD)
+        words.insert(generator.randint(0, len(words)), f"never {said}" if turned else said)
         found.setdefault(" ".join(words), label)
     return list(found.items())
 

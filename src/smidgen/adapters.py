@@ -367,7 +367,8 @@ class AdapterSet:
 
     def _refuse_foreign(self, sites: Sequence[Site]) -> None:
         """Raise AttachError where adapters live that were put on through a part of this model, or a model around it."""
-        adapted = [site for site in sites if mechanism.is_adapted(site.layer) and id(site.layer) not in self._layers]
+        ours = self._layers
+        adapted = [site for site in sites if mechanism.is_adapted(site.layer) and id(site.layer) not in ours]
         foreign = [site.name for site in adapted if len(mechanism.held(site.layer))]
         if foreign:
             raise AttachError(

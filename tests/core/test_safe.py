@@ -300,3 +300,10 @@ def test_a_mutated_file_is_read_or_refused_and_nothing_else(tmp_path_factory, cu
     path.write_bytes(data[8:-30])
     with contextlib.suppress(FolderError):
         safe.read_json(path)
+
+
+def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'.ljust(0x80)  # the file's first byte is 0x80
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x07")
+    assert safe.read_tensors(path)["a"].tolist() == [7]

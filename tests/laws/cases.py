@@ -107,12 +107,13 @@ def parts_of(case: Case) -> tuple[Adapter, ...]:
 
 
 def base_model(body: Body, dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed asks every kind of device, which takes long
     return body.make().to(dtype).eval()
 
 
+@functools.cache
 def batch_for(body: Body, dtype: torch.dtype) -> dict[str, Tensor]:
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in body.batch().items()}
 
 

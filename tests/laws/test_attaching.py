@@ -74,15 +74,12 @@ def test_detaching_restores_every_bit(case: Case):
 
 
 def test_the_same_seed_gives_the_same_start_and_draws_no_global_random_numbers(typical_case: Case):
-    case = typical_case
+    model, other = typical_case.model(), typical_case.model()
     state = torch.get_rng_state()
-    torch.manual_seed(7)
-    model, after = case.model(), torch.get_rng_state()
-    first = attach(model, case.method(), "a", seed=3).parameters("a")
-    assert torch.equal(torch.get_rng_state(), after)
-    second = attach(case.model(), case.method(), "other", seed=3).parameters("other")
+    first = attach(model, typical_case.method(), "a", seed=3).parameters("a")
+    second = attach(other, typical_case.method(), "other", seed=3).parameters("other")
     assert all(map(torch.equal, first, second))
-    torch.set_rng_state(state)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_checkpoint_of_the_base_loads_strictly_and_leaves_the_adapters_alone(typical_case: Case):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from smidgen import Targets, Weighted, attach
 from smidgen.adapters import AdapterSet, load
 from smidgen.core.errors import ConfigError, NonFiniteError, TargetError
+from smidgen.core.importance import gradient_scores
 from smidgen.methods.lora import LoRA
-from smidgen.methods.selective import By, Grain, Selective, SelectiveAdapter, SelectiveChosen, gradient_scores
+from smidgen.methods.selective import By, Grain, Selective, SelectiveAdapter, SelectiveChosen
 
 Loss = Callable[[], Tensor]
 ALL_BY: list[By] = ["fisher", "gradient", "magnitude", "last"]

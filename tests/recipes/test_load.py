@@ -55,6 +55,7 @@ def flag_refusal(flags=None, settings=()):
         ("task: {kind: binry}",
          'recipe.yaml:4: task.kind is "binry" (text); it can be binary or multiclass or multilabel or regression. '
          'Did you mean "binary"?'),
+        ("method: head", 'recipe.yaml:4: a head alone, on the model as it is, is the row "base" of every report;'),
         ("task: {kind: regression}\ntrain: {label_smoothing: 0.1}",
          "recipe.yaml:5: regression has no single class to smooth; leave it out"),
         ("report: {against: [lora]}", 'recipe.yaml:4: report.against.0 is "lora" (text); it can be full'),
@@ -165,8 +166,8 @@ def test_flags_win_over_the_file_and_settings_over_both(tmp_path):
 def test_another_method_does_not_inherit_fields_of_the_one_before(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(GOOD + "method: {name: lora, rank: 4}\n")
-    assert load_recipe(file, flags={"--method": "head"}).method.settings == {}
-    assert load_recipe(file, settings=["method=head"]).method.settings == {}
+    assert load_recipe(file, flags={"--method": "bitfit"}).method.settings == {}
+    assert load_recipe(file, settings=["method=bitfit"]).method.settings == {}
     assert load_recipe(file, flags={"--method": "lora"}).method.settings == {"rank": 4}
 
 

@@ -84,11 +84,12 @@ def shorter_length(max_length: int, tokens: int, seconds_per_token: float, minut
 
 
 def choose_steps(
-    *, rows: int, per_step: int, epochs: float, seconds_per_step: float, seconds_left: float | None
+    *, said: int | None, rows: int, per_step: int, epochs: float, seconds_per_step: float, seconds_left: float | None
 ) -> tuple[int, str]:
-    """How many steps: the epochs asked for, or as many as the time allows.   seconds_left: None for no limit."""
-    wanted = max(1, math.ceil(epochs * rows / per_step))
-    wanted = max(wanted, min(_LEAST_STEPS, 20 * wanted))  # a tiny data set is seen more often
+    """How many steps: those said, else the epochs; no more than the time allows.   seconds_left: None for no limit."""
+    wanted = said or max(1, math.ceil(epochs * rows / per_step))
+    if said is None:
+        wanted = max(wanted, min(_LEAST_STEPS, 20 * wanted))  # a tiny data set is seen more often
     if seconds_left is None:
         return wanted, f"{wanted * per_step / rows:.1f} epochs of {rows:,} rows"
     fitting = int(seconds_left / seconds_per_step)
@@ -100,7 +101,7 @@ def choose_steps(
     steps = max(min(wanted, _LEAST_STEPS), fitting)
     return steps, (
         f"{steps * per_step / rows:.1f} epochs: what fits the time at {seconds_per_step:.2f} s a step; "
-        f"{epochs:g} epochs would take {_minutes(wanted * seconds_per_step)} (--minutes, --epochs)"
+        f"{wanted:,} steps would take {_minutes(wanted * seconds_per_step)} (--minutes)"
     )
 
 
@@ -124,4 +125,4 @@ def _minutes(seconds: float) -> str:
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

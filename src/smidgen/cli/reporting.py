@@ -33,8 +33,8 @@ def reporting() -> Iterator[None]:
         raise
     except OSError as error:
         _end(str(error), 1)
-    except KeyboardInterrupt:
-        _end("stopped", 130)
+    except KeyboardInterrupt as stop:
+        _end(str(stop) or "stopped", 130)
 
 
 def _end(text: str, code: int) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .errors import TargetError
 from .layers import LinearKind, NormKind, kind_of
+from .targets import modules_of
 
 # query, key, value, output; a name that repeats is one fused layer
 _ATTENTION = (
@@ -90,7 +91,7 @@ class FeedForward:
 
 def attentions(model: nn.Module) -> list[Attention]:
     """The attentions of a model, or of a part of it, in the order of registration; empty if none is recognised."""
-    modules, found = _modules(model), []
+    modules, found = dict(modules_of(model)), []
     for path, module in modules.items():
         cross = any(mark in path.rpartition(".")[2].lower() for mark in _CROSS)
         if isinstance(module, nn.MultiheadAttention):
@@ -106,7 +107,7 @@ def attentions(model: nn.Module) -> list[Attention]:
 
 def feedforwards(model: nn.Module) -> list[FeedForward]:
     """The feed-forwards of a model, or of a part of it, in the order of registration; empty if none is recognised."""
-    modules, found = _modules(model), []
+    modules, found = dict(modules_of(model)), []
     others = [part.path for part in attentions(model)]
     others += [path for path, module in modules.items() if isinstance(kind_of(module), NormKind)]
     for path in modules:
@@ -140,15 +141,11 @@ def output_width(module: nn.Module) -> int | None:
 
 def not_recognised(model: nn.Module, what: str, example: str) -> TargetError:
     """The error of a method that finds none of `what` in the model; `example` says how to name targets by hand."""
-    layers = (path.rpartition(".")[2] for path, module in _modules(model).items() if kind_of(module) is not None)
+    layers = (path.rpartition(".")[2] for path, module in modules_of(model) if kind_of(module) is not None)
     names = ", ".join(f"*.{name}" for name in list(dict.fromkeys(layers))[:15])
     return TargetError(
         f"no {what} is recognised in {type(model).__name__}. Name the places by hand: {example}. It has: {names}"
     )
-
-
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {path: module for path, module in model.named_modules() if "smidgen" not in path.split(".")}
 
 
 def _below(owner: str, name: str) -> str:

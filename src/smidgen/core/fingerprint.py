@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .layers import LinearKind, kind_of
 from .storage import storage_of
-from .targets import _modules
+from .targets import modules_of
 
 SAMPLE = 32  # values of each parameter
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")
@@ -88,7 +88,7 @@ def _samples(parameters: list[nn.Parameter]) -> dict[int, bytes]:
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     seen: set[int] = set()
-    for path, module in _modules(model):
+    for path, module in modules_of(model):
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -47,10 +47,8 @@ class _FrozenLinearLowRank(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.mm(dy_rows, W)
-            if mask is None or mask.dim() == 1:
-                dx = dx.addmm_(g, A_cast)
-            else:
-                dx = dx.addcmul_(torch.mm(g, A_cast), mask)
+            of_entries = mask is not None and mask.dim() == 2
+            dx = dx.addcmul_(torch.mm(g, A_cast), mask) if of_entries else dx.addmm_(g, A_cast)
             dx = dx.view(x.shape)
         return dx, None, None, dA.to(A.dtype), dB.to(B.dtype), None, None
 

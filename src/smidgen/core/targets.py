@@ -122,7 +122,7 @@ class Targets:
         accepts: a method's word on a site: None if it can act there, else the reason why not.
         Raises TargetError if a pattern matches nothing, or nothing is left, or a named place cannot be acted on.
         """
-        modules = list(_modules(model))
+        modules = list(modules_of(model))
         self._refuse_idle_patterns(model, modules)
         found = {site.name: site for path, module in modules for site in self._sites(model, path, module)}
         sites: list[Site] = []
@@ -170,7 +170,7 @@ class Resolution:
 
     def report(self) -> str:
         """Which sites, which share of the weights they hold, and what of the model was left out and why."""
-        total = _count(p for _, module in _modules(self.model) for p in module.parameters(recurse=False))
+        total = _count(p for _, module in modules_of(self.model) for p in module.parameters(recurse=False))
         covered = _count(p for site in self.sites for p in _parameters(site))
         groups = Counter(
             (re.sub(r"\.\d+(?=\.|$)", ".*", site.name) or "the model", _shape(site)) for site in self.sites
@@ -181,7 +181,7 @@ class Resolution:
         taken = {site.path for site in self.sites}
         left = Counter(
             re.sub(r"\.\d+(?=\.|$)", ".*", path) + f"  {type(module).__name__}"
-            for path, module in _modules(self.model)
+            for path, module in modules_of(self.model)
             if path not in taken
             and any(True for _ in module.parameters(recurse=False))
             and path not in dict(self.passed_over)
@@ -200,7 +200,7 @@ def body_layers(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     left_out: dict[str, str] = {}
     groups: dict[type[LayerKind], list[tuple[str, nn.Module]]] = {LinearKind: [], ConvKind: [], EmbeddingKind: []}
     head = head_modules(model)
-    for path, module in _modules(model):
+    for path, module in modules_of(model):
         kind = next((k for k in groups if isinstance(kind_of(module), k)), None)
         if kind is None:
             continue
@@ -222,7 +222,7 @@ def body_layers(model: nn.Module) -> tuple[list[str], dict[str, str]]:
 
 def head_modules(model: nn.Module) -> list[str]:
     """Dotted paths of the modules that make up the model's head; empty for a bare body."""
-    names = {id(module): path for path, module in _modules(model)}
+    names = {id(module): path for path, module in modules_of(model)}
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and isinstance(getattr(model, prefix, None), nn.Module):
         return [name for name, _ in model.named_children() if name not in (prefix, HELD)]
@@ -231,11 +231,11 @@ def head_modules(model: nn.Module) -> list[str]:
         return [names[id(output)]] if id(output) in names else []
     if hasattr(model, "get_classifier") and id(cast(Any, model).get_classifier()) in names:
         return [names[id(cast(Any, model).get_classifier())]]
-    layers = [path for path, module in _modules(model) if isinstance(kind_of(module), LinearKind | ConvKind)]
+    layers = [path for path, module in modules_of(model) if isinstance(kind_of(module), LinearKind | ConvKind)]
     return layers[-1:] if len(layers) > 1 else []
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules with their paths in the order of `named_modules`, the adapters that live there left out."""
     seen: set[int] = set()
 

@@ -19,7 +19,7 @@ from ..core.adapter import Adapter
 from ..core.disk_names import DiskNames
 from ..core.method import Method
 from ..core.site import Site
-from ..core.targets import _modules
+from ..core.targets import modules_of
 from ..methods.head import Head
 
 PREFIX = "base_model.model."
@@ -110,7 +110,7 @@ class Modules:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._found = {clean(path): (path, module) for path, module in _modules(model)}
+        self._found = {clean(path): (path, module) for path, module in modules_of(model)}
 
     def __contains__(self, path: str) -> bool:
         return path in self._found

@@ -134,7 +134,7 @@ class LoRAAdapter(AdditiveAdapter):
         """1 where dropout keeps, 0 where it drops; uint8."""
         # 16 random bits for each: on a CPU bernoulli_ would take as long as the layer itself
         size, kept_of_bits = math.prod(shape), min(round((1 - self.dropout) * 2**16), 2**16 - 1)
-        bits = torch.randint(-(2**63), 2**63 - 1, (math.ceil(size / 4),), device=device).view(torch.int16)[:size]
+        bits = torch.randint(-(2**63), 2**63 - 1, (-(-size // 4),), device=device).view(torch.int16)[:size]
         return (bits < kept_of_bits - 2**15).view(torch.uint8).view(shape)
 
 

@@ -156,8 +156,8 @@ def _remarks(work: Work, outcome: Outcome) -> list[str]:
     remarks = []
     if outcome.stopped == "early":
         remarks.append(
-            f"Stopped early at step {outcome.step}: the validation {work.task.metric} did not rise "
-            f"any more; step {outcome.best_step} was kept."
+            f"Stopped early at step {outcome.step}: the validation {work.task.metric} did not get "
+            f"better any more; step {outcome.best_step} was kept."
         )
     for name, examples in (("training", work.train), ("test", work.test)):
         if examples.truncated > 0.1 * len(examples):

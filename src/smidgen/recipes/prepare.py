@@ -24,10 +24,12 @@ from ..tasks.text_classification import TextClassification, TextClassifier
 from .schema import DataPart, Recipe
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
 _TEST_SHARE, _MOST_TEST = 0.2, 2000
 _VALID_SHARE, _MOST_VALID = 0.1, 500
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SHOWN = 20  # bad rows in one message
 _SAMPLE = 2000  # texts measured for their length
 
@@ -57,7 +59,7 @@ class Work:
     valid: Examples
     test: Examples
     shift: dict[str, Examples]
-    total_parameters: int  # of the body
+    total_parameters: int  # of body and head
 
     def cut(self, max_length: int) -> None:
         """Encode all rows anew with a smaller maximal length."""
@@ -83,6 +85,11 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
 
     tokenizer = load_tokenizer(located, recipe.model.revision)
     task = TextClassification(tokenizer=tokenizer, columns=columns, labels=labels, max_length=0)
+    if recipe.report.metric is not None:
+        task.judge_by(recipe.report.metric)
+    plan.decide(
+        "metric", recipe.report.metric, task.metric, "usual for this kind; picks the best step, and is compared"
+    )
     notes = list(labels.notes)
     checked: dict[str, Table] = {}
     for name, table in given.items():
@@ -109,9 +116,9 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
     task.max_length = plan.decide("max_length", recipe.task.max_length, length, why)
     if task.max_length > limit:
         raise RecipeError(f"task.max_length is {task.max_length}, and {located.name} has {limit} positions")
+    train = task.encode(data.train)
     if labels.kind == "regression":
-        targets = task.encode(data.train).targets
-        task.centre, task.spread = float(targets.mean()), max(float(targets.std()), 1e-6)
+        task.centre, task.spread = float(train.targets.mean()), max(float(train.targets.std(correction=0)), 1e-6)
     torch.manual_seed(seed)  # of the new head
     model = TextClassifier(body, task.outputs).to(device)
     return Work(
@@ -121,11 +128,11 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
         model=model,
         task=task,
         data=data,
-        train=task.encode(data.train),
+        train=train,
         valid=task.encode(data.valid),
         test=task.encode(data.test),
         shift={name: task.encode(table) for name, table in data.shift.items()},
-        total_parameters=sum(p.numel() for p in body.parameters()),
+        total_parameters=sum(p.numel() for p in model.parameters()),
     )
 
 
@@ -145,6 +152,8 @@ def load_tokenizer(located: Located, revision: str | None = None) -> "PreTrained
 
 def load_body(located: Located, dtype: str | None, revision: str | None = None) -> nn.Module:
     """The pre-trained model without a head, in fp32 unless told otherwise.  Raises ModelError."""
+    if dtype not in (None, *_DTYPES):
+        raise ModelError(f'"{dtype}" is no dtype for a model; there are: {", ".join(_DTYPES)}')
     from transformers import AutoModel
     from transformers.utils import logging
 
@@ -168,6 +177,22 @@ def set_threads(said: int | None) -> int:
     elif said is not None:
         torch.set_num_threads(said)
     return torch.get_num_threads()
+
+
+def best_device() -> torch.device:
+    """The accelerator of this process if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def make_accelerator(device: torch.device, precision: str = "no") -> "Accelerator":
+    """accelerate's handle on device, processes and precision ("no" or "bf16")."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # it is shared, and an earlier run in this process may have had another precision
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
 
 
 def _read(data: DataPart) -> tuple[dict[str, Table], list[Problem]]:

@@ -8,14 +8,13 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ from ..training.loop import Group, Loop, Settings, predict
 from ..training.memory import peak_memory
 from ..training.progress import Progress
 from . import judge
-from .prepare import Work, prepare, set_threads
+from .prepare import Work, best_device, make_accelerator, prepare, set_threads
 from .save import is_result, save_result
 from .schema import MethodPart, Recipe, TrainPart
 
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+T = TypeVar("T")
 _TRIAL = range(8)  # rows of the trial that measures the machine
 
 
@@ -79,6 +79,7 @@ class Chosen:
     patience: int
     epochs: float
     minutes: float | None
+    max_length: int
     seed: int
     steps: int = 0
     evaluate_every: int = 0
@@ -93,24 +94,30 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     """
     started = time.monotonic()
     out = recipe.out or Path("out") / f"{Path(recipe.data.train).stem}-{recipe.method_object().name}"
+    if out.name in ("", ".."):
+        raise RecipeError(f"--out {out} is no folder of its own; a result is written and replaced as a whole")
     checkpoints = out.with_name(out.name + ".checkpoints")
+    device = best_device()
+    quiet = not _is_main_process(device)
+    if quiet:
+        console = _silent()
     if _finished(out, checkpoints, resume=resume, fresh=fresh):
         console.print(f"{out} is finished: nothing to resume", highlight=False)
         return out
+    saved = _saved(checkpoints, recipe) if resume else None
     plan = Plan()
     seed = plan.decide("seed", recipe.train.seed, 0, "the same run twice is the same result")
     plan.decide("threads", recipe.train.threads, set_threads(recipe.train.threads), "the cores this process may use")
-    device = _device()
     console.print(f"[bold]smidgen {__version__}[/bold]  {recipe.model.path}  on  {recipe.data.train}", highlight=False)
     work = prepare(recipe, plan, device, seed)
     method, rates = _method(recipe, plan)
     chosen = _choose(recipe.train, rates, work, plan, seed)
-    saved = checkpoint.newest(checkpoints) if resume else None
     if saved is not None:
         chosen = Chosen(**saved[1].history["chosen"])  # measured then; measured again it might differ
+        if chosen.max_length != work.task.max_length:
+            work.cut(chosen.max_length)
     work.task.label_smoothing = chosen.label_smoothing
-    accelerator = _accelerator(chosen.precision, device)
-    quiet = not accelerator.is_main_process
+    accelerator = make_accelerator(device, chosen.precision)
 
     base = _probe(work, chosen, accelerator)
     base.start(work.model)
@@ -122,8 +129,10 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     checks = preflight(work.model, adapters, trained, work.task, _first_batch(work, chosen, device))
     if saved is None:
         _choose_steps(recipe.train, chosen, work, accelerator, plan, time.monotonic() - started)
-    if not quiet:
-        _show_plan(plan, checks, console)
+        chosen = _agreed(chosen)
+    else:
+        plan.entries = [(name, value, why) for name, value, why in saved[1].history["plan"]]
+    _show_plan(plan, checks, console)
     if recipe.dry_run:
         console.print("Dry run: everything is checked, nothing was trained.")
         return out
@@ -134,11 +143,11 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
         _groups(adapters, work.model, chosen),
         work.train,
         work.valid,
-        _settings(chosen, _fingerprint(work, method, chosen)),
+        _settings(chosen, _fingerprint(work)),
         accelerator,
         checkpoints,
     )
-    loop.history["chosen"] = dataclasses.asdict(chosen)
+    loop.history |= {"chosen": dataclasses.asdict(chosen), "said": _said(recipe), "plan": plan.entries}
     if saved is not None:
         _continue(loop, saved, console)
     elif fresh and checkpoints.exists() and not quiet:
@@ -146,8 +155,9 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     with peak_memory(device) as peak, Progress(None if quiet else console, "tuning", chosen.steps, loop.step) as bar:
         outcome = loop.run(bar)
     if outcome.stopped == "interrupted":
-        console.print(f"Stopped at step {outcome.step} of {chosen.steps}; everything is saved. Continue with --resume.")
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(
+            f"stopped at step {outcome.step} of {chosen.steps}; all is saved, continue with --resume"
+        )
     tuned = _answers(work, chosen, accelerator)
     rows = [
         judge.majority(work),
@@ -177,7 +187,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     notes = [*work.data.notes, *base.notes]
     report = judge.report(work, rows, base.answers, tuned, outcome, plan, method.name, notes, _versions())
     resolved = recipe.model_copy(update={"out": out})
-    report = save_result(out, work, adapters, report, resolved, replace=fresh)
+    report = save_result(out, work, adapters, report, resolved, replace=fresh or resume)
     if checkpoints.exists():
         remove_directory(checkpoints)
     show(report, console)
@@ -247,7 +257,7 @@ def _affordable(model: nn.Module, work: Work, chosen: Chosen, accelerator: "Acce
     rows = subset(len(work.train), None, 4 * chosen.batch, chosen.seed)
     start = time.monotonic()
     predict(model, work.task, work.train.select(rows), accelerator, 2 * chosen.batch)
-    per_row = (time.monotonic() - start) / len(rows)
+    per_row = _agreed((time.monotonic() - start) / len(rows))
     fixed = len(work.test) + sum(map(len, work.shift.values()))
     most = int(60 * (chosen.minutes or 0) / 3 / per_row) - fixed
     return subset(len(work.train), _strata(work), max(most, 10 * work.task.outputs, 200), chosen.seed)
@@ -271,8 +281,8 @@ def _method(recipe: Recipe, plan: Plan) -> tuple[Method, Preset]:
     name = recipe.method.name if recipe.method else "lora"
     rates = preset(name)
     plan.decide("method", recipe.method and name, name, "the best known quality for its cost, and it merges")
-    for field, value in rates.settings.items():
-        plan.decide(field, said.get(field), value, rates.why)
+    for field, value in {**rates.settings, **said}.items():
+        plan.decide(field, said.get(field), value, f"the preset of {name}")
     return MethodPart(name=name, **{**rates.settings, **said}).build(), rates
 
 
@@ -284,7 +294,7 @@ def _choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) -
     batch = plan.decide(
         "batch", said.batch, fitting, "at most 32: adapters learn worse from larger ones; fewer for few rows"
     )
-    precision, why, seconds = choose_precision(lambda p: _trial(work, p), device)
+    precision, why, seconds = _agreed(choose_precision(lambda p: _trial(work, p), device))
     plan.decide("precision", None, "fp32" if precision == "no" else precision, why)
     default = DEFAULT_MINUTES_ON_CPU if device.type == "cpu" and said.epochs is None and said.steps is None else None
     why = "a first answer soon; more with --minutes or --epochs" if default else "no limit"
@@ -310,9 +320,10 @@ def _choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) -
             "label_smoothing", said.label_smoothing, 0.0, "none: it cost accuracy or brought nothing"
         ),
         clip=plan.decide("clip", said.clip, 1.0, "of the gradient's norm"),
-        patience=plan.decide("patience", said.patience, 4, "evaluations without a better metric"),
+        patience=plan.decide("patience", said.patience, 5, "evaluations without a better metric"),
         epochs=plan.decide("epochs", said.epochs, rates.epochs, "at most"),
         minutes=minutes,
+        max_length=work.task.max_length,
         seed=seed,
     )
 
@@ -425,13 +436,14 @@ def _choose_steps(
         rows = len(work.test) + sum(map(len, work.shift.values())) + 8 * len(work.valid)
         left = 60 * chosen.minutes - spent_s - per_token_forward * tokens * rows
     steps, why = choose_steps(
+        said=said.steps,
         rows=len(work.train),
         per_step=per_step,
         epochs=chosen.epochs,
         seconds_per_step=seconds_per_step,
         seconds_left=left,
     )
-    chosen.steps = plan.decide("steps", said.steps, steps, why)
+    chosen.steps = plan.decide("steps", said.steps if said.steps == steps else None, steps, why)
     every = evaluation_interval(chosen.steps)
     chosen.evaluate_every = plan.decide("evaluate_every", said.evaluate_every, every, "about eight times in the run")
     chosen.save_every = plan.decide("save_every", said.save_every, every, "with every evaluation")
@@ -475,6 +487,8 @@ def _full(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator", co
     full = dataclasses.replace(work, model=model)
     reached = _used(full, chosen)
     used = {name: p for name, p in body.named_parameters() if name.rpartition(".")[0] in reached}
+    for name, parameter in body.named_parameters():
+        parameter.requires_grad_(name in used)
     groups = [
         Group(parameters=used, learning_rate=rates.learning_rate, weight_decay=rates.weight_decay),
         Group(parameters=_head(model), learning_rate=rates.head_learning_rate, weight_decay=rates.weight_decay),
@@ -483,12 +497,17 @@ def _full(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator", co
     with peak_memory(accelerator.device) as peak, Progress(console, "full fine-tuning", chosen.steps) as bar:
         outcome = loop.run(bar)
     if outcome.stopped == "interrupted":
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("stopped while training the model to compare with; continue with --resume")
     found = work.task.predictions(predict(model, work.task, work.test, accelerator, 2 * chosen.batch))
-    size = sum(p.numel() for p in model.parameters())
-    disk = sum(p.numel() * p.element_size() for p in model.parameters())
+    other = sum(p.nbytes for p in work.model.parameters())  # the tuned model, in memory all the while
     return judge.row(
-        "full", work, found, trainable=size, peak_bytes=peak.size_bytes, seconds=outcome.seconds, disk_bytes=disk
+        "full",
+        work,
+        found,
+        trainable=sum(p.numel() for p in loop.trained.values()),
+        peak_bytes=peak.size_bytes and peak.size_bytes - other,
+        seconds=outcome.seconds,
+        disk_bytes=sum(p.nbytes for p in model.parameters()),
     )
 
 
@@ -520,15 +539,19 @@ def _settings(chosen: Chosen, fingerprint: str) -> Settings:
     return Settings(**{name: getattr(chosen, name) for name in fields}, fingerprint=fingerprint)
 
 
-def _fingerprint(work: Work, method: Method, chosen: Chosen) -> str:
-    """Of everything that a resumed run must find as it was: settings, rows, labels, base."""
-    digest = hashlib.sha256()
-    settings = dataclasses.asdict(chosen)
-    digest.update(
-        json.dumps(
-            [method.name, repr(method.settings()), settings, work.task.describe()], sort_keys=True, default=str
-        ).encode()
-    )
+def _said(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe a resumed run has to say again; its paths may move, and the report may have more."""
+    method = recipe.method or MethodPart()
+    parts = {"task": recipe.task, "train": recipe.train, "method": method}
+    keys = {
+        f"{name}.{key}": value for name, part in parts.items() for key, value in part.model_dump(mode="json").items()
+    }
+    return {"model.dtype": recipe.model.dtype, "report.metric": recipe.report.metric, **keys}
+
+
+def _fingerprint(work: Work) -> str:
+    """Of what the recipe only points to: rows, labels, base."""
+    digest = hashlib.sha256(json.dumps(work.task.describe(), sort_keys=True).encode())
     for examples in (work.train, work.valid):
         digest.update(json.dumps([list(row.values()) for row in examples.inputs]).encode())
         digest.update(examples.targets.numpy().tobytes())
@@ -542,17 +565,39 @@ def _finished(out: Path, checkpoints: Path, *, resume: bool, fresh: bool) -> boo
         if out.exists() and any(out.iterdir()) and not is_result(out):
             raise RecipeError(f"{out} holds something that is no result of smidgen; choose another --out")
         return False
-    if is_result(out):
+    if checkpoints.exists():
         if resume:
-            return True
-        raise RecipeError(f"{out} holds a finished run. Choose another --out, or replace it with --fresh")
-    if out.exists() and any(out.iterdir()):
-        raise RecipeError(f"{out} is not empty, and no result of smidgen; choose another --out")
-    if checkpoints.exists() and not resume:
+            return False
         raise RecipeError(
             f"{checkpoints} holds an unfinished run. Continue it with --resume, or start anew with --fresh"
         )
-    return False
+    if is_result(out) and not resume:
+        raise RecipeError(f"{out} holds a finished run. Choose another --out, or replace it with --fresh")
+    if out.exists() and any(out.iterdir()) and not is_result(out):
+        raise RecipeError(f"{out} is not empty, and no result of smidgen; choose another --out")
+    return is_result(out)
+
+
+def _saved(checkpoints: Path, recipe: Recipe) -> tuple[Path, checkpoint.State, list[str]] | None:
+    """The newest whole checkpoint, if there is one.  Raises CheckpointError if the recipe says something else now."""
+    found = checkpoint.newest(checkpoints)
+    if found is None:
+        return None
+    path, state, _ = found
+    before, now = state.history.get("said"), _said(recipe)
+    if before is None or state.history["chosen"].keys() != {field.name for field in dataclasses.fields(Chosen)}:
+        raise CheckpointError(f"{path} was written by another version of smidgen. Start anew with --fresh")
+    changed = [
+        f"{key} was {before.get(key)}, now {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{path} belongs to another run: {'; '.join(changed)}. "
+            "Say it as before, choose another --out, or start anew with --fresh"
+        )
+    return found
 
 
 def _continue(loop: Loop, saved: tuple[Path, checkpoint.State, list[str]], console: "Console") -> None:
@@ -561,24 +606,30 @@ def _continue(loop: Loop, saved: tuple[Path, checkpoint.State, list[str]], conso
         console.print(f"[yellow]passed over[/yellow] {line}", highlight=False)
     if state.fingerprint != loop.settings.fingerprint:
         raise CheckpointError(
-            f"{path} belongs to another run: recipe, data or model have changed since. Undo the "
-            "change, choose another --out, "
-            "or start anew with --fresh"
+            f"{path} belongs to another run: the rows or the base model have changed since. "
+            "Undo the change, choose another --out, or start anew with --fresh"
         )
     loop.resume(state)
     console.print(f"Resuming at step {loop.step} of {loop.settings.steps} from {path}", highlight=False)
 
 
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def _is_main_process(device: torch.device) -> bool:
+    from accelerate import PartialState
+
+    return bool(PartialState(cpu=device.type == "cpu").is_main_process)
 
 
-def _accelerator(precision: str, device: torch.device) -> "Accelerator":
-    from accelerate import Accelerator
+def _silent() -> "Console":
+    from rich.console import Console
 
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    return Console(quiet=True)
+
+
+def _agreed(value: T) -> T:
+    """The main process's value on all: what each measures for itself would differ."""
+    from accelerate.utils import broadcast_object_list
+
+    return cast(T, broadcast_object_list([value])[0])
 
 
 def _show_plan(plan: Plan, checks: list[str], console: "Console") -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters import AdapterSet, load
-from ..core.errors import FolderError
+from ..core.errors import FolderError, ModelError, RecipeError
 from ..core.files import atomic_directory
 from ..core.safe import read_json, read_tensors, write_tensors
 from ..evaluate.card import model_card
@@ -34,7 +34,12 @@ def save_result(
 ) -> Report:
     """Write the folder; returns the report with the true size of the tuned row."""
     with atomic_directory(out, replace=replace) as new:
-        extra = {"task": work.task.describe(), "base_model": work.located.name}
+        extra = {
+            "task": work.task.describe(),
+            "base_model": work.located.name,
+            "dtype": recipe.model.dtype,
+            "revision": recipe.model.revision,
+        }
         adapters.save(new / "adapter", base_model=work.located.name, task_type="FEATURE_EXTRACTION", extra=extra)
         for file in (new / "adapter").iterdir():
             file.rename(new / file.name)
@@ -67,9 +72,23 @@ def load_result(folder: Path, model: str | None = None, dtype: str | None = None
     Raises FolderError or ModelError saying what is missing.
     """
     extra = _extra(folder)
-    located = locate(model or str(extra["base_model"]))
-    task = TextClassification.from_description(dict(_mapping(extra, "task", folder)), load_tokenizer(located))
-    body = load_body(located, dtype)
+    said = {key: extra.get(key) for key in ("base_model", "dtype", "revision")}
+    if not all(value is None or isinstance(value, str) for value in said.values()):
+        raise FolderError(f"{folder / 'smidgen.json'} names its base model in no words: {said}")
+    revision = said["revision"] if model is None else None
+    try:
+        located = locate(model or said["base_model"] or "")
+    except ModelError as error:
+        hint = "" if model else ". Say where the base model is now: --model FOLDER"
+        raise ModelError(f"{folder} was trained on {said['base_model']}: {error}{hint}") from error
+    tokenizer = load_tokenizer(located, revision)
+    try:
+        task = TextClassification.from_description(dict(_mapping(extra, "task", folder)), tokenizer)
+    except (KeyError, TypeError, ValueError, RecipeError) as error:
+        raise FolderError(
+            f"{folder / 'smidgen.json'} describes its task in a way that is not known: {error!r}"
+        ) from error
+    body = load_body(located, dtype or said["dtype"], revision)
     adapters = load(body, folder)
     head = read_tensors(folder / HEAD)
     classifier = TextClassifier(body, task.outputs)

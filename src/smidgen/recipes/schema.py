@@ -158,6 +158,15 @@ class Recipe(Part):
             wrong.append(
                 (("train", "label_smoothing"), f"{self.task.kind} has no single class to smooth; leave it out")
             )
+        if self.method is not None and self.method.name == "head" and "targets" not in self.method.settings:
+            wrong.append(
+                (
+                    ("method", "name"),
+                    'a head alone, on the model as it is, is the row "base" of every report; it needs no own run. '
+                    'Choose a method that changes the model, such as "lora", or name modules of the model in '
+                    "method.targets, to train them whole",
+                )
+            )
         if self.out is not None and self.out.resolve() == Path(self.model.path).resolve():
             wrong.append((("out",), f"out is the model itself, {self.model.path}; choose another folder"))
         if self.out is not None and self.out.is_file():

@@ -14,8 +14,9 @@ from ..data.read import read
 from ..data.table import Problem, Table
 from ..evaluate.bootstrap import bootstrap_interval
 from ..evaluate.units import interval_text, metric_text
+from ..tasks.base import Examples
 from ..training.loop import predict as outputs_of
-from .prepare import bad_rows_message
+from .prepare import bad_rows_message, best_device, make_accelerator
 from .save import HEAD, Tuned, load_result
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def predict(
         table = Table({column: list(text)}, [f"--text {i + 1}" for i in range(len(text))])
     else:
         table = _rows(tuned, str(data), labelled=False)
-    outputs = _outputs(tuned, table)
+    outputs = _outputs(tuned, tuned.task.encode(table))
     predictions = tuned.task.predictions(outputs)
     lines = []
     for i, prediction in enumerate(predictions):
@@ -68,8 +69,9 @@ def evaluate(adapter: Path, data: str, *, model: str | None, console: "Console",
     tuned = load_result(adapter, model)
     table = _rows(tuned, data, labelled=True)
     task = tuned.task
-    targets = task.encode(table).targets
-    predictions = task.predictions(_outputs(tuned, table))
+    examples = task.encode(table)
+    targets = examples.targets
+    predictions = task.predictions(_outputs(tuned, examples))
     scores = task.score(predictions, targets)
     low, high = bootstrap_interval(
         lambda p, t: task.score(p, t)[task.metric], predictions, targets, seed=0, resamples=300
@@ -107,11 +109,9 @@ def merge(
     )
 
 
-def _outputs(tuned: Tuned, table: Table) -> torch.Tensor:
-    from accelerate import Accelerator
-
-    examples = tuned.task.encode(table)
-    return outputs_of(tuned.model, tuned.task, examples, Accelerator(cpu=not torch.cuda.is_available()), _BATCH)
+def _outputs(tuned: Tuned, examples: Examples) -> torch.Tensor:
+    device = best_device()
+    return outputs_of(tuned.model.to(device), tuned.task, examples, make_accelerator(device), _BATCH)
 
 
 def _rows(tuned: Tuned, data: str, *, labelled: bool) -> Table:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Held
-from ..core.errors import DataError, ModelError
+from ..core.errors import DataError, ModelError, RecipeError
 from ..data.columns import Columns
 from ..data.labels import Kind, Labels, check_text
 from ..data.table import Table
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Pooling = Literal["mean", "last"]
+
+_METRICS = {"regression": ("spearman", "r2", "mae"), "multilabel": ("macro_f1", "micro_f1", "exact_match")}
+_METRICS_OF_CLASSES = ("accuracy", "macro_f1", "mcc")
 
 
 @dataclass
@@ -52,7 +55,18 @@ class TextClassification(Task):
     name = "text_classification"
 
     def __post_init__(self) -> None:
-        self.metric = {"regression": "spearman", "multilabel": "macro_f1"}.get(self.labels.kind, "accuracy")
+        self.judge_by(self.metrics[0])
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of all metrics that fit; the first is what counts where nobody says."""
+        return _METRICS.get(self.labels.kind, _METRICS_OF_CLASSES)
+
+    def judge_by(self, metric: str) -> None:
+        """Compare and choose models by this metric.  Raises RecipeError if it does not fit."""
+        if metric not in self.metrics:
+            raise RecipeError(f'"{metric}" is no metric of {self.labels.kind}; there are: {", ".join(self.metrics)}')
+        self.metric, self.higher_is_better = metric, metric != "mae"
 
     @property
     def outputs(self) -> int:
@@ -82,7 +96,8 @@ class TextClassification(Task):
             names.remove("token_type_ids")  # all zero: the model's own default
         inputs = [{name: encoded[name][i] for name in names} for i in range(len(table))]
         lengths = [len(row["input_ids"]) for row in inputs]
-        return Examples(inputs, self._targets(table), lengths, sum(n >= self.max_length for n in lengths))
+        cut = sum(bool(row.overflowing) for row in encoded.encodings or ())
+        return Examples(inputs, self._targets(table), lengths, cut)
 
     def _targets(self, table: Table) -> Tensor:
         if self.columns.label is None or self.columns.label not in table.columns:
@@ -173,6 +188,7 @@ class TextClassification(Task):
             "kind": self.labels.kind,
             "labels": list(self.labels.names),
             "columns": {k: v for k, v in asdict(self.columns).items() if k != "reasons"},
+            "metric": self.metric,
             "max_length": self.max_length,
             "centre": self.centre,
             "spread": self.spread,
@@ -181,7 +197,7 @@ class TextClassification(Task):
     @staticmethod
     def from_description(description: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> "TextClassification":
         """The task of a saved adapter, for predicting and evaluating."""
-        return TextClassification(
+        task = TextClassification(
             tokenizer=tokenizer,
             columns=Columns(**description["columns"], reasons={}),
             labels=Labels(kind=cast(Kind, description["kind"]), names=tuple(description["labels"])),
@@ -189,6 +205,8 @@ class TextClassification(Task):
             centre=float(description["centre"]),
             spread=float(description["spread"]),
         )
+        task.judge_by(description["metric"])
+        return task
 
 
 class TextClassifier(TaskModel):
