@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
-Run = Callable[[], object]
+Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,14 @@ class Spread:
 
     @staticmethod
     def of(samples: Sequence[float]) -> "Spread":
-        low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
-        return Spread(statistics.median(samples), low, high, len(samples))
+        low, middle, high = (
+            statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
+        )
+        return Spread(middle, low, high, len(samples))
+
+    def over(self, unit: float) -> "Spread":
+        """The same figures in another unit."""
+        return Spread(self.median / unit, self.low / unit, self.high / unit, self.rounds)
 
 
 def one_thread() -> None:
@@ -69,7 +75,7 @@ def interleaved(
     order, shuffle = list(variants), random.Random(0).shuffle
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for run in variants.values() if warm_up else ():
-        run()
+        measure(run)
     for _ in range(rounds):
         shuffle(order)
         for name in order:
@@ -105,24 +111,30 @@ def kept_for_backward(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
-def peak_extra_bytes(run: Run) -> int | None:
-    """Resident memory at its highest during the run over that at its start; None where the system does not say."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark again
-        before = _status("VmRSS")
+def peak_extra_bytes(run: Run) -> float:
+    """Resident memory at its highest during the run over that at its start.  Linux only; elsewhere not a number."""
+    gc.collect()
+    high_water_mark = Path("/proc/self/clear_refs")
+    if not high_water_mark.exists():
         run()
-        return max(0, _status("VmHWM") - before)
-    except OSError:
-        return None
+        return float("nan")
+    high_water_mark.write_text("5")  # start it again
+    before = _resident("VmRSS")
+    run()
+    return max(0.0, _resident("VmHWM") - before)
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+def _resident(field: str) -> float:
+    return next(float(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith(field + ":"))
 
 
-def llama(hidden: int, layers: int, feed_forward: int, heads: int, dtype: torch.dtype) -> nn.Module:
-    """A Llama of this shape with random weights and a small vocabulary; the other layers repeat the first."""
+def llama(
+    hidden: int, layers: int, feed_forward: int, heads: int, dtype: torch.dtype, device: str = "cpu"
+) -> nn.Module:
+    """A Llama of this shape with random weights and a small vocabulary; the other layers repeat the first.
+
+    On the meta device it has no weights, for others to be assigned.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -136,7 +148,9 @@ def llama(hidden: int, layers: int, feed_forward: int, heads: int, dtype: torch.
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
-    model.to_empty(device="cpu")
+    if device == "meta":
+        return model  # type: ignore[no-any-return]
+    model.to_empty(device=device)
     model.model.rotary_emb = LlamaRotaryEmbedding(config)  # to_empty lost its buffers, which no state dict holds
     blocks = model.model.layers
     with torch.no_grad():
@@ -163,8 +177,18 @@ def save(name: str, title: str, text: str, tables: list[dict[str, Any]], claims:
         "claims": claims,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, default=asdict) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(plain(result), indent=1) + "\n")
     report.main()
+
+
+def plain(data: Any) -> Any:
+    """The same as JSON data: spreads become mappings."""
+    return json.loads(json.dumps(data, default=asdict))
+
+
+def described(doc: str | None) -> str:
+    """What a benchmark's docstring says, without its command."""
+    return (doc or "").partition("\n\n    ")[0]
 
 
 def _machine() -> dict[str, Any]:

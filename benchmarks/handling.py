@@ -1,8 +1,8 @@
 """Importing, attaching, loading, switching and merging adapters, beside HF PEFT doing the same.
 
-The base has Llama's shape with 0.83B parameters in bf16 (hidden 2048, 16 layers, 112 linear layers, a small vocabulary);
-the adapter is LoRA of rank 16 on all 112, 40 MB in fp32. Both tools hold a model of their own over the same weights.
-Seconds are CPU seconds of one thread. Each of the 50 loads is done once by each tool, in turn.
+The base has the shape of a Llama with 0.82B parameters in its body, bf16: hidden 2048, 16 layers, 112 linear layers.
+The adapter is LoRA of rank 16 on all 112, 40 MB in fp32. Each tool has a model of its own over the same weights.
+Seconds are CPU seconds of one thread. Each of the 50 adapters is loaded once by each tool, in turn.
 
     python benchmarks/handling.py [--adapters 50] [--rounds 5]
 """
@@ -12,189 +12,207 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
+import report
 import torch
-from common import Spread, cpu_seconds, interleaved, llama, one_thread, peak_extra_bytes, save
+from common import Run, Spread, cpu_seconds, described, interleaved, llama, one_thread, peak_extra_bytes, plain, save
 from torch import nn
 
 import smidgen
 
 RANK, ALPHA = 16, 32.0
-ATTACH_LIMIT_S, LOAD_LIMIT_S, SWITCH_LIMIT_S = 0.15, 3.0, 0.002
+ATTACH_LIMIT_S, LOAD_LIMIT_S, SWITCH_LIMIT_MS = 0.15, 3.0, 2.0
 OURS, THEIRS = "smidgen", "HF PEFT"
 SHOWN_LOADS = (1, 10, 25, 50)
+Figures = dict[str, Spread]  # by tool
 
 
-def import_seconds(rounds: int) -> dict[str, Spread]:
-    """CPU seconds that an import takes in a new process, over those that torch alone takes."""
+def import_seconds(rounds: int) -> Figures:
+    """CPU seconds that an import takes in a new process, over what torch alone takes."""
 
-    def imports(package: str) -> Callable[[], object]:
+    def importing(package: str) -> Run:
         return lambda: subprocess.run([sys.executable, "-c", f"import {package}"], check=True)
 
-    def of_children(run: Callable[[], object]) -> float:
+    def of_children(run: Run) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    samples = interleaved({p: imports(p) for p in ("torch", "smidgen", "peft")}, rounds, of_children)
-    return {
-        tool: Spread.of([a - b for a, b in zip(samples[package], samples["torch"], strict=True)])
-        for tool, package in ((OURS, "smidgen"), (THEIRS, "peft"))
+    samples = interleaved(
+        {package: importing(package) for package in ("torch", "smidgen", "peft")}, rounds, of_children
+    )
+    over_torch = {
+        package: [a - b for a, b in zip(seconds, samples["torch"], strict=True)] for package, seconds in samples.items()
     }
+    return {OURS: Spread.of(over_torch["smidgen"]), THEIRS: Spread.of(over_torch["peft"])}
 
 
 def twins() -> tuple[nn.Module, nn.Module]:
-    """Two models over the same weights: no tool sees what the other puts on, and memory is taken once."""
-    one, other = (llama_1b(device) for device in ("cpu", "meta"))
+    """Two models over the same weights: neither tool sees what the other puts on, and memory is taken once."""
+    one, other = (
+        llama(hidden=2048, layers=16, feed_forward=5632, heads=32, dtype=torch.bfloat16, device=device)
+        for device in ("cpu", "meta")
+    )
     other.load_state_dict(one.state_dict(), assign=True)
     return one, other
 
 
-def llama_1b(device: str) -> nn.Module:
-    return llama(hidden=2048, layers=16, feed_forward=5632, heads=32, dtype=torch.bfloat16, device=device)
+def attach(model: nn.Module) -> smidgen.AdapterSet:
+    return smidgen.attach(model, smidgen.LoRA(rank=RANK, alpha=ALPHA))
 
 
-def hf_config() -> Any:
-    from peft import LoraConfig
+def hf_attach(model: nn.Module) -> Any:
+    from peft import LoraConfig, get_peft_model
 
-    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
-
-
-def hf_peft(model: nn.Module) -> nn.Module:
-    from peft import get_peft_model
-
-    return get_peft_model(model, hf_config())
+    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
 
 
-def make_real(model: nn.Module) -> None:
-    """Give every trainable tensor numbers that a training could have left."""
+def as_if_trained(parameters: Iterable[nn.Parameter]) -> None:
+    """Give the trainable ones numbers that training could have left: a change that bf16 can hold."""
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in parameters:
             if parameter.requires_grad:
                 parameter.normal_(std=0.06)
 
 
-def attaching(ours: nn.Module, theirs: nn.Module, rounds: int) -> dict[str, Spread]:
-    def attach() -> None:
-        smidgen.attach(ours, smidgen.LoRA(rank=RANK, alpha=ALPHA))
+def attaching(ours: nn.Module, theirs: nn.Module, rounds: int) -> Figures:
+    """Seconds to put a fresh adapter on."""
 
-    samples: dict[str, list[float]] = {OURS: [], THEIRS: []}
-    wrapped: list[Any] = []
+    def seconds(attach_it: Run) -> float:
+        undo: list[Any] = []
+        taken = cpu_seconds(lambda: undo.append(attach_it()))
+        undo[0]()
+        return taken
 
-    def measure(run: Callable[[], object]) -> float:
-        seconds = cpu_seconds(run)
-        if wrapped:
-            wrapped.pop().unload()
-        if (adapters := smidgen.adapters_of(ours)) is not None:
-            adapters.detach()
-        return seconds
-
-    variants = {OURS: attach, THEIRS: lambda: wrapped.append(hf_peft(theirs))}
-    samples = interleaved(variants, rounds, measure, warm_up=False)
-    return {tool: Spread.of(seconds) for tool, seconds in samples.items()}
+    return spreads(
+        interleaved({OURS: lambda: attach(ours).detach, THEIRS: lambda: hf_attach(theirs).unload}, rounds, seconds)
+    )
 
 
 def loading(ours: nn.Module, theirs: nn.Module, count: int) -> tuple[dict[str, list[float]], Any]:
-    """Seconds of every load by each tool, of adapters named "0", "1", ..., and HF PEFT's model with all of them."""
+    """Seconds of every load, of adapters named "0", "1", ...; and HF PEFT's model with all of them."""
+    from peft import PeftModel
+
     with tempfile.TemporaryDirectory() as folder:
-        adapters = smidgen.attach(ours, smidgen.LoRA(rank=RANK, alpha=ALPHA))
-        make_real(ours)
-        adapters.save(Path(folder) / "ours")
-        adapters.detach()
-        wrapped = hf_peft(theirs)
-        make_real(wrapped)
+        adapters, wrapped = attach(ours), hf_attach(theirs)
+        as_if_trained(adapters.parameters())
+        as_if_trained(wrapped.parameters())
+        adapters.save(f"{folder}/ours")
         wrapped.save_pretrained(f"{folder}/theirs")
+        adapters.detach()
         wrapped.unload()
-        numbers = {OURS: iter(range(count)), THEIRS: iter(range(count))}
+        names, their_names = iter(map(str, range(count))), iter(map(str, range(count)))
+        loaded: list[PeftModel] = []
 
-        from peft import PeftModel
-
-        holder: list[PeftModel] = []
-
-        def load_theirs() -> None:
-            name = str(next(numbers[THEIRS]))
-            if holder:
-                holder[0].load_adapter(f"{folder}/theirs", adapter_name=name)
+        def hf_load() -> None:
+            name = next(their_names)
+            if loaded:
+                loaded[0].load_adapter(f"{folder}/theirs", adapter_name=name)
             else:
-                holder.append(PeftModel.from_pretrained(theirs, f"{folder}/theirs", adapter_name=name))
+                loaded.append(PeftModel.from_pretrained(theirs, f"{folder}/theirs", adapter_name=name))
 
-        variants = {
-            OURS: lambda: smidgen.load(ours, Path(folder) / "ours", str(next(numbers[OURS]))),
-            THEIRS: load_theirs,
-        }
-        return interleaved(variants, count, warm_up=False), holder[0]
+        variants = {OURS: lambda: smidgen.load(ours, f"{folder}/ours", next(names)), THEIRS: hf_load}
+        return interleaved(variants, count, warm_up=False), loaded[0]
 
 
-def switching(ours: nn.Module, wrapped: Any, count: int) -> dict[str, dict[str, Spread]]:
+def switching(adapters: smidgen.AdapterSet, wrapped: Any, count: int) -> tuple[Figures, Figures]:
     """Seconds to switch to another adapter, and to switch adapters off and on again."""
-    adapters = smidgen.adapters_of(ours)
-    assert adapters is not None
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    turns = {OURS: iter(order), THEIRS: iter(order)}
+    order = torch.randperm(count).tolist()
+    names, their_names = iter(map(str, order)), iter(map(str, order))
+    switch = {
+        OURS: lambda: adapters.activate(next(names)),
+        THEIRS: lambda: wrapped.set_adapter(next(their_names)),
+    }
 
     def off_and_on() -> None:
         active = adapters.active
         adapters.activate(None)
         adapters.activate(active)
 
-    def theirs_off_and_on() -> None:
+    def hf_off_and_on() -> None:
         with wrapped.disable_adapter():
             pass
 
-    switches = {
-        OURS: lambda: adapters.activate(str(next(turns[OURS]))),
-        THEIRS: lambda: wrapped.set_adapter(str(next(turns[THEIRS]))),
-    }
-    return {
-        what: {tool: Spread.of(seconds) for tool, seconds in interleaved(variants, rounds, warm_up=False).items()}
-        for what, variants, rounds in (
-            ("switch", switches, min(count, 20)),
-            ("off and on", {OURS: off_and_on, THEIRS: theirs_off_and_on}, 5),
-        )
-    }
+    return (
+        spreads(interleaved(switch, min(count, 20), warm_up=False)),
+        spreads(interleaved({OURS: off_and_on, THEIRS: hf_off_and_on}, 5)),
+    )
 
 
-def merging(ours: nn.Module, theirs: nn.Module, rounds: int) -> dict[str, dict[str, Spread]]:
-    """Seconds and extra memory to write one adapter into the weights."""
-    extra: list[float] = []
+def merging(ours: nn.Module, theirs: nn.Module, rounds: int) -> tuple[Figures, Figures]:
+    """Seconds, and bytes beside the model, to write one adapter into the weights."""
 
-    def measure(run: Callable[[], Any]) -> float:
-        merge = run()
-        seconds = []
-        extra.append(peak_extra_bytes(lambda: seconds.append(cpu_seconds(merge))) or float("nan"))
-        return seconds[0]
-
-    def prepare_ours() -> Callable[[], object]:
-        adapters = smidgen.attach(ours, smidgen.LoRA(rank=RANK, alpha=ALPHA))
-        make_real(ours)
+    def our_merge() -> Run:
+        adapters = attach(ours)
+        as_if_trained(adapters.parameters())
         return adapters.merge
 
-    def prepare_theirs() -> Callable[[], object]:
-        wrapped = hf_peft(theirs)
-        make_real(wrapped)
-        return wrapped.merge_and_unload
+    def hf_merge() -> Run:
+        wrapped = hf_attach(theirs)
+        as_if_trained(wrapped.parameters())
+        return wrapped.merge_and_unload  # type: ignore[no-any-return]
 
-    memory: dict[str, list[float]] = {OURS: [], THEIRS: []}
-
-    def noting(tool: str, prepare: Callable[[], Callable[[], object]]) -> Callable[[], Callable[[], object]]:
-        def run() -> Callable[[], object]:
-            merge = prepare()
-            return lambda: memory[tool].append(peak_extra_bytes(merge) or float("nan"))
-
-        return run
-
-    del extra, measure
-    samples = interleaved(
-        {OURS: noting(OURS, prepare_ours), THEIRS: noting(THEIRS, prepare_theirs)},
-        rounds,
-        lambda prepare: cpu_seconds(prepare()),  # type: ignore[arg-type]
-        warm_up=False,
+    variants = {OURS: our_merge, THEIRS: hf_merge}
+    return (
+        spreads(interleaved(variants, rounds, lambda prepare: cpu_seconds(prepare()), warm_up=False)),
+        spreads(interleaved(variants, 1, lambda prepare: peak_extra_bytes(prepare()), warm_up=False)),
     )
-    return {
-        "seconds": {tool: Spread.of(seconds) for tool, seconds in samples.items()},
-        "memory": {tool: Spread.of(sizes) for tool, sizes in memory.items()},
-    }
+
+
+def spreads(samples: dict[str, list[float]]) -> Figures:
+    return {tool: Spread.of(figures) for tool, figures in samples.items()}
+
+
+def row(what: str, figures: Figures, unit: float = 1.0) -> list[Any]:
+    """A line of the table: ours, theirs, and how many times ours theirs is."""
+    ours, theirs = figures[OURS].over(unit), figures[THEIRS].over(unit)
+    return [what, ours, theirs, theirs.median / ours.median if ours.median else None]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--adapters", type=int, default=50, help="how many to load; results are saved for 50")
+    arguments.add_argument("--rounds", type=int, default=5)
+    asked = arguments.parse_args()
+    one_thread()
+    count = asked.adapters
+    imported = import_seconds(asked.rounds)
+    ours, theirs = twins()
+    attached = attaching(ours, theirs, asked.rounds)
+    loads, wrapped = loading(ours, theirs, count)
+    adapters = smidgen.adapters_of(ours)
+    assert adapters is not None
+    switched, off_and_on = switching(adapters, wrapped, count)
+    adapters.detach()
+    merged, beside = merging(ours, wrapped.unload(), asked.rounds)
+
+    rows = [
+        row("import, over torch alone, s", imported),
+        row("attach a fresh adapter, s", attached),
+        *(
+            row(f"load adapter number {n}, s", spreads({tool: [each[n - 1]] for tool, each in loads.items()}))
+            for n in SHOWN_LOADS
+            if n <= count
+        ),
+        row(f"load {count} adapters, together, s", spreads({tool: [sum(each)] for tool, each in loads.items()})),
+        row(f"switch to another of {count}, ms", switched, 1e-3),
+        row(f"switch off and on again, {count} loaded, ms", off_and_on, 1e-3),
+        row("merge into the weights, s", merged),
+        row("memory beside the model while merging, MB", beside, 1e6),
+    ]
+    table = {"title": "CPU time and memory", "columns": ["", OURS, THEIRS, "times ours"], "rows": rows}
+    claims = [
+        {"claim": "attaching rank 16 to 112 layers, CPU s", "limit": ATTACH_LIMIT_S, "is": attached[OURS].median},
+        {"claim": "loading 50 adapters together, CPU s", "limit": LOAD_LIMIT_S, "is": sum(loads[OURS])},
+        {"claim": "switching among 50, CPU ms", "limit": SWITCH_LIMIT_MS, "is": switched[OURS].median * 1e3},
+    ]
+    print(report.table_of(plain(table)))
+    if count == 50:
+        save("handling", "Handling adapters", described(__doc__), [table], claims)
+
+
+if __name__ == "__main__":
+    main()

@@ -187,7 +187,9 @@ def sweep(bench: Bench, name: str, rates: list[Preset]) -> None:
         curves = trained.loop.history["curves"]
         (_, start), *_, (_, end) = curves["valid accuracy"]
         (_, start_loss), *_, (_, end_loss) = curves["valid loss"]
-        settings = f"lr {each.learning_rate:g} head {each.head_learning_rate:g} wd {each.weight_decay:g} {each.settings}"
+        settings = (
+            f"lr {each.learning_rate:g} head {each.head_learning_rate:g} wd {each.weight_decay:g} {each.settings}"
+        )
         result = f"accuracy {start:.3f} -> {end:.3f}, loss {start_loss:.3f} -> {end_loss:.3f}"
         share = f"{trained.parameters / bench.work.total_parameters:.2%}"
         print(f"{name} {settings}: {result}, {share}, {trained.seconds:.0f} s", flush=True)

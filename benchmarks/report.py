@@ -50,10 +50,15 @@ def section(result: dict[str, Any]) -> str:
         + ", ".join(f"{package} {number}" for package, number in versions.items())
     )
     parts = [f"## {result['title']}\n\n{result['text']}\n\n*{where}*\n"]
-    for each in result["tables"]:
-        rows = [[cell if isinstance(cell, str) else figure(cell) for cell in row] for row in each["rows"]]
-        parts.append(f"### {each['title']}\n\n{table(each['columns'], rows)}")
+    parts += [f"### {each['title']}\n\n{table_of(each)}" for each in result["tables"]]
     return "\n".join(parts)
+
+
+def table_of(each: dict[str, Any]) -> str:
+    """One table of a result, in Markdown."""
+    return table(
+        each["columns"], [[cell if isinstance(cell, str) else figure(cell) for cell in row] for row in each["rows"]]
+    )
 
 
 def figure(value: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Spread, interleaved, kept_for_backward, llama, one_thread, over, save
+from common import Spread, described, interleaved, kept_for_backward, llama, one_thread, over, save
 from torch import Tensor, nn
 
 import smidgen
@@ -142,7 +142,7 @@ def main() -> None:
                 {"claim": "memory a LoRA step in bf16 keeps, over the floor", "limit": KEPT_LIMIT, "is": kept[OURS]},
             ]
     if not asked.only:
-        save("training_step", "One training step", str(__doc__).partition("\n\n    ")[0], tables, claims)
+        save("training_step", "One training step", described(__doc__), tables, claims)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,25 @@
 import subprocess
 import sys
 
-PUBLIC_NAMES = (
-    "AdapterSet BitFit Bottleneck Head IA3 LoRA PrefixTuning PromptTuning Rows Selective SmidgenError Stack Targets Weighted "
-    "adapters_of attach load"
-).split()
+PUBLIC_NAMES = [
+    "AdapterSet",
+    "BitFit",
+    "Bottleneck",
+    "Head",
+    "IA3",
+    "LoRA",
+    "PrefixTuning",
+    "PromptTuning",
+    "Rows",
+    "Selective",
+    "SmidgenError",
+    "Stack",
+    "Targets",
+    "Weighted",
+    "adapters_of",
+    "attach",
+    "load",
+]
 
 
 def packages_after(statement: str) -> set[str]:

@@ -1,0 +1,155 @@
+"""Text classification: encoding, losses and metrics against scikit-learn and scipy-free formulas."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from smidgen.core.errors import ModelError
+from smidgen.data.columns import Columns
+from smidgen.data.labels import Labels
+from smidgen.data.table import Table
+from smidgen.tasks.text_classification import TextClassification, TextClassifier, pooling_for
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import tiny_bert, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_bert(tmp_path_factory.mktemp("bert"))
+
+
+def task_of(folder, kind="binary", names=("bad", "good"), pair=None, max_length=16):
+    from transformers import AutoTokenizer
+
+    columns = Columns(text="text", text_pair=pair, label="label")
+    labels = Labels(kind=kind, names=names)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return TextClassification(tokenizer=tokenizer, columns=columns, labels=labels, max_length=max_length)
+
+
+def table(**columns) -> Table:
+    return Table(columns, [f"t.csv:{i + 2}" for i in range(len(columns["text"]))])
+
+
+def test_a_batch_is_padded_to_its_longest_row_and_masked(folder):
+    task = task_of(folder)
+    examples = task.encode(table(text=["good", "a very good film", "bad " * 30], label=["good", "good", "bad"]))
+    assert examples.targets.tolist() == [1, 1, 0]
+    assert examples.lengths == [3, 6, 16]
+    assert examples.truncated == 1
+    batch = task.collate(examples, [0, 1])
+    assert batch["input_ids"].shape == (2, 6)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
+    assert batch["targets"].tolist() == [1, 1]
+
+
+def test_pairs_keep_their_token_types(folder):
+    task = task_of(folder, pair="other")
+    examples = task.encode(table(text=["good"], other=["bad film"], label=["good"]))
+    assert examples.inputs[0]["token_type_ids"] == [0, 0, 0, 1, 1, 1]
+
+
+def test_bad_rows_are_found_by_number(folder):
+    task = task_of(folder)
+    problems = task.check(table(text=["good", "", None, "bad"], label=["good", "bad", "bad", "odd"]))
+    assert sorted(problems) == [1, 2, 3]
+    assert '"odd" is not a class' in problems[3]
+
+
+def test_losses_are_sums_and_counts(folder):
+    outputs, targets = torch.randn(5, 2), torch.tensor([0, 1, 1, 0, 1])
+    loss, count = task_of(folder).loss(outputs, {"targets": targets})
+    assert (float(loss), count) == pytest.approx((float(F.cross_entropy(outputs, targets)) * 5, 5))
+    several = task_of(folder, "multilabel", ("a", "b", "c"))
+    outputs, targets = torch.randn(5, 3), torch.randint(2, (5, 3)).float()
+    loss, count = several.loss(outputs, {"targets": targets})
+    assert float(loss) / count == pytest.approx(float(F.binary_cross_entropy_with_logits(outputs, targets)))
+    number = task_of(folder, "regression", ())
+    number.centre, number.spread = 10.0, 2.0
+    loss, count = number.loss(torch.tensor([[1.0], [0.0]]), {"targets": torch.tensor([12.0, 14.0])})
+    assert (float(loss), count) == (4.0, 2)
+    assert number.predictions(torch.tensor([[1.0]])).tolist() == [12.0]
+
+
+def test_metrics_equal_scikit_learns(folder):
+    task = task_of(folder, "multiclass", ("a", "b", "c"))
+    targets, predictions = torch.randint(3, (60,)), torch.randint(3, (60,))
+    scores = task.score(predictions, targets)
+    assert scores["accuracy"] == pytest.approx(accuracy_score(targets, predictions))
+    assert scores["macro_f1"] == pytest.approx(f1_score(targets, predictions, average="macro"))
+    assert scores["mcc"] == pytest.approx(matthews_corrcoef(targets, predictions), abs=1e-6)
+    several = task_of(folder, "multilabel", ("a", "b", "c"))
+    targets, predictions = torch.randint(2, (60, 3)), torch.randint(2, (60, 3))
+    scores = several.score(predictions, targets)
+    assert scores["macro_f1"] == pytest.approx(f1_score(targets, predictions, average="macro"))
+    assert scores["exact_match"] == pytest.approx(accuracy_score(targets, predictions))
+
+
+def test_a_constant_prediction_ranks_nothing(folder):
+    task = task_of(folder, "regression", ())
+    scores = task.score(torch.ones(4), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert scores["spearman"] == 0.0
+    assert scores["mae"] == pytest.approx(1.5)
+    exact = task.score(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 40.0]))
+    assert exact["spearman"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_what_is_described_is_read_back(folder):
+    task = task_of(folder, "multiclass", ("a", "b", "c"), pair="other")
+    again = TextClassification.from_description(task.describe(), task.tokenizer)
+    assert again.describe() == task.describe()
+
+
+@pytest.mark.parametrize(("make", "pooling"), [(tiny_bert, "mean"), (tiny_llama, "last")])
+def test_padding_changes_no_answer_and_the_pooling_is_as_documented(make, pooling, tmp_path):
+    from transformers import AutoModel
+
+    body = AutoModel.from_pretrained(make(tmp_path))
+    model = TextClassifier(body, 3).eval()
+    assert model.pooling == pooling
+    ids = torch.randint(6, 20, (1, 5))
+    alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {name: F.pad(tensor, (0, 3)) for name, tensor in alone.items()}
+    torch.testing.assert_close(model(padded), model(alone), atol=1e-5, rtol=1e-5)
+    out = body(**alone, output_hidden_states=True)
+    states = torch.cat(
+        [out.hidden_states[1], out.last_hidden_state], dim=-1
+    )  # two layers: the middle is after the first
+    expected = states.mean(1) if pooling == "mean" else states[:, -1]
+    torch.testing.assert_close(model.features(alone), expected)
+
+
+def test_training_leaves_the_bodys_dropout_off_and_the_adapters_on(folder):
+    from transformers import AutoModel
+
+    import smidgen
+
+    model = TextClassifier(AutoModel.from_pretrained(folder), 2)
+    smidgen.attach(model.body, smidgen.LoRA(rank=2, dropout=0.5, targets="*.query"))
+    model.train()
+    assert not model.body.training
+    assert all(part.training for name, part in model.named_modules() if name.endswith("smidgen.default"))
+    model.eval()
+    assert not any(part.training for part in model.modules())
+
+
+def test_an_encoder_decoder_is_refused():
+    from transformers import T5Config
+
+    with pytest.raises(ModelError, match="t5 is an encoder-decoder"):
+        pooling_for(T5Config())
+
+
+def test_the_usual_answer_is_the_majority_or_the_mean(folder):
+    assert task_of(folder).constant(torch.tensor([1, 1, 0]), 2).tolist() == [1, 1]
+    several = task_of(folder, "multilabel", ("a", "b"))
+    assert several.constant(torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]]), 1).tolist() == [[1, 0]]
+    mean = task_of(folder, "regression", ()).constant(torch.tensor([1.0, 2.0]), 2)
+    assert mean.tolist() == [1.5, 1.5]
+    assert math.isfinite(task_of(folder, "regression", ()).score(mean, torch.tensor([1.0, 2.0]))["mae"])
