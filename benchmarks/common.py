@@ -5,6 +5,7 @@ one thread, in rounds that run everything once in random order; process CPU time
 inside each round. Reported are the median and the quartiles over rounds.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -114,11 +115,11 @@ def kept_for_backward(model: nn.Module, loss: Callable[[], Tensor]) -> int:
 def peak_extra_bytes(run: Run) -> float:
     """Resident memory at its highest during the run over that at its start.  Linux only; elsewhere not a number."""
     gc.collect()
-    high_water_mark = Path("/proc/self/clear_refs")
-    if not high_water_mark.exists():
+    if platform.system() != "Linux":
         run()
         return float("nan")
-    high_water_mark.write_text("5")  # start it again
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but not given back would hide what the run takes
+    Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark again
     before = _resident("VmRSS")
     run()
     return max(0.0, _resident("VmHWM") - before)

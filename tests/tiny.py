@@ -14,7 +14,7 @@ import torch
 GOOD = "good great lovely fine brilliant warm funny clever moving superb".split()
 BAD = "bad awful dull poor tedious cold clumsy stupid boring weak".split()
 OTHER = "the a film plot actor scene story it was is and with of music end start very quite some this".split()
-WORDS = [*GOOD, *BAD, *OTHER, "never"]
+WORDS = [*GOOD, *BAD, *OTHER]
 
 
 def tiny_bert(folder: Path, positions: int = 64) -> Path:
@@ -38,6 +38,7 @@ def tiny_bert(folder: Path, positions: int = 64) -> Path:
         num_attention_heads=2,
         intermediate_size=48,
         max_position_embeddings=positions,
+        initializer_range=0.1,  # wider than usual, so that there is something to tune
     )
     return _save_model(lambda: BertModel(config), folder)
 
@@ -62,20 +63,22 @@ def tiny_llama(folder: Path, positions: int = 64) -> Path:
         num_key_value_heads=1,
         intermediate_size=48,
         max_position_embeddings=positions,
+        initializer_range=0.1,  # wider than usual, so that there is something to tune
     )
     return _save_model(lambda: LlamaModel(config), folder)
 
 
 def reviews(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Different texts with their labels, half of each; "never" turns a word around, which no linear probe can see."""
+    """Different texts with their labels, half of each: two words of one side, and often one of the other."""
     generator = random.Random(seed)
     found: dict[str, str] = {}
     while len(found) < count:
         label = ("negative", "positive")[len(found) % 2]
-        turned = generator.random() < 0.5
-        words = generator.choices(OTHER, k=generator.randint(3, 9))
-        said = generator.choice(GOOD if (label == "positive") != turned else BAD)
-        words.insert(generator.randint(0, len(words)), f"never {said}" if turned else said)
+        own, other = (GOOD, BAD) if label == "positive" else (BAD, GOOD)
+        words = generator.choices(OTHER, k=generator.randint(3, 9)) + generator.choices(own, k=2)
+        if generator.random() < 0.5:
+            words.append(generator.choice(other))
+        generator.shuffle(words)
         found.setdefault(" ".join(words), label)
     return list(found.items())
 

@@ -100,12 +100,16 @@ def from_data(data: Any) -> Expression:
             return Stack(*map(from_data, parts))
         if kind == "rows" and isinstance(parts, list):
             return Rows(*map(from_data, parts))
-        if kind == "weighted" and isinstance(parts, list) and all(isinstance(p, list) and len(p) == 2 for p in parts):
+        if kind == "weighted" and isinstance(parts, list) and all(map(_is_weighed, parts)):
             return Weighted({cast(str, from_data(part)): float(weight) for part, weight in parts})
     raise AttachError(
         f"{data!r} is no composition; write a name, {{stack: [...]}}, {{weighted: [[name, weight], ...]}} or "
         "{rows: [...]}"
     )
+
+
+def _is_weighed(part: Any) -> bool:
+    return isinstance(part, list) and len(part) == 2 and isinstance(part[1], int | float)
 
 
 class Plan(Protocol):

@@ -4,6 +4,7 @@
 written, and a merge that would lose more than allowed is refused.  One layer of every kind is also run both ways.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -53,7 +54,7 @@ def merge_into_base(model: nn.Module, sites: list[Site], expression: Expression,
             f"rounding to {str(dtype).removeprefix('torch.')} would lose up to {above[worst]:.0%} of the update "
             f"({worst}; {len(above)} of {len(errors)} sites above max_error={max_error}). Nothing was changed. Keep "
             "the adapter attached, load the base in float32 to merge, or allow it: "
-            f"merge(..., max_error={above[worst] * 1.01:.2g})"
+            f"merge(..., max_error={math.ceil(100 * above[worst]) / 100})"
         )
     _compare_with_running(sites, expression)
     for site in sites:

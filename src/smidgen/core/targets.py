@@ -75,7 +75,7 @@ class Targets:
     def parameter(self, *names: str) -> "Targets":
         """The named parameters of these modules as the sites, for code that reads a weight without calling forward."""
         terms = tuple(_Term(term.test, names) for term in self._terms)
-        return self._combined((self,), terms, f"{self._text}.parameter({', '.join(names)})", named=self._named)
+        return self._combined((self,), terms, f"{' and '.join(names)} of {self._text}", named=self._named)
 
     def matches(self, path: str, module: nn.Module) -> bool:
         """True if the module at `path` is one of the places."""

@@ -59,7 +59,8 @@ class LoRA(Method):
     def check(self) -> None:
         for rank in (self.rank, *self.rank_pattern.values()):
             require(isinstance(rank, int) and rank > 0, f"rank is {rank}; LoRA needs a whole number of at least 1")
-        require(math.isfinite(self.alpha), f"alpha is {self.alpha}; it must be a finite number")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            require(math.isfinite(alpha), f"alpha is {alpha}; it must be a finite number")
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
         require(
             self.dropout_on in ("elements", "features"),
@@ -121,7 +122,7 @@ class LoRAAdapter(AdditiveAdapter):
 
     def weight_delta(self, rows: slice) -> Tensor:
         if self.site.linear.stack == 1:
-            return self.scale * (self.B[rows] @ self.A)
+            return (self.scale * self.B[rows]) @ self.A
         E, R = self.site.linear.stack, self.B.shape[1]
         per_expert = torch.bmm(self.B.view(E, -1, R), self.A.view(E, R, -1))  # (E, O, I)
         return self.scale * per_expert.flatten(0, 1)[rows]
