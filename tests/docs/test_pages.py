@@ -22,6 +22,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from smidgen import SmidgenError
+from smidgen.core.method import methods
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import reviews, tiny_bert, write_csv
 
@@ -77,6 +80,7 @@ def test_every_block_of_a_page_runs(page: Path, start: Path, tmp_path: Path, mon
     shutil.copytree(start, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("smidgen.core.method._METHODS", methods())  # a page may add one
     names: dict[str, Any] = {"__name__": page.stem}
     blocks = blocks_of(page)
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
@@ -101,8 +105,6 @@ def run(block: Block, page: Path, names: dict[str, Any]) -> None:
 
 def raised(block: Block, page: Path, names: dict[str, Any]) -> str:
     """The exception that Python raises, as a traceback's last line has it."""
-    from smidgen import SmidgenError
-
     with pytest.raises(SmidgenError) as found:
         run(block, page, names)
     return f"{type(found.value).__name__}: {found.value}"

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import smidgen
-from smidgen import Rows, Stack, Weighted, adapters_of
+from smidgen import Rows, Stack, Weighted, adapters_of, load
 
 from .cases import Case, cases
 
@@ -79,27 +78,26 @@ def test_pickles_open_in_a_fresh_process(tmp_path: Path):
     assert run.returncode == 0, run.stderr
 
 
-if hasattr(smidgen, "load"):
+@torch.no_grad()
+def test_saved_and_loaded_equals_itself(case: Case, tmp_path: Path):
+    model, adapters = case.attached("a", "b")
+    adapters.activate(Stack("a", "b"))
+    adapters.save(tmp_path / "folder")
+    other = case.model()
+    theirs = load(other, tmp_path / "folder")
+    assert theirs.active == adapters.active
+    for name in ("a", "b"):
+        ours = dict(adapters.named_parameters(name))
+        assert {n: torch.equal(p, ours[n]) for n, p in theirs.named_parameters(name)} == dict.fromkeys(ours, True)
+    assert torch.equal(case.run(other), case.run(model))
 
-    @torch.no_grad()
-    def test_saved_and_loaded_equals_itself(stored_case: Case, tmp_path: Path):
-        model, adapters = stored_case.attached("a", "b")
-        adapters.activate(Stack("a", "b"))
-        adapters.save(tmp_path / "folder")
-        other = stored_case.model()
-        theirs = smidgen.load(other, tmp_path / "folder")
-        assert theirs.active == adapters.active
-        for name in ("a", "b"):
-            ours = dict(adapters.named_parameters(name))
-            assert {n: torch.equal(p, ours[n]) for n, p in theirs.named_parameters(name)} == dict.fromkeys(ours, True)
-        assert torch.equal(stored_case.run(other), stored_case.run(model))
 
-    @torch.no_grad()
-    def test_one_adapter_loads_under_another_name(typical_case: Case, tmp_path: Path):
-        case = typical_case
-        model, adapters = case.attached("a", "b")
-        adapters.save(tmp_path / "folder", "b")
-        other = case.model()
-        smidgen.load(other, tmp_path / "folder", "renamed")
-        adapters.activate("b")
-        assert torch.equal(case.run(other), case.run(model))
+@torch.no_grad()
+def test_one_adapter_loads_under_another_name(typical_case: Case, tmp_path: Path):
+    case = typical_case
+    model, adapters = case.attached("a", "b")
+    adapters.save(tmp_path / "folder", "b")
+    other = case.model()
+    load(other, tmp_path / "folder", "renamed")
+    adapters.activate("b")
+    assert torch.equal(case.run(other), case.run(model))

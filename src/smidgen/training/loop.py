@@ -40,7 +40,7 @@ class Settings:
     """How to train.   batch: rows per micro-batch and process; a step sees batch x accumulate x processes.
 
     warmup: share of the steps over which the learning rate rises; it then falls in a line to zero.
-    patience: evaluations without a better metric before stopping; None trains to the end.
+    patience: evaluations without a better metric or a lower loss before stopping; None trains to the end.
     fingerprint: of recipe, data and model; a checkpoint with another is refused.
     """
 
@@ -93,7 +93,9 @@ class Loop:
             "losses": [],  # since the curve's last point
             "best_step": None,
             "best_value": None,
-            "worse": 0,  # evaluations since the best one
+            "best_rank": None,  # metric and loss, the better the larger
+            "lowest_loss": None,
+            "worse": 0,  # evaluations since metric or loss was better than ever before
             "seconds": 0.0,
         }
         self.best: dict[str, Tensor] = {}
@@ -176,16 +178,22 @@ class Loop:
     def _evaluate(self, progress: Progress) -> None:
         outputs = predict(self.model, self.task, self.valid_set, self.accelerator, 2 * self.settings.batch)
         everything = {"targets": self.valid_set.targets.to(outputs.device)}
-        loss, count = self.task.loss(outputs, everything)
+        total, count = self.task.loss(outputs, everything)
+        loss = float(total) / max(count, 1)
         value = self.task.measure(outputs, self.valid_set.targets)[self.task.metric]
-        self._point("valid loss", float(loss) / max(count, 1))
+        self._point("valid loss", loss)
         self._point(f"valid {self.task.metric}", value)
-        best = self.history["best_value"]
-        if best is None or (value > best if self.task.higher_is_better else value < best):
-            self.history.update(best_step=self.step, best_value=value, worse=0)
+        history = self.history
+        # by the metric; by the loss where that is the same, as it often is on few rows
+        rank = [value if self.task.higher_is_better else -value, -loss]
+        is_best = history["best_rank"] is None or rank > history["best_rank"]
+        is_lowest = history["lowest_loss"] is None or loss < history["lowest_loss"]
+        if is_best:
+            history.update(best_step=self.step, best_value=value, best_rank=rank)
             self.best = {name: p.detach().clone() for name, p in self.trained.items()}
-        else:
-            self.history["worse"] += 1
+        if is_lowest:
+            history["lowest_loss"] = loss
+        history["worse"] = 0 if is_best or is_lowest else history["worse"] + 1
         progress.metric = f"valid {self.task.metric} {value:.3f}"
 
     def _save(self) -> None:

@@ -1,0 +1,157 @@
+"""What a run trains: adapters where the task uses the model, the head, or for comparison the whole model."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import AdapterSet, attach
+from ..auto.plan import Plan
+from ..auto.presets import preset
+from ..core.method import Method
+from ..core.site import Site
+from ..core.targets import Targets
+from ..data.batches import LengthBucketedBatches
+from ..evaluate.report import Row
+from ..methods.selective import Selective
+from ..tasks.text_classification import TextClassifier
+from ..training.loop import Group, Loop, Settings, predict
+from ..training.memory import peak_memory
+from ..training.progress import Progress
+from . import judge
+from .choose import Chosen, first_batch
+from .prepare import Work
+from .probing import Base
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from rich.console import Console
+
+
+def attach_used(method: Method, work: Work, chosen: Chosen, plan: Plan) -> AdapterSet:
+    """Attach to the layers that the task really uses, choosing parameters first where the method does."""
+    body = work.model.body
+    if isinstance(method, Selective):
+        method = _choose_parameters(method, work, chosen)
+    elif method.targets.is_auto:
+        sites, used = method.resolve(body).sites, used_modules(work, chosen)
+        idle = [site.name for site in sites if site.path not in used]
+        if idle:
+            method = dataclasses.replace(method, targets=_exactly([site for site in sites if site.path in used]))
+            plan.decide("left out", None, ", ".join(idle), "layers that this task does not use")
+    adapters = attach(body, method, seed=chosen.seed)
+    plan.decide("sites", None, str(len(adapters.sites("default"))), adapters.report().splitlines()[0])
+    return adapters
+
+
+def used_modules(work: Work, chosen: Chosen) -> set[str]:
+    """Paths in the body of the modules that the task's loss depends on.
+
+    A zero that requires a gradient is added to each module's output; one that gets none belongs to a module in vain.
+    """
+    zeros: dict[str, Tensor] = {}
+
+    def hook(path: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def add_zero(module: nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                used.add(path)
+                return None
+            return output + zeros.setdefault(path, torch.zeros((), requires_grad=True)).to(output)
+
+        return add_zero
+
+    used: set[str] = set()
+    hooks = [module.register_forward_hook(hook(path)) for path, module in work.model.body.named_modules()]
+    try:
+        batch = first_batch(work, chosen, next(work.model.parameters()).device)
+        loss, _ = work.task.loss(work.model(batch), batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    gradients = torch.autograd.grad(loss, list(zeros.values()), allow_unused=True)
+    return used | {path for path, gradient in zip(zeros, gradients, strict=True) if gradient is not None}
+
+
+def groups_of(adapters: AdapterSet, model: TextClassifier, chosen: Chosen) -> list[Group]:
+    return [
+        Group(
+            parameters=adapter_parameters(adapters),
+            learning_rate=chosen.learning_rate,
+            weight_decay=chosen.weight_decay,
+        ),
+        Group(
+            parameters=head_parameters(model), learning_rate=chosen.head_learning_rate, weight_decay=chosen.weight_decay
+        ),
+    ]
+
+
+def adapter_parameters(adapters: AdapterSet) -> dict[str, nn.Parameter]:
+    return dict(adapters.named_parameters())
+
+
+def head_parameters(model: TextClassifier) -> dict[str, nn.Parameter]:
+    return {f"head.{name}": p for name, p in model.head.named_parameters()}
+
+
+def settings_of(chosen: Chosen, fingerprint: str) -> Settings:
+    fields = {f.name for f in dataclasses.fields(Settings)} & {f.name for f in dataclasses.fields(Chosen)}
+    return Settings(**{name: getattr(chosen, name) for name in fields}, fingerprint=fingerprint)
+
+
+def full_row(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator", console: "Console | None") -> Row:
+    """Full fine-tuning of a fresh copy of the model: same start of the head, same steps, its own learning rate."""
+    from .prepare import load_body
+
+    recipe, rates = work.recipe, preset("full")
+    body = load_body(work.located, recipe.model.dtype, recipe.model.revision).to(accelerator.device)
+    model = TextClassifier(body, work.task.outputs).to(accelerator.device)
+    base.start(model)
+    full = dataclasses.replace(work, model=model)
+    reached = used_modules(full, chosen)
+    used = {name: p for name, p in body.named_parameters() if name.rpartition(".")[0] in reached}
+    for name, parameter in body.named_parameters():
+        parameter.requires_grad_(name in used)
+    groups = [
+        Group(parameters=used, learning_rate=rates.learning_rate, weight_decay=rates.weight_decay),
+        Group(
+            parameters=head_parameters(model), learning_rate=rates.head_learning_rate, weight_decay=rates.weight_decay
+        ),
+    ]
+    loop = Loop(model, work.task, groups, work.train, work.valid, settings_of(chosen, ""), accelerator, None)
+    with peak_memory(accelerator.device) as peak, Progress(console, "full fine-tuning", chosen.steps) as bar:
+        outcome = loop.run(bar)
+    if outcome.stopped == "interrupted":
+        raise KeyboardInterrupt("stopped while training the model to compare with; continue with --resume")
+    found = work.task.predictions(predict(model, work.task, work.test, accelerator, 2 * chosen.batch))
+    other = sum(p.nbytes for p in work.model.parameters())  # the tuned model, in memory all the while
+    return judge.row(
+        "full",
+        work,
+        found,
+        trainable=sum(p.numel() for p in loop.trained.values()),
+        peak_bytes=peak.size_bytes and peak.size_bytes - other,
+        seconds=outcome.seconds,
+        disk_bytes=sum(p.nbytes for p in model.parameters()),
+    )
+
+
+def _exactly(sites: list[Site]) -> Targets:
+    """Targets that name these sites and no others."""
+    targets = Targets.exactly(site.path for site in sites if site.parameter is None)
+    for site in sites:
+        if site.parameter is not None:
+            targets |= Targets.exactly([site.path]).parameter(site.parameter)
+    return targets
+
+
+def _choose_parameters(method: Selective, work: Work, chosen: Chosen) -> Selective:
+    batches = iter(LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed))
+
+    def loss() -> Tensor:
+        batch = work.task.collate(work.train, next(batches))
+        total, count = work.task.loss(work.model(batch), batch)
+        return total / count
+
+    return method.choose(work.model.body, loss, batches=min(8, max(1, len(work.train) // chosen.batch)))

@@ -1,0 +1,196 @@
+"""The numbers of a run: the plan carried out on this recipe, this data and this machine."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+
+from ..auto.plan import (
+    DEFAULT_MINUTES_ON_CPU,
+    Plan,
+    choose_precision,
+    choose_steps,
+    evaluation_interval,
+    shorter_length,
+)
+from ..auto.presets import Preset, preset
+from ..core.method import Method
+from ..data.batches import LengthBucketedBatches
+from ..tasks.base import Batch
+from .prepare import Work
+from .schema import MethodPart, Recipe, TrainPart
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+_TRIAL = range(8)  # rows of the trial that measures the machine
+
+
+@dataclass
+class Chosen:
+    """The plan in numbers: everything that the training needs and that a resumed run must find as it was."""
+
+    precision: str
+    batch: int
+    accumulate: int
+    learning_rate: float
+    head_learning_rate: float
+    weight_decay: float
+    warmup: float
+    label_smoothing: float
+    clip: float
+    patience: int
+    epochs: float
+    minutes: float | None
+    max_length: int
+    seed: int
+    steps: int = 0
+    evaluate_every: int = 0
+    save_every: int = 0
+
+
+def method_of(recipe: Recipe, plan: Plan) -> tuple[Method, Preset]:
+    """The method with what was said and, for the rest, its preset."""
+    said = recipe.method.settings if recipe.method else {}
+    name = recipe.method.name if recipe.method else "lora"
+    rates = preset(name)
+    plan.decide("method", recipe.method and name, name, "the best known quality for its cost, and it merges")
+    for field, value in {**rates.settings, **said}.items():
+        plan.decide(field, said.get(field), value, f"the preset of {name}")
+    return MethodPart(name=name, **{**rates.settings, **said}).build(), rates
+
+
+def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) -> Chosen:
+    """Everything but the number of steps, which needs a measurement."""
+    device = next(work.model.parameters()).device
+    rows = len(work.train)
+    fitting = 32 if rows >= 4000 else 16 if rows >= 200 else 8
+    batch = plan.decide(
+        "batch", said.batch, fitting, "at most 32: adapters learn worse from larger ones; fewer for few rows"
+    )
+    precision, why, seconds = agreed(choose_precision(lambda p: _trial(work, p), device))
+    plan.decide("precision", None, "fp32" if precision == "no" else precision, why)
+    default = DEFAULT_MINUTES_ON_CPU if device.type == "cpu" and said.epochs is None and said.steps is None else None
+    why = "a first answer soon; more with --minutes or --epochs" if default else "no limit"
+    minutes = plan.decide("minutes", said.minutes, default, why)
+    if minutes is not None and seconds is not None and work.recipe.task.max_length is None:
+        _shorten(work, plan, seconds, minutes)
+    return Chosen(
+        precision=precision,
+        batch=batch,
+        accumulate=plan.decide("accumulate", said.accumulate, 1, "a batch fits"),
+        learning_rate=plan.decide("learning_rate", said.learning_rate, rates.learning_rate, rates.why),
+        head_learning_rate=plan.decide(
+            "head_learning_rate",
+            said.head_learning_rate,
+            rates.head_learning_rate,
+            "the head starts from the linear probe",
+        ),
+        weight_decay=plan.decide(
+            "weight_decay", said.weight_decay, rates.weight_decay, "a little, against overfitting"
+        ),
+        warmup=plan.decide("warmup", said.warmup, 0.06, "share of the steps"),
+        label_smoothing=plan.decide(
+            "label_smoothing", said.label_smoothing, 0.0, "none: it cost accuracy or brought nothing"
+        ),
+        clip=plan.decide("clip", said.clip, 1.0, "of the gradient's norm"),
+        patience=plan.decide("patience", said.patience, 5, "evaluations without a better metric"),
+        epochs=plan.decide("epochs", said.epochs, rates.epochs, "at most"),
+        minutes=minutes,
+        max_length=work.task.max_length,
+        seed=seed,
+    )
+
+
+def choose_steps_for(
+    said: TrainPart, chosen: Chosen, work: Work, accelerator: "Accelerator", plan: Plan, spent_s: float
+) -> None:
+    """Measure a few training steps and choose how many there will be."""
+    world = accelerator.num_processes
+    per_step = chosen.batch * chosen.accumulate * world
+    per_token, per_token_forward = _measure(work, chosen, accelerator)
+    tokens = statistics.fmean(work.train.lengths)
+    seconds_per_step = per_token * tokens * chosen.batch * chosen.accumulate
+    left = None
+    if chosen.minutes is not None:
+        rows = len(work.test) + sum(map(len, work.shift.values())) + 8 * len(work.valid)
+        left = 60 * chosen.minutes - spent_s - per_token_forward * tokens * rows
+    steps, why = choose_steps(
+        said=said.steps,
+        rows=len(work.train),
+        per_step=per_step,
+        epochs=chosen.epochs,
+        seconds_per_step=seconds_per_step,
+        seconds_left=left,
+    )
+    chosen.steps = plan.decide("steps", said.steps if said.steps == steps else None, steps, why)
+    every = evaluation_interval(chosen.steps)
+    chosen.evaluate_every = plan.decide("evaluate_every", said.evaluate_every, every, "about eight times in the run")
+    chosen.save_every = plan.decide("save_every", said.save_every, every, "with every evaluation")
+
+
+def first_batch(work: Work, chosen: Chosen, device: torch.device) -> Batch:
+    indices = next(iter(LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed)))
+    return {name: value.to(device) for name, value in work.task.collate(work.train, indices).items()}
+
+
+def agreed(value: T) -> T:
+    """The main process's value on all: what each measures for itself would differ."""
+    from accelerate.utils import broadcast_object_list
+
+    return cast(T, broadcast_object_list([value])[0])
+
+
+def _shorten(work: Work, plan: Plan, seconds: float, minutes: float) -> None:
+    """Cut texts shorter where not even one epoch of them would fit the time."""
+    per_token = seconds / (len(_TRIAL) * max(work.train.lengths[i] for i in _trial_rows(work)))
+    length = shorter_length(work.task.max_length, sum(work.train.lengths), per_token, minutes)
+    if length < work.task.max_length:
+        why = f"at {work.task.max_length} not one epoch fits the time; seeing all rows is worth more"
+        plan.replace("max_length", length, why)
+        work.cut(length)
+
+
+def _trial_rows(work: Work) -> list[int]:
+    return [i % len(work.train) for i in _TRIAL]
+
+
+def _trial(work: Work, precision: str) -> None:
+    """One forward and backward through the frozen model, to see what it costs."""
+    rows = work.task.collate(work.train, _trial_rows(work))
+    embedding = work.model.body.get_input_embeddings()  # type: ignore[operator]
+    inputs = {name: value for name, value in rows.items() if name not in ("targets", "input_ids")}
+    x = embedding(rows["input_ids"]).detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        out = work.model.body(inputs_embeds=x, **inputs).last_hidden_state
+    torch.autograd.grad(out.float().sum(), x)
+
+
+def _measure(work: Work, chosen: Chosen, accelerator: "Accelerator") -> tuple[float, float]:
+    """Seconds per token of a training step, and of a forward pass, on a few of the first batches."""
+    batches = [
+        indices
+        for indices, _ in zip(
+            LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed), range(4), strict=False
+        )
+    ]
+    spent = [0.0, 0.0]
+    tokens = 0
+    work.model.train()
+    for number, indices in enumerate(batches):
+        batch = {name: value.to(accelerator.device) for name, value in work.task.collate(work.train, indices).items()}
+        for backward in (True, False):
+            start = time.monotonic()
+            with accelerator.autocast(), torch.set_grad_enabled(backward):
+                loss, _ = work.task.loss(work.model(batch), batch)
+            if backward:
+                loss.backward()  # type: ignore[no-untyped-call]
+            if number or len(batches) == 1:  # the first warms up
+                spent[not backward] += time.monotonic() - start
+        if number or len(batches) == 1:
+            tokens += sum(work.train.lengths[i] for i in indices)
+    work.model.zero_grad()
+    return spent[0] / tokens, spent[1] / tokens

@@ -1,0 +1,299 @@
+"""A whole run on a tiny model: what it leaves behind, what it says, and every number in its report."""
+
+import math
+import random
+
+import pytest
+
+from smidgen.core.errors import DataError, ModelError, RecipeError
+from smidgen.core.files import sha256_file
+
+from ..tiny import BAD, GOOD, reviews, write_csv
+
+RESULT = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "head.safetensors",
+    "recipe.yaml",
+    "report.html",
+    "report.json",
+    "smidgen.json",
+]
+LINEAR = 2 * (4 * 32 * 32 + 2 * 32 * 48)  # weights that LoRA acts on: attention and the two of the feed-forward
+POOLER = 32 * 32 + 32  # of no use to this task
+HEAD = 2 * 2 * 32 + 2  # two hidden states of 32, two classes
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def parameters(folder) -> int:
+    from transformers import AutoModel
+
+    return sum(p.numel() for p in AutoModel.from_pretrained(folder).parameters())
+
+
+def digest(out) -> list[str]:
+    return [sha256_file(out / name) for name in ("adapter_model.safetensors", "head.safetensors")]
+
+
+def test_a_run_leaves_its_result_and_nothing_else(start, tmp_path):
+    run = start()
+    assert run.out == tmp_path / "out"
+    assert names(tmp_path) == ["out"]
+    assert names(run.out) == RESULT
+    assert "Saved in" in run.said
+
+
+def test_the_report_says_what_each_model_costs(start, bert):
+    run = start(report={"against": ["full"]})
+    report, rows = run.report, run.rows
+    assert report["metric"] == "accuracy"
+    assert list(rows) == ["majority", "base", "tuned", "full"]
+    keys = {"name", "value", "low", "high", "trainable", "share", "peak_bytes", "seconds", "disk_bytes", "others"}
+    body = parameters(bert)
+    lora = 4 * 2 * (4 * (32 + 32) + (32 + 48) + (48 + 32))  # rank 4, two layers
+    assert {name: row["trainable"] for name, row in rows.items()} == {
+        "majority": 0,
+        "base": HEAD,
+        "tuned": lora + HEAD,
+        "full": body - POOLER + HEAD,
+    }
+    for name, row in rows.items():
+        assert set(row) == keys
+        assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
+        assert row["share"] == row["trainable"] / (body + HEAD)
+        if name == "majority":
+            assert (row["peak_bytes"], row["seconds"], row["disk_bytes"]) == (None, 0, 0)
+        else:
+            assert row["peak_bytes"] is None or 1e8 < row["peak_bytes"] < 4e9
+            assert 0 < row["seconds"] < 60
+    files = ("adapter_model.safetensors", "head.safetensors")
+    assert rows["tuned"]["disk_bytes"] == sum((run.out / file).stat().st_size for file in files)
+    assert rows["base"]["disk_bytes"] == 4 * HEAD
+    assert rows["full"]["disk_bytes"] == 4 * (body + HEAD)
+    assert rows["majority"]["value"] == 0.5
+    difference = report["difference"]
+    assert difference["value"] == pytest.approx(rows["tuned"]["value"] - rows["base"]["value"])
+    assert difference["low"] <= difference["value"] <= difference["high"]
+    # 24 test rows, and the confusion matrix is of them
+    assert sum(map(sum, report["confusion"])) == 24
+    assert sum(report["confusion"][i][i] for i in range(2)) / 24 == pytest.approx(rows["tuned"]["value"])
+
+
+def test_the_same_run_twice_is_the_same_result(start, tmp_path):
+    one, two = start(out=str(tmp_path / "one")), start(out=str(tmp_path / "two"))
+    assert digest(one.out) == digest(two.out)
+    figures = [
+        [{k: v for k, v in row.items() if k not in ("seconds", "peak_bytes")} for row in run.report["rows"]]
+        for run in (one, two)
+    ]
+    assert figures[0] == figures[1]
+    assert one.report["curves"] == two.report["curves"]
+    assert digest(start(out=str(tmp_path / "three"), train={"seed": 1}).out) != digest(one.out)
+
+
+def test_a_run_learns_what_the_probe_cannot_see(start, tmp_path, llama):
+    data = write_csv(tmp_path / "many.csv", reviews(300))
+    train = {"steps": 40, "evaluate_every": 5, "batch": 16, "patience": 20}
+    run = start(model=str(llama), data=str(data), train=train)
+    assert run.rows["tuned"]["value"] > run.rows["base"]["value"] > run.rows["majority"]["value"]
+    assert run.report["best_step"] > 0
+    steps = [step for step, _ in run.report["curves"]["valid accuracy"]]
+    assert steps == [0, *range(5, 41, 5)]
+
+
+def test_the_defaults_choose_everything_and_say_why(start):
+    run = start(train={"steps": None, "batch": None, "evaluate_every": None, "learning_rate": None, "epochs": 1})
+    assert run.plan["steps"] == "40"  # 11 steps of 8 rows would be an epoch; so few rows are seen more often
+    assert run.plan["batch"] == "8"
+    assert run.plan["training rows"] == "86"
+    assert all(entry["why"] for entry in run.report["plan"])
+    assert "None" not in run.plan.values()
+
+
+def test_settings_that_were_said_stand_in_the_plan(start):
+    run = start(method={"name": "lora", "rank": 2, "dropout": 0.25}, task={"max_length": 12})
+    said = {e["setting"]: e["value"] for e in run.report["plan"] if e["why"] == "you said so"}
+    assert said.items() >= {"method": "lora", "rank": "2", "dropout": "0.25", "max_length": "12", "steps": "6"}.items()
+
+
+@pytest.mark.parametrize(
+    ("given", "counts"),
+    [
+        ([], {"training rows": 86, "validation rows": 10, "test rows": 24}),
+        (["test"], {"training rows": 108, "validation rows": 12, "test rows": 40}),
+        (["valid"], {"training rows": 108, "validation rows": 12, "test rows": 40}),  # they judge; others choose
+        (["valid", "test"], {"training rows": 120, "validation rows": 40, "test rows": 40}),
+    ],
+)
+def test_rows_that_are_not_given_are_held_out(start, data, tmp_path, given, counts):
+    files = {name: str(write_csv(tmp_path / f"{name}.csv", reviews(40, seed=7 + len(name)))) for name in given}
+    run = start(data={"train": str(data), **files})
+    assert {name: int(run.plan[name]) for name in counts} == counts
+
+
+def test_data_from_elsewhere_is_judged_too(start, data, tmp_path):
+    others = {
+        name: str(write_csv(tmp_path / f"{name}.csv", reviews(30 + i, seed=3 + i))) for i, name in enumerate("ab")
+    }
+    run = start(data={"train": str(data), "shift": others})
+    assert [(row["name"], row["count"]) for row in run.report["shift"]] == [("a", 30), ("b", 31)]
+    for row in run.report["shift"]:
+        assert row["difference"]["value"] == pytest.approx(row["tuned"]["value"] - row["base"]["value"])
+
+
+def rated(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Texts whose number is the share of good words, and a little noise."""
+    generator, texts = random.Random(seed), {}
+    while len(texts) < count:
+        words = generator.choices([*GOOD, *BAD], k=generator.randint(3, 8))
+        texts[" ".join(words)] = f"{sum(word in GOOD for word in words) / len(words) + generator.gauss(0, 0.01):.3f}"
+    return list(texts.items())
+
+
+def tagged(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    generator, texts = random.Random(seed), {}
+    while len(texts) < count:
+        tags = [tag for tag in ("film", "music", "plot") if generator.random() < 0.5]
+        words = [*tags, *generator.choices(GOOD, k=4)]
+        generator.shuffle(words)
+        if tags:
+            texts[" ".join(words)] = ";".join(tags)
+    return list(texts.items())
+
+
+def paired(count: int, seed: int = 0) -> list[tuple[str, str, str]]:
+    one = reviews(2 * count, seed)
+    pairs = zip(one[:count], one[count:], strict=True)
+    return [(a, b, ("different", "same")[i % 3 > 0]) for i, ((a, _), (b, _)) in enumerate(pairs)]
+
+
+def starred(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    return [
+        (text, {"positive": "good", "negative": ("bad", "mixed")[i % 4 < 2]}[label])
+        for i, (text, label) in enumerate(reviews(count, seed))
+    ]
+
+
+KINDS = {
+    "binary": (reviews, ("text", "label"), ["accuracy", "macro_f1", "mcc"], "majority"),
+    "multiclass": (starred, ("text", "label"), ["accuracy", "macro_f1", "mcc"], "majority"),
+    "multilabel": (tagged, ("text", "label"), ["macro_f1", "micro_f1", "exact_match"], "majority"),
+    "regression": (rated, ("text", "score"), ["spearman", "r2", "mae"], "mean"),
+    "pairs": (paired, ("sentence1", "sentence2", "label"), ["accuracy", "macro_f1", "mcc"], "majority"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_each_kind_of_label_is_learned_and_judged_again_alike(start, tmp_path, request, kind, model, evaluated):
+    make, header, metrics, ignorant = KINDS[kind]
+    train, test = (write_csv(tmp_path / f"{i}.csv", make(60, seed=i), header) for i in (0, 1))
+    folder = request.getfixturevalue(model)
+    run = start(model=str(folder), data={"train": str(train), "test": str(test)})
+    assert run.plan["kind"] == ("binary" if kind == "pairs" else kind)
+    assert list(run.rows) == [ignorant, "base", "tuned"]
+    tuned = run.rows["tuned"]
+    assert [run.report["metric"], *sorted(tuned["others"])] == [metrics[0], *sorted(metrics[1:])]
+    # read again from disk, the result gives the same figures on the same rows, to the last bit
+    found = evaluated(run.out, test)
+    assert (found["rows"], found["metric"]) == (60, metrics[0])
+    assert {name: found[name] for name in metrics} == {metrics[0]: tuned["value"], **tuned["others"]}
+
+
+def test_an_adapter_is_chosen_by_the_metric_that_was_asked_for(start, tmp_path, evaluated):
+    data = write_csv(tmp_path / "rated.csv", rated(60), ("text", "score"))
+    run = start(data=str(data), report={"metric": "mae"})
+    assert (run.report["metric"], run.report["higher_is_better"]) == ("mae", False)
+    curve = dict(run.report["curves"]["valid mae"])
+    assert curve[run.report["best_step"]] == min(curve.values())
+    assert evaluated(run.out, data)["metric"] == "mae"
+
+
+def test_a_metric_that_does_not_fit_is_refused(start):
+    with pytest.raises(RecipeError, match=r'"mae" is no metric of binary; there are: accuracy, macro_f1, mcc'):
+        start(report={"metric": "mae"})
+
+
+def damaged(tmp_path):
+    rows = reviews(60)
+    rows[10] = ("", "positive")
+    rows[20] = (rows[20][0], "")
+    rows[30] = ("a \ufffd b", "negative")
+    return write_csv(tmp_path / "damaged.csv", rows)
+
+
+def test_bad_rows_are_named_with_file_and_line_before_anything_is_loaded(start, tmp_path):
+    with pytest.raises(DataError) as caught:
+        start(data=str(damaged(tmp_path)))
+    message = str(caught.value)
+    assert message.startswith("3 of 60 rows cannot be used:")
+    assert message.endswith("--on-bad-row skip")
+    for line, what in [(12, "the text is empty"), (22, "the label is missing"), (32, "replacement characters")]:
+        assert any(f"damaged.csv:{line}" in said and what in said for said in message.splitlines()), message
+    assert names(tmp_path) == ["damaged.csv"]
+
+
+def test_bad_rows_can_be_left_out_and_the_report_says_so(start, tmp_path):
+    run = start(data={"train": str(damaged(tmp_path)), "on_bad_row": "skip"})
+    parts = ("training rows", "validation rows", "test rows")
+    assert sum(int(run.plan[part]) for part in parts) == 57
+    assert any("3 bad rows were left out" in note and "damaged.csv:12" in note for note in run.report["notes"])
+
+
+def test_a_dry_run_plans_and_checks_and_writes_nothing(start, tmp_path):
+    run = start(dry_run=True)
+    assert names(tmp_path) == []
+    assert "nothing was trained" in run.said
+    assert "learning_rate" in run.said
+    assert "trained tensors get a finite gradient" in run.said
+
+
+def test_a_model_that_is_not_there_is_named_before_the_data_is_read(start, tmp_path):
+    with pytest.raises(ModelError, match="there is no folder"):
+        start(model=str(tmp_path / "nothing"), data=str(tmp_path / "nothing.csv"))
+
+
+def test_steps_and_minutes_both_hold(start):
+    run = start(train={"steps": 100_000, "minutes": 0.01, "evaluate_every": None})
+    assert int(run.plan["steps"]) < 1000
+    assert "100,000 steps would take" in next(e["why"] for e in run.report["plan"] if e["setting"] == "steps")
+
+
+METHODS = {
+    "lora": {},
+    "bottleneck": {},
+    "ia3": {},
+    "bitfit": {},
+    "prefix_tuning": {},
+    "prompt_tuning": {},
+    "selective": {},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_each_method_passes_its_checks_trains_and_is_read_again(start, request, data, evaluated, method, model):
+    if (method, model) == ("bitfit", "llama"):
+        pytest.skip("Llama has no biases")
+    run = start(
+        model=str(request.getfixturevalue(model)),
+        data={"train": str(data), "test": str(write_csv(data.with_name("test.csv"), reviews(40, seed=9)))},
+        method={"name": method, **METHODS[method]},
+        train={"steps": 3, "evaluate_every": 3, "learning_rate": None, "patience": None},
+    )
+    tuned = run.rows["tuned"]
+    assert tuned["trainable"] > HEAD
+    assert 0 < tuned["share"] <= 1
+    assert math.isfinite(run.report["curves"]["train loss"][-1][1])
+    assert evaluated(run.out, data.with_name("test.csv"))["accuracy"] == tuned["value"]
+
+
+def test_a_base_in_sixteen_bits_is_used_again_as_it_was(start, bert, data, tmp_path, evaluated):
+    test = write_csv(tmp_path / "test.csv", reviews(60, seed=9))
+    run = start(model={"path": str(bert), "dtype": "bfloat16"}, data={"train": str(data), "test": str(test)})
+    assert evaluated(run.out, test)["accuracy"] == run.rows["tuned"]["value"]
+    assert run.rows["tuned"]["share"] == pytest.approx(run.rows["tuned"]["trainable"] / (parameters(bert) + HEAD))
