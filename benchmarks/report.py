@@ -47,7 +47,7 @@ def section(result: dict[str, Any]) -> str:
     where = (
         f"{machine['processor']} ({machine['instructions']}), {machine['cores']} cores, {machine['memory_gb']} GB, "
         f"{machine['system']}, Python {machine['python']}, threads: {machine['threads']}; "
-        + ", ".join(f"{package} {number}" for package, number in versions.items())
+        + ", ".join(f"{package} {release}" for package, release in versions.items())
     )
     parts = [f"## {result['title']}\n\n{result['text']}\n\n*{where}*\n"]
     parts += [f"### {each['title']}\n\n{table_of(each)}" for each in result["tables"]]

@@ -65,28 +65,17 @@ def ours(model: nn.Module, **settings: Any) -> nn.Module:
 
 def variants_of(base: nn.Module) -> dict[str, nn.Module]:
     """The same model in every dress, each with weights of its own."""
-    bf16 = next(base.parameters()).dtype == torch.bfloat16
-
-    def fresh() -> nn.Module:
-        return copy.deepcopy(base)
-
-    with_bf16 = {"HF PEFT, bf16 adapters": hf_peft(fresh(), autocast_adapters=False)} if bf16 else {}
-    dropped_bf16 = (
-        {f"HF PEFT, bf16 adapters, dropout {DROPOUT}": hf_peft(fresh(), autocast_adapters=False, dropout=DROPOUT)}
-        if bf16
-        else {}
-    )
-    return {
-        FLOOR: fresh().requires_grad_(False),
-        "full fine-tuning": fresh(),
-        "HF PEFT as it comes": hf_peft(fresh()),
-        **with_bf16,
-        OURS: ours(fresh()),
-        f"HF PEFT as it comes, dropout {DROPOUT}": hf_peft(fresh(), dropout=DROPOUT),
-        **dropped_bf16,
-        f"{OURS}, dropout {DROPOUT} on elements": ours(fresh(), dropout=DROPOUT),
-        f"{OURS}, dropout {DROPOUT} on features": ours(fresh(), dropout=DROPOUT, dropout_on="features"),
-    }
+    variants = {FLOOR: copy.deepcopy(base).requires_grad_(False), "full fine-tuning": copy.deepcopy(base)}
+    for dropout in (0.0, DROPOUT):
+        dropped = f", dropout {dropout}" if dropout else ""
+        variants[f"HF PEFT as it comes{dropped}"] = hf_peft(copy.deepcopy(base), dropout=dropout)
+        if next(base.parameters()).dtype == torch.bfloat16:
+            bf16 = hf_peft(copy.deepcopy(base), dropout=dropout, autocast_adapters=False)
+            variants[f"HF PEFT, bf16 adapters{dropped}"] = bf16
+        for dropout_on in ("elements", "features") if dropout else ("elements",):
+            of_what = f"{dropped} on {dropout_on}" if dropout else ""
+            variants[f"{OURS}{of_what}"] = ours(copy.deepcopy(base), dropout=dropout, dropout_on=dropout_on)
+    return variants
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:

@@ -13,7 +13,10 @@ import torch
 
 GOOD = ["good", "great", "lovely", "fine", "brilliant", "warm", "funny", "clever", "moving", "superb"]
 BAD = ["bad", "awful", "dull", "poor", "tedious", "cold", "clumsy", "stupid", "boring", "weak"]
-OTHER = ["the", "a", "film", "plot", "actor", "scene", "story", "it", "was", "is", "and", "with", "of", "music", "end", "start", "very", "quite", "some", "this"]
+OTHER = [
+    *("the", "a", "film", "plot", "actor", "scene", "story", "it", "was", "is"),
+    *("and", "with", "of", "music", "end", "start", "very", "quite", "some", "this"),
+]
 WORDS = [*GOOD, *BAD, *OTHER]
 
 

@@ -140,3 +140,13 @@ def test_a_parameter_is_a_matrix_a_stack_of_them_or_a_vector(shape: tuple[int, .
     kind.write_rows(changed, slice(0, 1), M[:1] + 1)
     assert torch.equal(kind.read_rows(changed, slice(None))[0], M[0] + 1)
     assert kind.low_rank == (len(shape) in (2, 3))
+
+
+def test_a_parameter_site_of_a_kernel_in_another_memory_format_reads_and_writes_the_same():
+    layer = torch.nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    kind, M = MatrixKind(layer.weight.shape), torch.randn(2, 36)
+    W = layer.weight.detach().clone(memory_format=torch.preserve_format)
+    assert torch.equal(kind.read_rows(W, slice(1, 3)), layer.weight[1:3].reshape(2, 36))
+    kind.write_rows(W, slice(1, 3), M)
+    assert torch.equal(kind.read_rows(W, slice(1, 3)), M)
+    assert torch.equal(W[0], layer.weight[0])

@@ -127,3 +127,11 @@ def say(block: Block, page: Path) -> None:
 
 def test_the_pages_that_show_code_are_found() -> None:
     assert {"errors.md", "loops.md", "README.md"} <= {page.name for page in PAGES}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    named = set(re.findall(r"`((?:[a-z_]+/)+(?:[a-z_]+\.py)?)`", page.read_text()))
+    absent = [name for name in named if not any((root / name).exists() for root in (ROOT, ROOT / "src" / "smidgen"))]
+    made_here = {"src/smidgen/methods/ssf.py", "tests/methods/test_ssf.py"}
+    assert set(absent) <= made_here

@@ -118,3 +118,9 @@ def test_what_has_no_bias_is_refused() -> None:
         )
     with pytest.raises(TargetError, match="has no biases in its body"):
         attach(nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3)), BitFit())
+
+
+def test_what_heads_train_whole_is_left_to_them() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4), nn.Linear(4, 2))
+    adapters = attach(model, BitFit(heads=("1",)))
+    assert [site.name for site in adapters.sites("default")] == ["0", "1"]

@@ -1,4 +1,4 @@
-"""What a run of the loop promises: the same gradient however a step is split, the same bits however a run is interrupted."""
+"""What the loop promises: the same gradient however a step is split, the same bits however a run is interrupted."""
 
 import json
 import math
@@ -123,7 +123,7 @@ def test_a_run_asked_to_stop_at_its_last_step_is_finished(tmp_path):
 
 
 class Peaked(Means):
-    """Judged by how sure the model is, which rises and falls again: the best state is neither the first nor the last."""
+    """Judged by how sure the model is, which rises and falls again: the best is neither the first nor the last."""
 
     def measure(self, outputs, targets):
         return {"accuracy": float(outputs.abs().mean())}
@@ -141,7 +141,7 @@ def test_of_equal_values_the_one_with_the_lower_loss_is_better():
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path, precision):
-    """Dropout, shuffling, accumulation over the ends of epochs, a rising and falling learning rate, early best states."""
+    """Dropout, shuffling, accumulation over the ends of epochs, a rising and falling learning rate, a best state."""
     settings = {"precision": precision, "accumulate": 2, "steps": 30, "evaluate_every": 7, "save_every": 100}
     settings["task"] = Peaked()
     unbroken = loop(tmp_path / "unbroken", **settings)

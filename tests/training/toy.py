@@ -1,4 +1,4 @@
-"""A task and a model small enough that a run of the loop takes a tenth of a second; run as a script, one of several ranks.
+"""A task and a model so small that a run of the loop takes a tenth of a second; as a script, one of several ranks.
 
 Rows are lists of digits of unequal length; the question is whether their mean is above 4.5.
 """

@@ -258,14 +258,18 @@ class MatrixKind(LayerKind):
         return (self.shape[0], math.prod(self.shape[1:])) if self.shape else (1, 1)
 
     def read_rows(self, W: Tensor, rows: slice) -> Tensor:
-        return self._matrix(W)[rows]
+        return W.reshape(-1, self._width())[rows]
 
     def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
-        self._matrix(W)[rows] = M.to(W.dtype)
+        if len(self.shape) == 3:
+            W.view(-1, self._width())[rows] = M.to(W.dtype)
+        else:  # by its own rows: a kernel may lie in another memory format
+            own = W if W.ndim else W.view(1)
+            own[rows] = M.view(own[rows].shape).to(W.dtype)
 
-    def _matrix(self, W: Tensor) -> Tensor:
-        """(E O, I) for a stack, (O, I) for a matrix, (O, 1) for a vector; kernels count as matrices of their rows."""
-        return W.view(-1, self.shape[-1] if W.ndim == 3 else math.prod(self.shape[1:]))
+    def _width(self) -> int:
+        """I: (E O, I) for a stack, (O, I) for a matrix, (O, 1) for a vector; a kernel is a matrix of rows."""
+        return self.shape[-1] if len(self.shape) == 3 else math.prod(self.shape[1:])
 
 
 _KINDS: list[LayerKind] = [TransposedLinearKind(), LinearKind(), ConvKind(), EmbeddingKind(), NormKind()]

@@ -75,12 +75,13 @@ class Method:
         if not self.targets.is_auto:
             return self.targets.resolve(model, self.accepts)
         paths, left_out = self.auto(model)
-        heads = [path for path in paths if self._is_below_head(model, path)]
+        heads = [path for path in paths if self.is_in_heads(model, path)]
         found = Targets.exactly(set(paths) - set(heads)).resolve(model, self.accepts)
         left_out |= dict.fromkeys(heads, "trained whole, as a head")
         return Resolution(model, found.sites, (*found.passed_over, *left_out.items()))
 
-    def _is_below_head(self, model: nn.Module, path: str) -> bool:
+    def is_in_heads(self, model: nn.Module, path: str) -> bool:
+        """True if the module at `path` is, or lies in, one that `heads` trains whole."""
         heads, parts = Targets(*self.heads) if self.heads else None, path.split(".")
         above = [".".join(parts[: i + 1]) for i in range(len(parts))]
         return heads is not None and any(heads.matches(name, model.get_submodule(name)) for name in above)

@@ -18,7 +18,7 @@ from ..core.errors import TargetError, require
 from ..core.layers import kind_of
 from ..core.method import Method, method
 from ..core.site import Site
-from ..core.targets import Resolution, head_modules
+from ..core.targets import Resolution, head_modules, modules_of
 
 
 @method("bitfit")
@@ -44,11 +44,11 @@ class BitFit(Method):
         sites: list[Site] = []
         left_out: list[tuple[str, str]] = []
         head = head_modules(model)
-        for path, module in model.named_modules():
-            if "smidgen" in path.split("."):
-                continue
+        for path, module in modules_of(model):
             for site in _biases(path, module):
-                if any(path == h or path.startswith(h + ".") for h in head):
+                if self.is_in_heads(model, path):
+                    left_out.append((site.name, "trained whole, as a head"))
+                elif any(path == h or path.startswith(h + ".") for h in head):
                     left_out.append((site.name, "part of the head"))
                 else:
                     sites.append(site)

@@ -21,7 +21,7 @@ from ..training.loop import Group, Loop, Settings, predict
 from ..training.memory import peak_memory
 from ..training.progress import Progress
 from . import judge
-from .choose import Chosen, first_batch
+from .choose import Chosen, longest_batch
 from .prepare import Work
 from .probing import Base
 
@@ -65,7 +65,7 @@ def used_modules(work: Work, chosen: Chosen) -> set[str]:
     used: set[str] = set()
     hooks = [module.register_forward_hook(hook(path)) for path, module in work.model.body.named_modules()]
     try:
-        batch = first_batch(work, chosen, next(work.model.parameters()).device)
+        batch = longest_batch(work, chosen, next(work.model.parameters()).device)
         loss, _ = work.task.loss(work.model(batch), batch)
     finally:
         for handle in hooks:

@@ -132,8 +132,10 @@ def choose_steps_for(
     chosen.save_every = plan.decide("save_every", said.save_every, every, "with every evaluation")
 
 
-def first_batch(work: Work, chosen: Chosen, device: torch.device) -> Batch:
-    indices = next(iter(LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed)))
+def longest_batch(work: Work, chosen: Chosen, device: torch.device) -> Batch:
+    """The batch of the longest training rows: what goes there goes everywhere."""
+    batches = LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed, shuffle=False)
+    indices = next(iter(batches))
     return {name: value.to(device) for name, value in work.task.collate(work.train, indices).items()}
 
 

@@ -18,6 +18,7 @@ from ..data.labels import understand_labels
 from ..data.read import read, read_splits
 from ..data.split import duplicate_groups, split, subset
 from ..data.table import Problem, Table
+from ..methods.prompt_tuning import PromptTuning
 from ..tasks.base import Examples
 from ..tasks.models import Located, locate
 from ..tasks.text_classification import TextClassification, TextClassifier
@@ -112,10 +113,14 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
     config: Any = body.config
     sample = subset(len(data.train), None, _SAMPLE, seed)
     limit = min(getattr(config, "max_position_embeddings", 1 << 20) or 1 << 20, tokenizer.model_max_length)
+    method = recipe.method_object()
+    prompt = method.length if isinstance(method, PromptTuning) else 0  # virtual tokens take positions too
+    limit -= prompt
     length, why = choose_max_length(_lengths(task, data.train, sample), int(limit), device)
     task.max_length = plan.decide("max_length", recipe.task.max_length, length, why)
     if task.max_length > limit:
-        raise RecipeError(f"task.max_length is {task.max_length}, and {located.name} has {limit} positions")
+        taken = f" beside a prompt of {prompt}" if prompt else ""
+        raise RecipeError(f"task.max_length is {task.max_length}, and {located.name} has {limit} positions{taken}")
     train = task.encode(data.train)
     if labels.kind == "regression":
         task.centre, task.spread = float(train.targets.mean()), max(float(train.targets.std(correction=0)), 1e-6)

@@ -30,7 +30,7 @@ from ..training.memory import peak_memory
 from ..training.progress import Progress
 from . import judge
 from .adapt import adapter_parameters, attach_used, full_row, groups_of, head_parameters, settings_of
-from .choose import Chosen, agreed, choose, choose_steps_for, first_batch, method_of
+from .choose import Chosen, agreed, choose, choose_steps_for, longest_batch, method_of
 from .prepare import Work, best_device, make_accelerator, prepare, set_threads
 from .probing import answers_of, fit_base
 from .save import is_result, save_result
@@ -83,7 +83,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     parameters = sum(p.numel() for p in trained.values())
     share = f"{parameters / work.total_parameters:.2%} of the model's {work.total_parameters:,}"
     plan.decide("trained", None, f"{parameters:,} parameters", share)
-    checks = preflight(work.model, adapters, trained, work.task, first_batch(work, chosen, device))
+    checks = preflight(work.model, adapters, trained, work.task, longest_batch(work, chosen, device))
     if saved is None:
         choose_steps_for(recipe.train, chosen, work, accelerator, plan, time.monotonic() - started)
         chosen = agreed(chosen)

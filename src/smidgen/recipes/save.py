@@ -104,14 +104,20 @@ def load_result(folder: Path, model: str | None = None, dtype: str | None = None
 
 def is_result(folder: Path) -> bool:
     """True if the folder holds a finished run."""
-    return (folder / HEAD).is_file() and (folder / "smidgen.json").is_file()
+    return not _missing(folder)
+
+
+def _missing(folder: Path) -> list[str]:
+    return [name for name in ("adapter_config.json", HEAD, "smidgen.json") if not (folder / name).is_file()]
 
 
 def _extra(folder: Path) -> Mapping[str, Any]:
-    if not is_result(folder):
-        what = "is no result of `smidgen tune`" if folder.is_dir() else "is not there"
+    if not folder.is_dir():
+        raise FolderError(f"{folder} is not there; a result of `smidgen tune` is a folder")
+    if missing := _missing(folder):
         raise FolderError(
-            f"{folder} {what}: {HEAD} and smidgen.json are needed. An adapter without them: smidgen.load(model, folder)"
+            f"{folder} is no result of `smidgen tune`: it has no {' and no '.join(missing)}. "
+            "An adapter of another origin: smidgen.load(model, folder)"
         )
     return _mapping(read_json(folder / "smidgen.json"), "extra", folder)
 

@@ -1,0 +1,104 @@
+"""Kill a run at random moments and resume it: does it always continue by itself, and to the same bits?
+
+    python benchmarks/kill_resume.py [--kills 20] [--seed 0]
+
+A tiny model is tuned with the real command line, saving every step.  It is killed (SIGKILL) after a random time, resumed
+with --resume, killed again, and so on; a run that ends before it is killed is followed by another.  Printed are how many
+kills were followed by a resume that needed no hand, and how many runs came to the bits of an unbroken one.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from tiny import reviews, tiny_bert, write_csv  # noqa: E402
+
+from smidgen.core.files import sha256_file  # noqa: E402
+
+Ending = Literal["finished", "killed", "failed"]
+STEPS = 40
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def command(folder: Path, out: Path) -> list[str]:
+    """A run of `smidgen tune` that saves every step."""
+    said = {"steps": STEPS, "batch": 8, "learning_rate": 0.01, "evaluate_every": 5, "save_every": 1, "patience": 100}
+    settings = [part for key, value in said.items() for part in ("--set", f"train.{key}={value}")]
+    dropout = ["--set", "method.dropout=0.1"]
+    paths = ["--model", str(folder / "bert"), "--data", str(folder / "reviews.csv"), "--out", str(out)]
+    return [sys.executable, "-m", "smidgen", "tune", *paths, *settings, *dropout]
+
+
+def run(words: list[str], kill_after_s: float | None = None) -> tuple[Ending, str]:
+    """How the command ended, and what it said."""
+    with subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            said, _ = process.communicate(timeout=kill_after_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, _ = process.communicate()
+    endings: dict[int, Ending] = {0: "finished", -signal.SIGKILL: "killed"}
+    return endings.get(process.returncode, "failed"), said.decode()
+
+
+def result(out: Path) -> list[str]:
+    """What a run came to, as checksums."""
+    return [sha256_file(out / name) for name in ("adapter_model.safetensors", "head.safetensors")]
+
+
+def main() -> None:
+    """Print k/N for the kills, and for the runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    said = parser.parse_args()
+    moments = random.Random(said.seed)
+    runs = equal = failed = 0
+    steps: list[int] = []  # the newest saved step after each kill
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny_bert(folder / "bert")
+        write_csv(folder / "reviews.csv", reviews(120))
+        started = time.monotonic()
+        ending, text = run(command(folder, folder / "unbroken"))
+        if ending != "finished":
+            sys.exit(text)
+        seconds = time.monotonic() - started
+        while len(steps) < said.kills:
+            out, words = folder / f"killed-{runs}", command(folder, folder / f"killed-{runs}")
+            ending = "killed"
+            while ending == "killed":
+                more = len(steps) < said.kills
+                ending, text = run(words, moments.uniform(0.5, 1.0) * seconds if more else None)
+                if ending == "killed":
+                    steps.append(newest_step(folder / f"{out.name}.checkpoints"))
+                    words = [*command(folder, out), "--resume"]
+            runs += 1
+            failed += ending == "failed"
+            left = [path.name for path in folder.iterdir() if path.name.startswith((".smidgen-", f"{out.name}."))]
+            same = ending == "finished" and result(out) == result(folder / "unbroken")
+            equal += same and not left
+            if left or not same:
+                print(f"{text}\n{out.name}: the same bits: {same}; left behind: {left}", file=sys.stderr)
+    print(f"{said.kills - failed}/{said.kills} kills needed no hand; saved when killed, of {STEPS} steps: {steps}")
+    print(f"{equal}/{runs} runs came to the bits of an unbroken one")
+    sys.exit(failed > 0 or equal < runs)
+
+
+def newest_step(checkpoints: Path) -> int:
+    """The newest step that is saved; -1 where there is none."""
+    return max((int(path.name[5:]) for path in checkpoints.glob("step-*")), default=-1)
+
+
+if __name__ == "__main__":
+    main()
