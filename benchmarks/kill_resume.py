@@ -2,9 +2,9 @@
 
     python benchmarks/kill_resume.py [--kills 20] [--seed 0]
 
-A tiny model is tuned with the real command line, saving every step.  It is killed (SIGKILL) after a random time, resumed
-with --resume, killed again, and so on; a run that ends before it is killed is followed by another.  Printed are how many
-kills were followed by a resume that needed no hand, and how many runs came to the bits of an unbroken one.
+A tiny model is tuned with the real command line, saving every step.  It is killed (SIGKILL) after a random time,
+resumed with --resume, killed again, and so on; a run that ends before it is killed is followed by another.  Printed are
+how many kills were followed by a resume that needed no hand, and how many runs came to the bits of an unbroken one.
 """
 
 import argparse

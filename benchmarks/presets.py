@@ -1,4 +1,4 @@
-"""What each method's preset comes to: sentiment of movie sentences, all-MiniLM-L6-v2, one thread, a fixed number of steps.
+"""What each method's preset comes to: sentiment of movie sentences, all-MiniLM-L6-v2, one thread, equally many steps.
 
 Everything is as in `smidgen tune`, except that the steps are given and not measured. Data, features and probe are made
 once; each method gets a fresh body and a head that starts from the probe. The table is judged on the test rows. A
@@ -68,10 +68,10 @@ def bench(cache: Path, steps: int) -> Bench:
     device = preparing.best_device()
     work = prepare(recipe, Plan(), device, SEED)
     accelerator = preparing.make_accelerator(device, PRECISION)
-    return Bench(work, probing.fit_base(work, chosen(preset("lora"), steps), accelerator), steps, accelerator)
+    return Bench(work, probing.fit_base(work, chosen(preset("lora"), steps, work), accelerator), steps, accelerator)
 
 
-def chosen(rates: Preset, steps: int) -> choose.Chosen:
+def chosen(rates: Preset, steps: int, work: Work) -> choose.Chosen:
     """The plan's numbers."""
     return choose.Chosen(
         precision=PRECISION,
@@ -83,9 +83,10 @@ def chosen(rates: Preset, steps: int) -> choose.Chosen:
         warmup=0.06,
         label_smoothing=0.0,
         clip=1.0,
-        patience=4,
+        patience=5,
         epochs=rates.epochs,
         minutes=None,
+        max_length=work.task.max_length,
         seed=SEED,
         steps=steps,
         evaluate_every=evaluation_interval(steps),
@@ -97,7 +98,8 @@ def train(bench: Bench, name: str, rates: Preset, *, at_the_end: bool = False) -
     """Train a fresh body with one method.   at_the_end: evaluate once, after the last step."""
     model = copy.deepcopy(bench.work.model)
     bench.base.start(model)
-    work, plan = dataclasses.replace(bench.work, model=model), chosen(rates, bench.steps)
+    work = dataclasses.replace(bench.work, model=model)
+    plan = chosen(rates, bench.steps, work)
     if at_the_end:
         plan.evaluate_every = bench.steps
     if name == "full":

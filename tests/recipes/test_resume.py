@@ -164,12 +164,12 @@ def test_files_may_move_and_the_report_may_have_more_when_a_run_is_resumed(start
 def test_a_damaged_checkpoint_is_passed_over_aloud(start, stopped, tmp_path):
     unbroken = start(out=str(tmp_path / "unbroken"))
     checkpoints = stopped(after=5)
-    assert names(checkpoints) == ["step-00000003", "step-00000005"]
+    assert names(checkpoints) == ["step-00000004", "step-00000005"]
     (checkpoints / "step-00000005" / checkpoint.OPTIMIZER).write_bytes(b"")
     resumed = start(resume=True)
     assert "passed over" in resumed.said
     assert "step-00000005 is damaged: optimizer.safetensors" in resumed.said
-    assert "Resuming at step 3" in resumed.said
+    assert "Resuming at step 4 of 6" in resumed.said
     assert digest(resumed.out) == digest(unbroken.out)
 
 

@@ -5,7 +5,7 @@
     base_model.model.<path>.<tensor of the module>    heads, under the module's own names
     base_model.<tensor>                               tensors that all sites of an adapter share
 
-Where Hugging Face PEFT has the method, its keys and shapes are written instead: see `peft.py`.
+Where Hugging Face PEFT has the method, its keys and shapes are written instead: see `peft_*.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

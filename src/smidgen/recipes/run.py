@@ -20,9 +20,11 @@ from ..auto.plan import (
     Plan,
 )
 from ..auto.preflight import preflight
+from ..auto.presets import preset
 from ..core.errors import CheckpointError, RecipeError
 from ..core.files import remove_directory
 from ..core.fingerprint import fingerprint
+from ..core.method import Method
 from ..evaluate.terminal import show
 from ..training import checkpoint
 from ..training.loop import Loop
@@ -34,7 +36,7 @@ from .choose import Chosen, agreed, choose, choose_steps_for, longest_batch, met
 from .prepare import Work, best_device, make_accelerator, prepare, set_threads
 from .probing import answers_of, fit_base
 from .save import is_result, save_result
-from .schema import MethodPart, Recipe
+from .schema import MethodPart, Recipe, TrainPart
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +60,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     quiet = not _is_main_process(device)
     if quiet:
         console = _silent()
-    if _finished(out, checkpoints, resume=resume, fresh=fresh):
+    if not recipe.dry_run and _finished(out, checkpoints, resume=resume, fresh=fresh):
         console.print(f"{out} is finished: nothing to resume", highlight=False)
         return out
     saved = _saved(checkpoints, recipe) if resume else None
@@ -143,7 +145,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
         return out
     notes = [*work.data.notes, *base.notes]
     report = judge.report(work, rows, base.answers, tuned, outcome, plan, method.name, notes, _versions())
-    resolved = recipe.model_copy(update={"out": out})
+    resolved = _resolved(recipe, out, work, method, chosen)
     report = save_result(out, work, adapters, report, resolved, replace=fresh or resume)
     if checkpoints.exists():
         remove_directory(checkpoints)
@@ -191,6 +193,24 @@ def _finished(out: Path, checkpoints: Path, *, resume: bool, fresh: bool) -> boo
     if out.exists() and any(out.iterdir()) and not is_result(out):
         raise RecipeError(f"{out} is not empty, and no result of smidgen; choose another --out")
     return is_result(out)
+
+
+def _resolved(recipe: Recipe, out: Path, work: Work, method: Method, chosen: Chosen) -> Recipe:
+    """The recipe with everything said that the plan chose: it runs the same again."""
+    numbers = {name: getattr(chosen, name) for name in TrainPart.model_fields if hasattr(chosen, name)}
+    numbers["label_smoothing"] = chosen.label_smoothing or None  # not for every kind
+    numbers |= {"epochs": None, "minutes": None, "threads": torch.get_num_threads()}  # the steps say it
+    said = MethodPart(name=method.name, **{**preset(method.name).settings, **(recipe.method or MethodPart()).settings})
+    columns = {role: getattr(work.task.columns, role) for role in ("text", "text_pair", "label")}
+    return recipe.model_copy(
+        update={
+            "out": out,
+            "train": TrainPart(**numbers),
+            "task": recipe.task.model_copy(update={"kind": work.task.labels.kind, "max_length": chosen.max_length}),
+            "method": said,
+            "data": recipe.data.model_copy(update=columns),
+        }
+    )
 
 
 def _saved(checkpoints: Path, recipe: Recipe) -> tuple[Path, checkpoint.State, list[str]] | None:

@@ -1,6 +1,6 @@
 """The result of a run as one folder, written whole or not at all, and read again for predicting.
 
-adapter_config.json, adapter_model.safetensors, smidgen.json   the adapter of the body (formats/folder.py)
+adapter_config.json, adapter_model.safetensors, smidgen.json   the adapter of the body (formats/)
 head.safetensors                                               the task's head: weight (K, 2 D), bias (K,)
 recipe.yaml, report.json, report.html, README.md               what was run, what it came to
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .schema import Recipe
 
 HEAD = "head.safetensors"
+MERGED = "task.json"  # of a merged model: its task, as in an adapter's smidgen.json
 _RESULT = ("adapter_model.safetensors", HEAD)  # what it takes to use the result, next to the base
 
 
@@ -62,16 +63,17 @@ class Tuned:
 
     model: TextClassifier
     task: TextClassification
-    adapters: AdapterSet
+    adapters: AdapterSet | None  # None: merged into the body
     located: Located
 
 
 def load_result(folder: Path, model: str | None = None, dtype: str | None = None) -> Tuned:
-    """Load base, adapter and head.   model: where the base is now, if not where it was.
+    """Load base, adapter and head, or a merged model.   model: where the base is now, if not where it was.
 
     Raises FolderError or ModelError saying what is missing.
     """
-    extra = _extra(folder)
+    merged = (folder / MERGED).is_file()
+    extra = {**read_json(folder / MERGED), "base_model": str(folder)} if merged else _extra(folder)
     said = {key: extra.get(key) for key in ("base_model", "dtype", "revision")}
     if not all(value is None or isinstance(value, str) for value in said.values()):
         raise FolderError(f"{folder / 'smidgen.json'} names its base model in no words: {said}")
@@ -89,7 +91,7 @@ def load_result(folder: Path, model: str | None = None, dtype: str | None = None
             f"{folder / 'smidgen.json'} describes its task in a way that is not known: {error!r}"
         ) from error
     body = load_body(located, dtype or said["dtype"], revision)
-    adapters = load(body, folder)
+    adapters = None if merged else load(body, folder)
     head = read_tensors(folder / HEAD)
     classifier = TextClassifier(body, task.outputs)
     needed = {name: tuple(p.shape) for name, p in classifier.head.named_parameters()}

@@ -6,7 +6,6 @@ reports every mistake with its line; `Recipe.to_yaml` writes one that loads back
 
 import typing
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -86,13 +85,13 @@ class TaskPart(Part):
     @field_validator("name")
     @classmethod
     def _is_a_task(cls, name: str) -> str:
-        known = ["text_classification", *(entry.name for entry in entry_points(group="smidgen.tasks"))]
+        known = ["text_classification"]
         if name not in known:
             near = nearest(name, known)
             hint = f' Did you mean "{near[0]}"?' if near else ""
             if name in typing.get_args(Kind):
                 hint = f" That is a kind of text_classification, said with task.kind: {name}."
-            raise mistake((), f'there is no task "{name}".{hint} There are: {", ".join(known)}')
+            raise mistake((), f'there is no task "{name}".{hint} There is: {", ".join(known)}')
         return name
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ..core.errors import DataError, RecipeError
 from ..core.files import atomic_directory, atomic_write
-from ..core.safe import read_json, write_tensors
+from ..core.safe import write_tensors
 from ..data.columns import guess_columns
 from ..data.read import read
 from ..data.table import Problem, Table
@@ -17,7 +17,7 @@ from ..evaluate.units import interval_text, metric_text
 from ..tasks.base import Examples
 from ..training.loop import predict as outputs_of
 from .prepare import bad_rows_message, best_device, make_accelerator
-from .save import HEAD, Tuned, load_result
+from .save import HEAD, MERGED, Tuned, load_result
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,21 +90,24 @@ def merge(
 ) -> None:
     """Write the base with the adapter merged into it as a plain transformers folder, with the head beside it.
 
-    Raises NotMergeable or MergeError, and FileExistsError's message as RecipeError; nothing is written then.
+    Raises NotMergeable, MergeError or RecipeError, and then has written nothing.
     """
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise RecipeError(f"{out} is there already: choose another --out")
     tuned = load_result(adapter, model, dtype)
+    if tuned.adapters is None:
+        raise RecipeError(f"{adapter} is merged already: AutoModel.from_pretrained reads it")
     report = tuned.adapters.merge(max_error=max_error)
     body: Any = tuned.model.body
     with atomic_directory(out) as new:
         body.save_pretrained(new)
         tuned.task.tokenizer.save_pretrained(new)
         write_tensors(new / HEAD, {name: p.detach() for name, p in tuned.model.head.named_parameters()})
-        note = {"format": 1, "merged": True, "task": read_json(adapter / "smidgen.json")["extra"]["task"]}
-        (new / "smidgen.json").write_text(json.dumps(note, indent=2, sort_keys=True), encoding="utf-8")
+        note = json.dumps({"format": 1, "task": tuned.task.describe()}, indent=2, sort_keys=True)
+        (new / MERGED).write_text(note, encoding="utf-8")
     console.print(
-        f"{report}\nMerged model in {out}: AutoModel.from_pretrained reads it; {HEAD} is the task's head",
+        f"{report}\nMerged model in {out}: AutoModel.from_pretrained reads it, {HEAD} is the task's head; "
+        "`smidgen predict` uses both",
         highlight=False,
     )
 

@@ -13,7 +13,7 @@ fine-tuning: Kumar et al. 2022, arXiv:2202.10054).
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -197,6 +197,8 @@ class TextClassification(Task):
     @staticmethod
     def from_description(description: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> "TextClassification":
         """The task of a saved adapter, for predicting and evaluating."""
+        if description["kind"] not in get_args(Kind):
+            raise ValueError(f"there is no kind {description['kind']!r}")
         task = TextClassification(
             tokenizer=tokenizer,
             columns=Columns(**description["columns"], reasons={}),

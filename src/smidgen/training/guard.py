@@ -68,7 +68,7 @@ class Guard:
         if sources := _bad(self.frozen):
             text += f". Frozen weights are not finite either: {_list(sources)}. Load the base model in a wider dtype"
         else:
-            text += ". Resume from the last checkpoint with a lower learning rate, or train in float32"
+            text += ". Start anew with a lower learning rate, or train in float32"
         raise NonFiniteError(text)
 
 
