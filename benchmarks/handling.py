@@ -22,7 +22,7 @@ from torch import nn
 
 import smidgen
 
-RANK, ALPHA = 16, 32.0
+RANK, ALPHA = 16, 32
 ATTACH_LIMIT_S, LOAD_LIMIT_S, SWITCH_LIMIT_MS = 0.15, 3.0, 2.0
 OURS, THEIRS = "smidgen", "HF PEFT"
 ADAPTER_NUMBERS = 10_092_544  # R (I + O), summed over the layers
@@ -97,7 +97,7 @@ def loading(ours: nn.Module, theirs: nn.Module, count: int) -> tuple[dict[str, l
     """Seconds of every load, of adapters named "0", "1", ...; and HF PEFT's model with all of them."""
     from peft import PeftModel
 
-    # A virtual machine takes memory that it never used from its host, at several times the cost of the reading: not here.
+    # A virtual machine gets memory that it never used from its host, which takes longer than the reading: get it now.
     torch.ones(2 * count * ADAPTER_NUMBERS)
     with tempfile.TemporaryDirectory() as folder:
         adapters, wrapped = attach(ours), hf_attach(theirs)

@@ -4,7 +4,7 @@ Everything is as in `smidgen tune`, except that the steps are given and not meas
 once; each method gets a fresh body and a head that starts from the probe. The table is judged on the test rows. A
 sweep, with which the presets were chosen, is judged on the validation rows alone.
 
-    python benchmarks/presets.py [--steps 200] [--only lora ia3]
+    python benchmarks/presets.py [--steps 160] [--only lora ia3]
     python benchmarks/presets.py --sweep lora 1e-3 2e-3 4e-3 [--set rank=8] [--head 1e-3] [--decay 0.1]
 """
 
@@ -105,6 +105,8 @@ def train(bench: Bench, name: str, rates: Preset, *, at_the_end: bool = False) -
     if name == "full":
         adapters, used = None, adapt.used_modules(work, plan)
         parameters = {n: p for n, p in model.body.named_parameters() if n.rpartition(".")[0] in used}
+        for parameter_name, parameter in model.body.named_parameters():
+            parameter.requires_grad_(parameter_name in parameters)
         decay = rates.weight_decay
         groups = [
             Group(parameters=parameters, learning_rate=rates.learning_rate, weight_decay=decay),
@@ -201,7 +203,7 @@ def sweep(bench: Bench, name: str, rates: list[Preset]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the demo's archive is")
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD")
     parser.add_argument("--sweep", nargs="+", metavar="METHOD RATE", help="a method, then learning rates")

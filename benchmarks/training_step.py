@@ -8,6 +8,7 @@ gradient to the inputs, so what is above 1 is what adapting costs. Smidgen, HF P
 
 import argparse
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import smidgen
 
-RANK, ALPHA, DROPOUT = 16, 32.0, 0.05
+RANK, ALPHA, DROPOUT = 16, 32, 0.05
 FLOOR = "frozen (floor)"
 OURS = "**smidgen**"
 TIME_LIMIT, KEPT_LIMIT = 1.2, 1.3  # of the plain variant in bf16
@@ -80,7 +81,8 @@ def variants_of(base: nn.Module) -> dict[str, nn.Module]:
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     """A scalar that depends on every output."""
-    return model(inputs_embeds=x)[0].float().square().mean()
+    output: Tensor = model(inputs_embeds=x)[0]
+    return output.float().square().mean()
 
 
 def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -90,7 +92,7 @@ def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
         for parameter in parameters:
             parameter.grad = None
         x.grad = None
-        loss_of(model, x).backward()
+        torch.autograd.backward(loss_of(model, x))
 
     return step
 
@@ -101,7 +103,7 @@ def measure(key: str, rounds: int) -> tuple[dict[str, Spread], dict[str, float]]
     base = build().train()
     x = torch.randn(shape, dtype=next(base.parameters()).dtype, requires_grad=True)
     models = variants_of(base)
-    kept = {name: kept_for_backward(model, lambda model=model: loss_of(model, x)) for name, model in models.items()}
+    kept = {name: kept_for_backward(model, functools.partial(loss_of, model, x)) for name, model in models.items()}
     samples = interleaved({name: step_of(model, x) for name, model in models.items()}, rounds)
     return over(samples, FLOOR), {name: size / kept[FLOOR] for name, size in kept.items()}
 

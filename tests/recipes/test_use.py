@@ -86,8 +86,12 @@ def test_a_merged_model_gives_the_same_outputs_without_smidgen(out, texts, tmp_p
         assert (base(batch) - merged(batch)).abs().max() > 1e-2  # else there was nothing to merge
     with pytest.raises(RecipeError, match="is there already"):
         merge(out, tmp_path / "merged", model=None, max_error=0.05, dtype=None, console=Console(quiet=True))
-    with pytest.raises(FolderError, match=r"merged is no result of `smidgen tune`: it has no adapter_config\.json"):
-        load_result(tmp_path / "merged")
+    again = load_result(tmp_path / "merged")
+    assert again.adapters is None
+    with torch.no_grad():
+        assert torch.equal(again.model(batch), merged(batch))
+    with pytest.raises(RecipeError, match="is merged already"):
+        merge(tmp_path / "merged", tmp_path / "twice", model=None, max_error=0.05, dtype=None, console=Console(quiet=True))
 
 
 def table(task, texts):

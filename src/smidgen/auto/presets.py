@@ -29,16 +29,35 @@ _PRESETS: dict[str, Preset] = {
     "lora": Preset(
         learning_rate=2e-3,
         settings={"rank": 4, "alpha": 8.0},
-        why="ten times full fine-tuning's or more, whatever the rank, is best for LoRA",
+        why="twenty times full fine-tuning's; 4e-3 was no better in longer runs. Rank 4 on every layer is below 1 %",
     ),
-    "bottleneck": Preset(learning_rate=1e-3),
-    "ia3": Preset(learning_rate=1e-2, why="a few scales per layer have to move far"),
-    "bitfit": Preset(learning_rate=3e-3, why="biases have to move further than weights"),
-    "prefix_tuning": Preset(learning_rate=1e-2, why="virtual keys and values start far from anything useful"),
-    "prompt_tuning": Preset(learning_rate=1e-2, why="virtual tokens act through all layers, so they have to move far"),
-    "selective": Preset(learning_rate=3e-4, why="the model's own weights, near full fine-tuning's rate"),
-    "head": Preset(learning_rate=1e-3),
-    "full": Preset(learning_rate=5e-5, head_learning_rate=5e-4, why="the usual rate of full fine-tuning"),
+    "bottleneck": Preset(
+        learning_rate=5e-3,
+        why="at 1e-3 a short run moves it too little; more places or a place beside the layer brought nothing",
+    ),
+    "ia3": Preset(
+        learning_rate=3e-2,
+        weight_decay=0.0,
+        why="a few scales per layer have to move far; decay would pull them to 0, and the base is at 1",
+    ),
+    "bitfit": Preset(learning_rate=5e-3, why="biases have to move further than weights; 1e-2 is too far"),
+    "prefix_tuning": Preset(
+        learning_rate=1e-1,
+        weight_decay=0.0,
+        settings={"init_std": 0.5},
+        why="a model's keys and values are of size 0.5 to 1: prefixes that start near 0 are all alike, and stay so",
+    ),
+    "prompt_tuning": Preset(
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        why="a fifth of the embedding's size a step; vectors of random tokens disturb more at the start",
+    ),
+    "selective": Preset(
+        learning_rate=3e-4,
+        why="the weights with the steepest loss: at 1e-3 they overshoot",
+    ),
+    "head": Preset(learning_rate=1e-4, why="not measured: modules of the model trained whole, as in full fine-tuning"),
+    "full": Preset(learning_rate=1e-4, why="short runs want twice the usual rate, and a head that moves faster"),
 }
 
 

@@ -20,6 +20,8 @@ from .prepare import Work
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_LEAST_ROWS = 2000  # that the probe is fitted on, whatever the time: it is the rival, and where the head starts
+
 
 @dataclass(frozen=True)
 class Base:
@@ -92,7 +94,7 @@ def _affordable(model: nn.Module, work: Work, chosen: Chosen, accelerator: "Acce
     per_row = agreed((time.monotonic() - start) / len(rows))
     fixed = len(work.test) + sum(map(len, work.shift.values()))
     most = int(60 * (chosen.minutes or 0) / 3 / per_row) - fixed
-    return subset(len(work.train), _strata(work), max(most, 10 * work.task.outputs, 200), chosen.seed)
+    return subset(len(work.train), _strata(work), max(most, _LEAST_ROWS), chosen.seed)
 
 
 def _strata(work: Work) -> list[Any] | None:
