@@ -91,7 +91,9 @@ def test_a_merged_model_gives_the_same_outputs_without_smidgen(out, texts, tmp_p
     with torch.no_grad():
         assert torch.equal(again.model(batch), merged(batch))
     with pytest.raises(RecipeError, match="is merged already"):
-        merge(tmp_path / "merged", tmp_path / "twice", model=None, max_error=0.05, dtype=None, console=Console(quiet=True))
+        merge(
+            tmp_path / "merged", tmp_path / "twice", model=None, max_error=0.05, dtype=None, console=Console(quiet=True)
+        )
 
 
 def table(task, texts):

@@ -39,7 +39,8 @@ class PrefixTuning(Method):
     length: N, positions in front; 10 to 200 is usual, more for generation than for classification.
     reparametrisation: M, the width of the paper's MLP that the prefix is computed by while it is trained; it steadies
         training where the learning rate is high.  None learns K and V directly, as P-tuning v2 does.
-    init_std: standard deviation of the random start, of K and V or of the MLP's last layer.
+    init_std: standard deviation of the random start, of K and V or of the MLP's last layer.  A model's own keys and
+        values are often of size 0.5 to 1; a prefix that starts far below is ignored for long.
     shift_positions: count positions of real tokens from N on, as Hugging Face PEFT does, whose prefix sits in the
         cache.  Its folders need it; otherwise it only costs room.
     """
