@@ -2,12 +2,14 @@
 
     python benchmarks/kill_resume.py [--kills 20] [--seed 0]
 
-A tiny model is tuned with the real command line, saving every step.  It is killed (SIGKILL) after a random time,
-resumed with --resume, killed again, and so on; a run that ends before it is killed is followed by another.  Printed are
-how many kills were followed by a resume that needed no hand, and how many runs came to the bits of an unbroken one.
+A tiny model is tuned with the real command line, saving every step.  It is killed (SIGKILL), resumed with --resume,
+killed again, and so on; a run that ends before it is killed is followed by another.  Three of four kills come while it
+trains, judges and writes its result, the others at any time.  Printed are how many kills were followed by a resume that
+needed no hand, and how many runs came to the bits of an unbroken one.
 """
 
 import argparse
+import math
 import os
 import random
 import signal
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +28,6 @@ from tiny import reviews, tiny_bert, write_csv  # noqa: E402
 
 from smidgen.core.files import sha256_file  # noqa: E402
 
-Ending = Literal["finished", "killed", "failed"]
 STEPS = 40
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -39,16 +41,35 @@ def command(folder: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "smidgen", "tune", *paths, *settings, *dropout]
 
 
-def run(words: list[str], kill_after_s: float | None = None) -> tuple[Ending, str]:
-    """How the command ended, and what it said."""
-    with subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        try:
-            said, _ = process.communicate(timeout=kill_after_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said, _ = process.communicate()
-    endings: dict[int, Ending] = {0: "finished", -signal.SIGKILL: "killed"}
-    return endings.get(process.returncode, "failed"), said.decode()
+@dataclass(frozen=True)
+class Run:
+    """How a command ended, what it said, and its seconds in all and since the first step that it saved."""
+
+    ending: Literal["finished", "killed", "failed"]
+    said: str
+    seconds: float
+    seconds_of_training: float
+
+
+def run(words: list[str], checkpoints: Path, kill_after_s: float = math.inf, *, training: bool = False) -> Run:
+    """Run a command, and kill it after some seconds: of all, or of those since it saved its first step."""
+    before, started, first = newest_step(checkpoints), time.monotonic(), None
+    with tempfile.TemporaryFile() as said:
+        with subprocess.Popen(words, env=ENVIRONMENT, stdout=said, stderr=subprocess.STDOUT) as process:
+            while process.poll() is None:
+                now = time.monotonic()
+                if first is None and newest_step(checkpoints) > before:
+                    first = now
+                since = first if training else started
+                if since is not None and now - since > kill_after_s:
+                    process.kill()
+                    process.wait()
+                time.sleep(0.002)
+        said.seek(0)
+        text = said.read().decode()
+    ended = time.monotonic()
+    endings: dict[int, Literal["finished", "killed"]] = {0: "finished", -signal.SIGKILL: "killed"}
+    return Run(endings.get(process.returncode, "failed"), text, ended - started, ended - (first or ended))
 
 
 def result(out: Path) -> list[str]:
@@ -69,27 +90,27 @@ def main() -> None:
         folder = Path(name)
         tiny_bert(folder / "bert")
         write_csv(folder / "reviews.csv", reviews(120))
-        started = time.monotonic()
-        ending, text = run(command(folder, folder / "unbroken"))
-        if ending != "finished":
-            sys.exit(text)
-        seconds = time.monotonic() - started
+        unbroken = run(command(folder, folder / "unbroken"), folder / "unbroken.checkpoints")
+        if unbroken.ending != "finished":
+            sys.exit(unbroken.said)
         while len(steps) < said.kills:
-            out, words = folder / f"killed-{runs}", command(folder, folder / f"killed-{runs}")
-            ending = "killed"
-            while ending == "killed":
-                more = len(steps) < said.kills
-                ending, text = run(words, moments.uniform(0.5, 1.0) * seconds if more else None)
-                if ending == "killed":
-                    steps.append(newest_step(folder / f"{out.name}.checkpoints"))
+            out, checkpoints = folder / f"killed-{runs}", folder / f"killed-{runs}.checkpoints"
+            words, ended = command(folder, out), None
+            while ended is None or ended.ending == "killed":
+                training = moments.random() < 0.75
+                within = unbroken.seconds_of_training if training else unbroken.seconds
+                moment = moments.uniform(0, within) if len(steps) < said.kills else math.inf
+                ended = run(words, checkpoints, moment, training=training)
+                if ended.ending == "killed":
+                    steps.append(newest_step(checkpoints))
                     words = [*command(folder, out), "--resume"]
             runs += 1
-            failed += ending == "failed"
+            failed += ended.ending == "failed"
             left = [path.name for path in folder.iterdir() if path.name.startswith((".smidgen-", f"{out.name}."))]
-            same = ending == "finished" and result(out) == result(folder / "unbroken")
+            same = ended.ending == "finished" and result(out) == result(folder / "unbroken")
             equal += same and not left
             if left or not same:
-                print(f"{text}\n{out.name}: the same bits: {same}; left behind: {left}", file=sys.stderr)
+                print(f"{ended.said}\n{out.name}: the same bits: {same}; left behind: {left}", file=sys.stderr)
     print(f"{said.kills - failed}/{said.kills} kills needed no hand; saved when killed, of {STEPS} steps: {steps}")
     print(f"{equal}/{runs} runs came to the bits of an unbroken one")
     sys.exit(failed > 0 or equal < runs)

@@ -91,6 +91,7 @@ class AdapterSet:
         self._entries: dict[str, Entry] = {}
         self._active: Expression = None
         self._trained_before: dict[str, bool] = {}
+        self._kept_places: list[tuple[nn.Module, tuple[str, ...]]] | None = None
         self._nesting_before: list[nn.TransformerEncoder] = []
 
     # -- what is there
@@ -186,6 +187,7 @@ class AdapterSet:
         for site, part in zip(sites, parts, strict=True):
             mechanism.put_on(site, name, part)
         self._entries[name] = Entry(method, resolution, sites)
+        self._kept_places = None
         if len(self._entries) == 1:
             self.activate(name)
         return self
@@ -211,6 +213,7 @@ class AdapterSet:
         for site in entry.sites:
             mechanism.take_off(site, name)
         del self._entries[name]
+        self._kept_places = None
         if self._entries:
             self.activate(self._active)
         else:
@@ -276,7 +279,7 @@ class AdapterSet:
         self._active = expression
 
     def _set_plans(self, expression: Expression) -> None:
-        for layer, parameters in self._layers.values():
+        for layer, parameters in self._places():
             mechanism.set_plans(layer, *mechanism.plans_at(layer, parameters, expression))
 
     def _all_by_row(self, expression: Expression) -> bool:
@@ -367,7 +370,7 @@ class AdapterSet:
 
     def _refuse_foreign(self, sites: Sequence[Site]) -> None:
         """Raise AttachError where adapters live that were put on through a part of this model, or a model around it."""
-        ours = self._layers
+        ours = {id(layer) for layer, _ in self._places()}
         adapted = [site for site in sites if mechanism.is_adapted(site.layer) and id(site.layer) not in ours]
         foreign = [site.name for site in adapted if len(mechanism.held(site.layer))]
         if foreign:
@@ -391,17 +394,18 @@ class AdapterSet:
             raise TargetError(f"heads={method.heads} cannot be trained. {'; '.join(refused[:5])}")
         return sites
 
-    @property
-    def _layers(self) -> dict[int, tuple[nn.Module, tuple[str, ...]]]:
-        """Every adapted layer, with those of its parameters that are sites."""
-        layers: dict[int, tuple[nn.Module, tuple[str, ...]]] = {}
-        for entry in self._entries.values():
-            for site in entry.sites:
-                layer, parameters = layers.get(id(site.layer), (site.layer, ()))
-                if site.parameter is not None and site.parameter not in parameters:
-                    parameters = (*parameters, site.parameter)
-                layers[id(site.layer)] = (layer, parameters)
-        return layers
+    def _places(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        """Every adapted layer, with those of its parameters that are sites; kept until adapters come or go."""
+        if self._kept_places is None:
+            found: dict[int, tuple[nn.Module, tuple[str, ...]]] = {}
+            for entry in self._entries.values():
+                for site in entry.sites:
+                    layer, parameters = found.get(id(site.layer), (site.layer, ()))
+                    if site.parameter is not None and site.parameter not in parameters:
+                        parameters = (*parameters, site.parameter)
+                    found[id(site.layer)] = (layer, parameters)
+            self._kept_places = list(found.values())
+        return self._kept_places
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:
