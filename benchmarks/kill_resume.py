@@ -34,7 +34,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOK
 
 def command(folder: Path, out: Path) -> list[str]:
     """A run of `smidgen tune` that saves every step."""
-    said = {"steps": STEPS, "batch": 8, "learning_rate": 0.01, "evaluate_every": 5, "save_every": 1, "patience": 100}
+    said = {"steps": STEPS, "batch": 8, "learning_rate": 0.01, "precision": "fp32"}
+    said |= {"evaluate_every": 5, "save_every": 1, "patience": 100}
     settings = [part for key, value in said.items() for part in ("--set", f"train.{key}={value}")]
     dropout = ["--set", "method.dropout=0.1"]
     paths = ["--model", str(folder / "bert"), "--data", str(folder / "reviews.csv"), "--out", str(out)]

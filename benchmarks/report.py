@@ -10,9 +10,9 @@ INTRODUCTION = """# Benchmarks
 *Made by `benchmarks/report.py` from `benchmarks/results/*.json`. Change the benchmarks, not this page.*
 
 Every claim about speed or memory is a command that runs ours and the other tool side by side: in one process, on one
-thread, in rounds that run everything once in random order. Times are process CPU time, and the ratio is formed inside
-each round; what stands here is the median, with the quartiles in brackets. The machines are shared and small, so
-ratios are what to compare, not seconds.
+thread, in rounds that run everything once in random order. Times are process CPU time. A figure over a floor is formed
+inside each round; "times ours" is formed of the two medians. What stands here is the median, with the quartiles in
+brackets where there were several rounds. The machines are shared and small: compare ratios, not seconds.
 
 ```console
 make bench                                                # all, in full

@@ -49,8 +49,8 @@ def test_sixteen_bit_is_chosen_only_where_it_is_measured_faster():
     def run(costs):
         return lambda precision: time.sleep(costs[precision])
 
-    assert choose_precision(run({"no": 0.02, "bf16": 0.005}), CPU)[0] == "bf16"
-    assert choose_precision(run({"no": 0.005, "bf16": 0.02}), CPU)[0] == "no"
+    assert choose_precision(run({"fp32": 0.02, "bf16": 0.005}), CPU)[0] == "bf16"
+    assert choose_precision(run({"fp32": 0.005, "bf16": 0.02}), CPU)[0] == "fp32"
 
 
 def test_steps_are_the_epochs_where_the_time_allows_and_what_fits_where_not():

@@ -56,7 +56,8 @@ def start(tmp_path, bert, data) -> Callable[..., Run]:
     """A function that runs a recipe, a short one unless told otherwise."""
 
     def start(*, resume: bool = False, fresh: bool = False, **parts: Any) -> Run:
-        train = {"steps": 6, "batch": 8, "learning_rate": 0.01, "evaluate_every": 3} | parts.pop("train", {})
+        usual = {"steps": 6, "batch": 8, "learning_rate": 0.01, "evaluate_every": 3, "precision": "fp32"}
+        train = usual | parts.pop("train", {})
         recipe = {"model": str(bert), "data": str(data), "out": str(tmp_path / "out"), "train": train} | parts
         said = io.StringIO()
         console = Console(file=said, width=200)

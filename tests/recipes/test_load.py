@@ -51,7 +51,7 @@ def flag_refusal(flags=None, settings=()):
         ("batch: 8", 'recipe.yaml:4: "batch" is not a key of a recipe. It is a key of train. Keys: recipe, model,'),
         ("task: regression",
          'recipe.yaml:4: there is no task "regression". That is a kind of text_classification, said with task.kind: '
-         "regression. There are: text_classification"),
+         "regression. There is: text_classification"),
         ("task: {kind: binry}",
          'recipe.yaml:4: task.kind is "binry" (text); it can be binary or multiclass or multilabel or regression. '
          'Did you mean "binary"?'),

@@ -4,9 +4,12 @@ import math
 import random
 
 import pytest
+from rich.console import Console
 
 from smidgen.core.errors import DataError, ModelError, RecipeError, TargetError
 from smidgen.core.files import sha256_file
+from smidgen.recipes.load import load_recipe
+from smidgen.recipes.run import tune
 
 from ..tiny import BAD, GOOD, reviews, write_csv
 
@@ -105,8 +108,33 @@ def test_a_run_learns_what_the_probe_cannot_see(start, tmp_path, llama):
     assert steps == [0, *range(5, 41, 5)]
 
 
+def test_the_recipe_of_a_result_runs_the_same_again(start, tmp_path):
+    """Also what was measured, such as steps and precision, is said in it."""
+    train = dict.fromkeys(["steps", "batch", "evaluate_every", "learning_rate", "precision"]) | {"epochs": 1}
+    first = start(train=train)
+    recipe = load_recipe(first.out / "recipe.yaml", flags={"--out": str(tmp_path / "again")})
+    assert None not in (recipe.train.steps, recipe.train.precision, recipe.train.learning_rate, recipe.task.max_length)
+    again = tune(recipe, resume=False, fresh=False, console=Console(quiet=True))
+    assert digest(again) == digest(first.out)
+
+
+def test_the_precision_that_was_said_is_used(start, tmp_path):
+    one, two = (start(out=str(tmp_path / p), train={"precision": p}) for p in ("fp32", "bf16"))
+    assert (one.plan["precision"], two.plan["precision"]) == ("fp32", "bf16")
+    assert one.report["curves"]["train loss"] != two.report["curves"]["train loss"]
+
+
 def test_the_defaults_choose_everything_and_say_why(start):
-    run = start(train={"steps": None, "batch": None, "evaluate_every": None, "learning_rate": None, "epochs": 1})
+    run = start(
+        train={
+            "steps": None,
+            "batch": None,
+            "evaluate_every": None,
+            "learning_rate": None,
+            "precision": None,
+            "epochs": 1,
+        }
+    )
     assert run.plan["steps"] == "40"  # 11 steps of 8 rows would be an epoch; so few rows are seen more often
     assert run.plan["batch"] == "8"
     assert run.plan["training rows"] == "86"

@@ -139,7 +139,7 @@ def test_of_equal_values_the_one_with_the_lower_loss_is_better():
     assert (outcome.stopped, outcome.best_step) == ("finished", 8)  # a falling loss is progress: patience is not over
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path, precision):
     """Dropout, shuffling, accumulation over the ends of epochs, a rising and falling learning rate, a best state."""
     settings = {"precision": precision, "accumulate": 2, "steps": 30, "evaluate_every": 7, "save_every": 100}

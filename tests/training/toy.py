@@ -97,7 +97,7 @@ def loop(
     *,
     train: Examples | None = None,
     task: Task | None = None,
-    precision: str = "no",
+    precision: str = "fp32",
     dropout: float = 0.3,
     **settings: Any,
 ) -> Loop:

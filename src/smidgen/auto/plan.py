@@ -20,6 +20,7 @@ T = TypeVar("T")
 DEFAULT_MINUTES_ON_CPU = 3.0
 _LONGEST_ON_CPU, _LONGEST = 128, 512
 _PRECISION_GAIN = 0.9  # 16 bit has to be faster by so much to be worth its rounding
+_MEASURED_S = 0.5  # at least three turns of each; where they are short, as many as fit
 _EVALUATIONS = 8
 _LEAST_STEPS = 40
 _SHORT = 64  # tokens
@@ -59,22 +60,22 @@ def choose_max_length(lengths: Sequence[int], model_limit: int, device: torch.de
 
 
 def choose_precision(run: Callable[[str], Any], device: torch.device) -> tuple[str, str, float | None]:
-    """ "no" (fp32) or "bf16" for the computing, why, and the seconds of one `run(precision)` where it was measured.
+    """ "fp32" or "bf16" for the computing, why, and the seconds of one `run(precision)` where it was measured.
 
     run: one forward and backward in that precision.
     """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported():
             return "bf16", "the GPU multiplies it natively", None
-        return "no", "this GPU has no bfloat16", None
+        return "fp32", "this GPU has no bfloat16", None
     if device.type != "cpu":
-        return "no", f"the safe choice on {device.type}", None
-    seconds = {precision: _fastest(partial(run, precision)) for precision in ("no", "bf16")}
-    ratio = seconds["bf16"] / seconds["no"]
+        return "fp32", f"the safe choice on {device.type}", None
+    seconds = dict(zip(("fp32", "bf16"), _fastest(partial(run, "fp32"), partial(run, "bf16")), strict=True))
+    ratio = seconds["bf16"] / seconds["fp32"]
     if ratio < _PRECISION_GAIN:
         why = f"measured {1 / ratio:.1f} times as fast as fp32 here; adapters stay in fp32"
         return "bf16", why, seconds["bf16"]
-    return "no", f"bfloat16 measured {ratio:.1f} times as slow on this processor", seconds["no"]
+    return "fp32", f"bfloat16 measured {ratio:.1f} times as slow on this processor", seconds["fp32"]
 
 
 def shorter_length(max_length: int, tokens: int, seconds_per_token: float, minutes: float) -> int:
@@ -110,14 +111,18 @@ def evaluation_interval(steps: int) -> int:
     return max(1, math.ceil(steps / _EVALUATIONS))
 
 
-def _fastest(run: Callable[[], Any], repeats: int = 3) -> float:
-    run()  # the first call pays for what later ones find made
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _fastest(*runs: Callable[[], Any]) -> list[float]:
+    """The shortest time of each, in seconds; taken by turns, so that what else the machine does meets them alike."""
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        run()  # the first call pays for what later ones find made
+    until = time.perf_counter() + _MEASURED_S
+    while len(times[0]) < 3 or (time.perf_counter() < until and len(times[0]) < 50):
+        for run, found in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+    return [min(found) for found in times]
 
 
 def _minutes(seconds: float) -> str:

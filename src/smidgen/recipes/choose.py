@@ -71,8 +71,11 @@ def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) ->
     batch = plan.decide(
         "batch", said.batch, fitting, "at most 32: adapters learn worse from larger ones; fewer for few rows"
     )
-    precision, why, seconds = agreed(choose_precision(lambda p: _trial(work, p), device))
-    plan.decide("precision", None, "fp32" if precision == "no" else precision, why)
+    measured: tuple[str, str, float | None] = (said.precision or "", "", None)
+    if said.precision is None:
+        measured = agreed(choose_precision(lambda p: _trial(work, p), device))
+    precision, why, seconds = measured
+    plan.decide("precision", said.precision, precision, why)
     default = DEFAULT_MINUTES_ON_CPU if device.type == "cpu" and said.epochs is None and said.steps is None else None
     why = "a first answer soon; more with --minutes or --epochs" if default else "no limit"
     minutes = plan.decide("minutes", said.minutes, default, why)

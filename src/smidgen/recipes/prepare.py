@@ -191,13 +191,13 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def make_accelerator(device: torch.device, precision: str = "no") -> "Accelerator":
-    """accelerate's handle on device, processes and precision ("no" or "bf16")."""
+def make_accelerator(device: torch.device, precision: str = "fp32") -> "Accelerator":
+    """accelerate's handle on device, processes and precision ("fp32" or "bf16")."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # it is shared, and an earlier run in this process may have had another precision
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
 
 
 def _read(data: DataPart) -> tuple[dict[str, Table], list[Problem]]:

@@ -106,6 +106,7 @@ class TrainPart(Part):
     minutes: Above0 | None = None
     batch: Count | None = None
     accumulate: Count | None = None
+    precision: Literal["fp32", "bf16"] | None = None  # of the computing; what is trained stays in fp32
     learning_rate: Above0 | None = None
     head_learning_rate: Above0 | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None
