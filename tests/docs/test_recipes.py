@@ -60,7 +60,7 @@ def test_the_presets_are_those_of_the_program():
             found.weight_decay,
             found.epochs,
         ], name
-        assert settings == ", ".join(f"{key} {value:g}" for key, value in found.settings.items())
+        assert settings == ", ".join(f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in found.settings.items())
 
 
 def test_the_example_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
