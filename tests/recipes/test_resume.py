@@ -101,6 +101,15 @@ def test_a_finished_run_is_neither_replaced_nor_repeated_unasked(start, tmp_path
     assert names(tmp_path) == ["out"]
 
 
+def test_what_a_run_left_that_was_killed_as_it_tidied_up_is_removed(start, tmp_path):
+    """The result was in place, and the checkpoints renamed aside on their way out."""
+    start()
+    half_gone = tmp_path / ".smidgen-new-0123456789abcdef" / "step-00000006"
+    half_gone.mkdir(parents=True)
+    assert "nothing to resume" in start(resume=True).said
+    assert names(tmp_path) == ["out"]
+
+
 def test_a_fresh_run_that_was_stopped_leaves_the_old_result_until_the_new_one_is_done(start, stopped, tmp_path):
     old = digest(start().out)
     stopped(fresh=True, train={"seed": 1})

@@ -74,12 +74,17 @@ def atomic_write(path: str | Path, data: bytes) -> None:
 
 
 def remove_directory(path: str | Path) -> None:
-    """Delete a directory so that nobody finds half of it. One that is not there is no error."""
+    """Delete a directory so that nobody finds half of it, and what killed writers and deleters left beside it.
+
+    One that is not there is no error.
+    """
     path = Path(os.path.realpath(path))
     with contextlib.suppress(FileNotFoundError):
         aside = _sibling(path)
         os.rename(path, aside)
         shutil.rmtree(aside, ignore_errors=True)
+    if path.parent.is_dir():
+        _clean(path.parent)
 
 
 def recover(path: str | Path) -> bool:

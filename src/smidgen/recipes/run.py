@@ -61,6 +61,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     if quiet:
         console = _silent()
     if not recipe.dry_run and _finished(out, checkpoints, resume=resume, fresh=fresh):
+        remove_directory(checkpoints)  # whoever finished it may have been killed while doing this
         console.print(f"{out} is finished: nothing to resume", highlight=False)
         return out
     saved = _saved(checkpoints, recipe) if resume else None
