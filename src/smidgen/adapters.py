@@ -171,6 +171,9 @@ class AdapterSet:
             parts[0].add_module("shared", shared)  # held once
             for part in parts[1 : len(resolution.sites)]:
                 part.__dict__["shared"] = shared  # and only referred to elsewhere
+            shared.prepare()
+        for part in parts:
+            part.prepare()
         if fresh:
             generators = {}
             for part in parts:

@@ -26,6 +26,7 @@ EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
     "bitfit": ("bitfit", {}),
     "bottleneck": ("bottleneck", {"width": 3, "non_linearity": "tanh"}),
     "bottleneck_parallel": ("bottleneck", {"width": 3, "non_linearity": "tanh", "placement": "parallel", "scale": 2.0}),
+    "fourierft": ("fourierft", {"frequencies": 9, "scale": 20.0}),
     "head": ("head", {}),
     "ia3": ("ia3", {}),
     "ia3_on_input": ("ia3", {"feedforward": ("layer", "linear2")}),

@@ -26,6 +26,7 @@ class Adapter(nn.Module):
         starts_as_base: a fresh adapter leaves the model's output as it was.
         weightable: base + w * (what it changes) has a meaning, so that `Weighted` can hold it.
         mergeable: `merged` says how the weight changes.
+        in_blocks: some rows of `merged` cost less than all of them; False where the whole change is made each time.
     """
 
     additive: ClassVar[bool] = False
@@ -33,12 +34,19 @@ class Adapter(nn.Module):
     starts_as_base: ClassVar[bool] = True
     weightable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
+    in_blocks: ClassVar[bool] = True
 
     shared: nn.Module  # set by AdapterSet: what all adapters of the name use together, if the method has that
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
+
+    def prepare(self) -> None:
+        """Compute what follows from the settings and the base alone: places from a seed, a basis of the weight.
+
+        Called once on the model's device, before `reset` or before a saved adapter's tensors are filled in.
+        """
 
     def reset(self, generator: torch.Generator | None) -> None:
         """Initialise all parameters, with random numbers from `generator` alone."""

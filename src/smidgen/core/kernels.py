@@ -40,17 +40,20 @@ class _FrozenLinearLowRank(torch.autograd.Function):
         if torch.is_grad_enabled():  # this backward is itself differentiated, and h was computed outside any graph
             h = torch.mm(rows, A_cast.T)
         g = torch.mm(dy_rows, B_cast).mul_(ctx.scale)  # (N, R)
-        dA = torch.mm(g.T, rows)
-        if mask is not None and mask.dim() == 1:
-            dA = dA.mul_(mask)
-        dB = torch.mm(h.T, dy_rows).mul_(ctx.scale).T  # this way round is the faster one
-        dx = None
+        dx = dA = dB = None
+        if ctx.needs_input_grad[3]:  # some methods keep one of the two as it is
+            dA = torch.mm(g.T, rows)
+            dA = (dA.mul_(mask) if mask is not None and mask.dim() == 1 else dA).to(A.dtype)
+        if ctx.needs_input_grad[4]:
+            dB = torch.mm(h.T, dy_rows).mul_(ctx.scale).T.to(B.dtype)  # this way round is the faster one
         if ctx.needs_input_grad[0]:
             dx = torch.mm(dy_rows, W)
-            of_entries = mask is not None and mask.dim() == 2
-            dx = dx.addcmul_(torch.mm(g, A_cast), mask) if of_entries else dx.addmm_(g, A_cast)
+            if mask is not None and mask.dim() == 2:
+                dx.addcmul_(torch.mm(g, A_cast), mask)
+            else:
+                dx.addmm_(g, A_cast)
             dx = dx.view(x.shape)
-        return dx, None, None, dA.to(A.dtype), dB.to(B.dtype), None, None
+        return dx, None, None, dA, dB, None, None
 
 
 def frozen_linear_low_rank(

@@ -46,6 +46,10 @@ class LayerKind:
         """R channels by B (O, R): a pointwise map to the layer's output channels."""
         raise NotImplementedError
 
+    def apply(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
+        """What the layer gives for x with the matrix M (O, I) as its weight and without bias."""
+        return self.project(layer, x, M)
+
     def channels(self, layer: nn.Module, v: Tensor, like: Tensor) -> Tensor:
         """v, a number per channel, shaped to broadcast against `like`, an input or output of the layer."""
         return v
@@ -147,6 +151,10 @@ class ConvKind(LayerKind):
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(layer.kernel_size)]
         return conv(h, B.view(*B.shape, *[1] * len(layer.kernel_size)), groups=layer.groups)
 
+    def apply(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
+        layer = cast(nn.Conv2d, layer)
+        return cast(Tensor, layer._conv_forward(x, M.view(layer.weight.shape), None))
+
     def channels(self, layer: nn.Module, v: Tensor, like: Tensor) -> Tensor:
         return v.view(-1, *[1] * len(cast(nn.Conv2d, layer).kernel_size))
 
@@ -188,7 +196,12 @@ class EmbeddingKind(LayerKind):
         return F.embedding(x, A.T)
 
     def expand(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
-        h = F.linear(h, B)
+        return self._scaled(layer, F.linear(h, B))
+
+    def apply(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
+        return self._scaled(layer, F.embedding(x, M.T))
+
+    def _scaled(self, layer: nn.Module, h: Tensor) -> Tensor:
         scale = getattr(layer, "embed_scale", None)  # transformers' scaled word embeddings multiply their output
         return h if scale is None else h * scale
 

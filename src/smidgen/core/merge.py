@@ -70,7 +70,9 @@ def _blocks(site: Site, expression: Expression) -> "Iterator[tuple[slice, Tensor
     """Blocks of rows: (rows, old, new, new bias), old and new (rows, I) in fp32 or better."""
     stored, bias = site.storage.read(site.stored), site.bias
     height, width = site.linear.read_rows(stored, slice(None)).shape
-    step = max(1, _BLOCK_ELEMENTS // max(width, 1))
+    found = [_find(site, name) for name in names_in(expression)]
+    in_blocks = all(adapter is None or adapter.in_blocks for adapter in found)
+    step = max(1, _BLOCK_ELEMENTS // max(width, 1)) if in_blocks else height
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         old = site.linear.read_rows(stored, rows)

@@ -5,6 +5,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -20,6 +23,9 @@ from .targets import Resolution, Targets, body_layers
 class Shared(nn.Module):
     """Parameters that all adapters of one name use together."""
 
+    def prepare(self) -> None:
+        """`Adapter.prepare`, before that of the adapters."""
+
     def reset(self, generator: torch.Generator | None) -> None:
         """Initialise all parameters, with random numbers from `generator` alone."""
         raise NotImplementedError
@@ -27,6 +33,7 @@ class Shared(nn.Module):
 
 Builder = TypeVar("Builder", bound="type[Method]")
 _METHODS: dict[str, "type[Method]"] = {}
+_OURS = "smidgen.methods"  # each of its files is a method, by the name of the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +67,10 @@ class Method:
             return f"{type(site.layer).__name__} has no linear map; {self.name} acts on layers such as Linear"
         if not site.kind.low_rank:
             return f"{type(site.layer).__name__} is a diagonal map; {self.name} needs a matrix"
+        if self.by_weight(site) and not site.storage.plain:
+            return (
+                f"its weight is held as {site.storage.name}; on {type(site.layer).__name__} {self.name} has to read it"
+            )
         return None
 
     def auto(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
@@ -70,8 +81,21 @@ class Method:
         """The method with what depends on the model filled in, before its sites are found.  Most have nothing."""
         return self
 
+    def by_weight(self, site: Site) -> bool:
+        """True if at this layer the method acts on the weight's value by `merged`, and not on the call by `forward`."""
+        return False
+
     def resolve(self, model: nn.Module) -> Resolution:
         """The sites of this method in this model.  Raises TargetError if there are none."""
+        found = self._resolve(model)
+        return Resolution(found.model, tuple(map(self.placed, found.sites)), found.passed_over)
+
+    def placed(self, site: Site) -> Site:
+        """The site itself, or its layer's weight where the method acts `by_weight`."""
+        by_weight = site.parameter is None and site.kind is not None and self.by_weight(site)
+        return Site.at(site.path, site.layer, "weight") if by_weight else site
+
+    def _resolve(self, model: nn.Module) -> Resolution:
         if not self.targets.is_auto:
             return self.targets.resolve(model, self.accepts)
         paths, left_out = self.auto(model)
@@ -127,6 +151,8 @@ def methods() -> dict[str, type[Method]]:
     """All methods by name, those of other packages included (entry point group `smidgen.methods`)."""
     from importlib.metadata import entry_points  # here: only listing needs it
 
+    for found in iter_modules(import_module(_OURS).__path__):
+        import_module(f"{_OURS}.{found.name}")
     for entry in entry_points(group="smidgen.methods"):
         if entry.name not in _METHODS:
             _METHODS[entry.name] = cast("type[Method]", entry.load())
@@ -135,6 +161,8 @@ def methods() -> dict[str, type[Method]]:
 
 def method_named(name: str) -> type[Method]:
     """The method of this name.  Raises ConfigError naming the nearest."""
+    if name not in _METHODS and name.isidentifier() and find_spec(f"{_OURS}.{name}"):
+        import_module(f"{_OURS}.{name}")
     known = _METHODS if name in _METHODS else methods()
     if name not in known:
         near = nearest(name, known)

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .layers import LayerKind, MatrixKind, kind_of
+from .layers import ConvKind, LayerKind, MatrixKind, kind_of
 from .storage import WeightStorage, master_dtype, storage_of
 
 
@@ -28,8 +28,9 @@ class Site:
     @staticmethod
     def at(path: str, layer: nn.Module, parameter: str | None = None) -> "Site":
         """The site at a module, or at one of its parameters."""
-        if parameter is None:
-            return Site(path, layer, None, kind_of(layer))
+        kind = kind_of(layer)
+        if parameter is None or (parameter == "weight" and isinstance(kind, ConvKind)):  # a kernel is no stack
+            return Site(path, layer, parameter, kind)
         return Site(path, layer, parameter, MatrixKind(_parameter(layer, parameter).shape))
 
     @property
@@ -86,6 +87,10 @@ class Site:
     def expand(self, h: Tensor, B: Tensor) -> Tensor:
         """R channels by B (O, R) to the layer's output channels."""
         return self.linear.expand(self.layer, h, _like(B, h))
+
+    def apply(self, x: Tensor, M: Tensor) -> Tensor:
+        """What the layer gives for x with M (O, I) as its weight, without bias; for an embedding in M's dtype."""
+        return self.linear.apply(self.layer, x, _like(M, x))
 
     def channels(self, v: Tensor, like: Tensor) -> Tensor:
         """v, a number per channel, in the dtype of `like` and shaped to broadcast against it."""

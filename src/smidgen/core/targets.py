@@ -11,9 +11,9 @@ Targets.auto()                                       all linear layers of the bo
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from .layers import ConvKind, EmbeddingKind, LayerKind, LinearKind, kind_of
 from .site import Site
 
 Predicate = Callable[[str, nn.Module], bool]
+Value = TypeVar("Value")
 
 
 class Targets:
@@ -358,3 +359,9 @@ def _count(parameters: Iterable[Tensor]) -> int:
 
 def _shape(site: Site) -> str:
     return type(site.layer).__name__ if site.kind is None else f"{site.kind.name} {site.fan_in} -> {site.fan_out}"
+
+
+def last_match(pattern: Mapping[str, Value], site: Site, default: Value) -> Value:
+    """The value of the last glob in {glob: value} that matches a site, or the default."""
+    matching = [value for glob, value in pattern.items() if Targets(glob).matches(site.name, site.layer)]
+    return matching[-1] if matching else default

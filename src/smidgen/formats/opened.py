@@ -122,7 +122,7 @@ def _of_peft(opened: Opened) -> tuple[Method, list[Site], bool]:
     config, peft_type = opened.config, str(opened.config.get("peft_type"))
     if peft_type.startswith("SMIDGEN_"):
         raise FolderError(f"is of {peft_type[:80]!r}, but its {NOTE} is missing")
-    method_class, translation = peft_method(config.get("peft_type"))
+    method_class, translation = peft_method(config)
     found = translation.find(opened.modules, config, {key: opened.shape(key) for key in opened.keys})
     if not found.sites:
         some = ", ".join(list(opened.header.tensors)[:3])[:300]
@@ -131,7 +131,8 @@ def _of_peft(opened: Opened) -> tuple[Method, list[Site], bool]:
             f"{type(opened.modules.model).__name__}: {some} ..."
         )
     heads = _heads(opened, translation.prefix)
-    return _method(method_class, found.settings, found.sites, heads), list(found.sites), True
+    method = _method(method_class, found.settings, found.sites, heads)
+    return method, list(map(method.placed, found.sites)), True
 
 
 def _heads(opened: Opened, prefix: str) -> list[str]:

@@ -1,98 +1,32 @@
 """The fields of Hugging Face PEFT's `adapter_config.json` by peft_type, with their defaults.
 
-Data from peft 0.21.2, whose `save_pretrained` writes all of them.  A test compares it with the installed package.
+Data from peft 0.21.2, whose `save_pretrained` writes all of them: `peft_fields.json`, made by `tools/peft_fields.py`.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
-VERSION = "0.21.2"
+FIELDS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("peft_fields.json").read_text())
 
-COMMON: dict[str, Any] = {
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "inference_mode": True,
-    "modules_to_save": None,
-    "peft_type": None,
-    "peft_version": VERSION,
-    "revision": None,
-    "task_type": None,
-}
+COMMON = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save", "peft_type", "peft_version"),
+        *("revision", "task_type"),
+    }
+)
 
-TARGETS: dict[str, Any] = {"exclude_modules": None, "target_modules": None}
-
-PROMPTS: dict[str, Any] = {
-    "num_attention_heads": None,
-    "num_layers": None,
-    "num_transformer_submodules": None,
-    "num_virtual_tokens": None,
-    "token_dim": None,
-}
-
-FIELDS: dict[str, dict[str, Any]] = {
-    "LORA": COMMON
-    | TARGETS
-    | {
-        "alora_invocation_tokens": None,
-        "alpha_pattern": {},
-        "arrow_config": None,
-        "bias": "none",
-        "corda_config": None,
-        "ensure_weight_tying": False,
-        "eva_config": None,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "kasa_config": None,
-        "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "loftq_config": {},
-        "lora_alpha": 8,
-        "lora_bias": False,
-        "lora_dropout": 0.0,
-        "lora_ga_config": None,
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
-        "monteclora_config": None,
-        "qalora_group_size": 16,
-        "r": 8,
-        "rank_pattern": {},
-        "target_parameters": None,
-        "trainable_token_indices": None,
-        "use_bdlora": None,
-        "use_dora": False,
-        "use_qalora": False,
-        "use_rslora": False,
-        "velora_config": None,
-    },
-    "IA3": COMMON
-    | TARGETS
-    | {
-        "fan_in_fan_out": False,
-        "feedforward_modules": None,
-        "init_ia3_weights": True,
-    },
-    "PREFIX_TUNING": COMMON
-    | PROMPTS
-    | {
-        "encoder_hidden_size": None,
-        "init_weights": None,
-        "prefix_projection": False,
-    },
-    "PROMPT_TUNING": COMMON
-    | PROMPTS
-    | {
-        "prompt_tuning_init": "RANDOM",
-        "prompt_tuning_init_text": None,
-        "tokenizer_kwargs": None,
-        "tokenizer_name_or_path": None,
-    },
-}
+# of what a prompt is for; its own size says the same
+PROMPTS = frozenset(
+    {"num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "token_dim"}
+)
 
 # Fields that choose places, describe, or set the start of training: what they say is in the tensors already.
 WITHOUT_EFFECT = frozenset(
     {
         *COMMON,
-        *TARGETS,
+        "exclude_modules",
+        "target_modules",
         "corda_config",
         "ensure_weight_tying",
         "eva_config",

@@ -17,7 +17,6 @@ from .translation import Found, PeftTranslation, Shapes, plain, refuse_unknown, 
 class IA3Translation(PeftTranslation):
     """IA3 on linear layers and convolutions."""
 
-    peft_type = "IA3"
     globs = ("feedforward",)
 
     def settings(self, method: Method, sites: Sequence[Site]) -> dict[str, Any]:

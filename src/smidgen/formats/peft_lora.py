@@ -46,8 +46,6 @@ USED = frozenset({"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern
 class LoRATranslation(PeftTranslation):
     """LoRA on every kind of layer that HF PEFT has it for."""
 
-    peft_type = "LORA"
-
     def obstacle(self, modules: Modules, method: Method, sites: Sequence[Site]) -> str | None:
         method = cast(LoRA, method)
         for site in sites:

@@ -5,7 +5,7 @@ A method file says its names on disk in `disk = DiskNames(...)`, and for a metho
     disk = DiskNames("SMIDGEN_BOTTLENECK")                                   parameters and settings keep their names
     disk = DiskNames("SMIDGEN_BITFIT", tensors={"change": "bias"})           or have others on disk
 
-Where HF PEFT has the method, a `PeftTranslation` in this folder says how, and `translations.py` lists it.  Its layout
+Where HF PEFT has the method, `peft_declared.py` follows what `disk` says, or `peft_<method>.py` knows more.  Its layout
 is written whenever it can hold the adapter; `obstacle` says why it cannot, and then our own layout is written under
 "SMIDGEN_<METHOD>", so that HF PEFT fails by name and not by accident.
 
@@ -58,9 +58,11 @@ class Found:
 class PeftTranslation(Translation):
     """A method that HF PEFT has, in both layouts."""
 
-    peft_type: ClassVar[str]
     prefix: ClassVar[str] = PREFIX  # of the keys of heads
     needs_task: ClassVar[bool] = False  # HF PEFT applies it only where the file says a task_type
+
+    def __init__(self, method: type[Method]) -> None:
+        self.method, self.disk, self.peft_type = method, method.disk, method.disk.peft_type
 
     def obstacle(self, modules: Modules, method: Method, sites: Sequence[Site]) -> str | None:
         """Why HF PEFT's layout cannot hold this adapter, or None."""

@@ -1,0 +1,90 @@
+"""LowRankAdapter: what all methods share whose change of a weight is a product of two thin matrices.
+
+    y' = y + s (m x) A^T B^T            W' = W + s B A            A: (R, I)   B: (O, R)   m: dropout's mask
+
+A method says what A and B are: its own parameters, or what it computes of them.  The product is never formed to run.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapter import AdditiveAdapter, Call
+from .kernels import frozen_linear_low_rank
+from .site import Site
+
+
+class LowRankAdapter(AdditiveAdapter):
+    """A subclass has `factors`, and the parameters that they come from.
+
+    scale: s.   dropout: probability of dropping an entry of the input while training.   dropout_on: "elements" draws a
+    mask per entry, "features" one per input feature and call.
+    On stacked experts every expert has its own factors: A (E R, I), B (E O, R).
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        dropout_on: Literal["elements", "features"] = "elements",
+    ) -> None:
+        super().__init__(site)
+        self.scale, self.dropout, self.dropout_on = scale, dropout, dropout_on
+        self.plain = site.storage.plain
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B (O, R), differentiable, in fp32 or better."""
+        raise NotImplementedError
+
+    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # a bare frozen Linear with nothing around it: one fused pass
+        if self.plain and is_bare_linear(call) and is_frozen(self.site):
+            A, B = self.factors()
+            W, b, scale, mask = self.site.stored, self.site.bias, self.scale, None
+            if self.training and self.dropout:
+                shape = x.shape[-1:] if self.dropout_on == "features" else (x.numel() // x.shape[-1], x.shape[-1])
+                scale, mask = scale / (1 - self.dropout), self._mask(shape, x.device)
+            return frozen_linear_low_rank(x, W, b, A, B, scale, mask)
+        return super().forward(call, x, *args, **kwargs)
+
+    def delta(self, x: Tensor) -> Tensor:
+        A, B = self.factors()
+        if self.training and self.dropout and x.is_floating_point():  # an embedding's input is indices
+            if self.dropout_on == "features":
+                mask = self._mask((self.site.linear.input_channels(self.site.layer),), x.device)
+                x = x * self.site.channels(mask / (1 - self.dropout), x)
+            else:
+                x = F.dropout(x, self.dropout)
+        return self.site.expand(self.site.project(x, A), B) * self.scale
+
+    def weight_delta(self, rows: slice) -> Tensor:
+        A, B = self.factors()
+        if self.site.linear.stack == 1:
+            return (self.scale * B[rows]) @ A
+        E, R = self.site.linear.stack, B.shape[1]
+        per_expert = torch.bmm(B.view(E, -1, R), A.view(E, R, -1))  # (E, O, I)
+        return self.scale * per_expert.flatten(0, 1)[rows]
+
+    def _mask(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """1 where dropout keeps, 0 where it drops; uint8."""
+        # 16 random bits for each: on a CPU bernoulli_ would take as long as the layer itself
+        size, kept_of_bits = math.prod(shape), min(round((1 - self.dropout) * 2**16), 2**16 - 1)
+        bits = torch.randint(-(2**63), 2**63 - 1, (-(-size // 4),), device=device).view(torch.int16)[:size]
+        return (bits < kept_of_bits - 2**15).view(torch.uint8).view(shape)
+
+
+def is_bare_linear(call: Call) -> bool:
+    """True if `call` is the forward of nn.Linear itself, with nothing around it."""
+    return getattr(call, "__func__", None) is nn.Linear.forward
+
+
+def is_frozen(site: Site) -> bool:
+    """True if neither the weight nor the bias at the site is trained."""
+    b = site.bias
+    return not site.stored.requires_grad and (b is None or not b.requires_grad)
