@@ -93,6 +93,8 @@ class AdapterSet:
         self._trained_before: dict[str, bool] = {}
         self._kept_places: list[tuple[nn.Module, tuple[str, ...]]] | None = None
         self._nesting_before: list[nn.TransformerEncoder] = []
+        self._following: tuple[Any, ...] = ()  # hooks of an optimiser
+        self._done = self._steps = 0
 
     # -- what is there
 
@@ -314,6 +316,44 @@ class AdapterSet:
                 'Targets("*.attn").parameter("in_proj_weight")'
             )
 
+    def follow(self, optimizer: torch.optim.Optimizer, steps: int, *, done: int = 0) -> None:
+        """Let methods that change while training (a rank budget, a penalty) see every step of this optimiser.
+
+        Once, before the first of `steps`; `done` are behind already.  Other methods need no such call, and those that
+        do refuse to train without it.
+        """
+        for handle in self._following:
+            handle.remove()
+        self._done, self._steps = done, steps
+        before = optimizer.register_step_pre_hook(lambda *_: self._before_step())
+        after = optimizer.register_step_post_hook(lambda *_: self._after_step())
+        self._following = (before, after)
+        for name in self.names:
+            for part in self.parts(name).values():
+                part.followed = True
+
+    def _before_step(self) -> None:
+        for name, entry in self._entries.items():
+            trained = [p for p in self.parameters(name) if p.requires_grad]
+            with torch.enable_grad():
+                penalty = entry.method.penalty(self.parts(name)) if trained else None
+            if penalty is None:
+                continue
+            for parameter, gradient in zip(
+                trained, torch.autograd.grad(penalty, trained, allow_unused=True), strict=True
+            ):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        self._done += 1
+        for name, entry in self._entries.items():
+            entry.method.after_step(self.parts(name), self._done, self._steps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_following": ()}  # a copy follows no optimiser
+
     # -- saving
 
     def save(
@@ -386,12 +426,22 @@ class AdapterSet:
         if not method.heads:
             return []
         modules = dict(self.model.named_modules())
-        found = [path for path in modules if Targets(*method.heads).matches(path, modules[path]) and path]
-        Targets(*method.heads).resolve(self.model, lambda site: None)  # a head that matches nothing is an error
+        own = [name for name, _ in self._base_parameters()]
+        whole, single = [], []
+        for head in method.heads:
+            pattern = Targets(head)
+            parameters = [name for name in own if pattern.matches(name, self.model)]
+            if not parameters:
+                pattern.resolve(self.model, lambda site: None)  # a head that matches nothing is an error
+                whole += [path for path in modules if pattern.matches(path, modules[path]) and path]
+            single += parameters
+        found = list(dict.fromkeys(whole))
         outermost = [
             p for p in found if not any(p.startswith(other + ".") for other in found) and HELD not in p.split(".")
         ]
         sites = [Site.at(path, modules[path]) for path in leaves(self.model, outermost)]
+        for path, _, name in (name.rpartition(".") for name in dict.fromkeys(single)):
+            sites.append(Site.at(path, modules[path], name))
         refused = [f"{site.name}: {reason}" for site in sites if (reason := Head().accepts(site))]
         if refused:
             raise TargetError(f"heads={method.heads} cannot be trained. {'; '.join(refused[:5])}")

@@ -20,6 +20,7 @@ from smidgen.methods.ia3 import IA3
 from smidgen.methods.prefix_tuning import PrefixTuning
 from smidgen.methods.prompt_tuning import PromptTuning
 
+from .both_ways import from_peft, to_peft_and_back
 from .models import Attention, Mixture, Net, gpt2, llama, llama_classifier
 
 IDS = torch.arange(1, 11)[None]
@@ -209,7 +210,6 @@ def test_what_peft_cannot_hold_is_written_under_our_own_name(
     [
         {"use_dora": True},
         {"lora_bias": True},
-        {"bias": "all"},
         {"init_lora_weights": "pissa"},
         {"trainable_token_indices": [1, 2]},
         {"layer_replication": [[0, 1], [0, 2]]},
@@ -271,3 +271,20 @@ def test_the_table_of_fields_is_that_of_the_installed_package(kind: type, tmp_pa
     if "num_virtual_tokens" in theirs:
         ours |= {"num_virtual_tokens": 1}
     assert ours == theirs
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_peft_trained_are_heads_here(bias: str) -> None:
+    adapters = from_peft(gpt2, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias=bias))
+    trained = [site.name for site in adapters.sites("default") if site.parameter == "bias"]
+    assert len(trained) == (2 if bias == "lora_only" else 2 * 6 + 1)
+
+
+@pytest.mark.parametrize(("heads", "bias"), [("*.c_attn.bias", "lora_only"), ("*.bias", "all")])
+def test_biases_among_the_heads_are_written_as_pefts_bias(heads: str, bias: str) -> None:
+    to_peft_and_back(gpt2, LoRA(rank=2, targets="*.c_attn", heads=(heads,)), says={"bias": bias})
+
+
+def test_some_biases_are_no_bias_of_pefts(tmp_path: Path) -> None:
+    attach(gpt2(), LoRA(rank=2, targets="*.c_attn", heads=("h.0.*.bias",))).save(tmp_path / "a")
+    assert "single parameters" in note(tmp_path / "a")["not_peft"]

@@ -189,7 +189,6 @@ def test_a_whole_module_mixes_rows_by_running_them_apart_and_does_not_merge():
 @pytest.mark.parametrize(
     ("targets", "text"),
     [
-        (Targets("2").parameter("weight"), "a head is a module, not a single parameter"),
         (Targets("1"), "Tanh has no parameters of its own"),
     ],
 )
@@ -206,3 +205,16 @@ def test_a_quantised_layer_is_no_head():
     with pytest.raises(TargetError, match=r"heads=\('2',\) cannot be trained\. 2: a weight held as"):
         attach(model, LoRA(targets="0", heads=("2",)))
     assert type(model[0]) is nn.Linear
+
+
+def test_a_single_parameter_can_be_a_head_beside_another_method():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    x, before = torch.randn(4, 3), model(torch.zeros(1, 3))
+    adapters = attach(model, LoRA(rank=2, targets="0", heads=("2.bias",)))
+    assert [site.name for site in adapters.sites("default")] == ["0", "2.bias"]
+    with torch.no_grad():
+        adapters.parts("default")["2.bias"].value += 1
+    assert torch.allclose(model(torch.zeros(1, 3)), before + 1)
+    running = model(x)
+    adapters.merge()
+    assert torch.allclose(model(x), running, atol=1e-6)

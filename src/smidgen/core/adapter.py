@@ -37,6 +37,7 @@ class Adapter(nn.Module):
     in_blocks: ClassVar[bool] = True
 
     shared: nn.Module  # set by AdapterSet: what all adapters of the name use together, if the method has that
+    followed: bool = False  # set by AdapterSet.follow: the method sees every optimiser step
 
     def __init__(self, site: Site) -> None:
         super().__init__()

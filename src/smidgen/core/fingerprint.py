@@ -97,4 +97,4 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter
 
 
 def _is_below(name: str, paths: frozenset[str]) -> bool:
-    return any(name.startswith(path + ".") for path in paths)
+    return any(name == path or name.startswith(path + ".") for path in paths)

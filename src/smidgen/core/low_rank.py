@@ -55,13 +55,16 @@ class LowRankAdapter(AdditiveAdapter):
 
     def delta(self, x: Tensor) -> Tensor:
         A, B = self.factors()
-        if self.training and self.dropout and x.is_floating_point():  # an embedding's input is indices
-            if self.dropout_on == "features":
-                mask = self._mask((self.site.linear.input_channels(self.site.layer),), x.device)
-                x = x * self.site.channels(mask / (1 - self.dropout), x)
-            else:
-                x = F.dropout(x, self.dropout)
-        return self.site.expand(self.site.project(x, A), B) * self.scale
+        return self.site.expand(self.site.project(self.dropped(x), A), B) * self.scale
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The layer's input as dropout leaves it."""
+        if not (self.training and self.dropout and x.is_floating_point()):  # an embedding's input is indices
+            return x
+        if self.dropout_on == "elements":
+            return F.dropout(x, self.dropout)
+        mask = self._mask((self.site.linear.input_channels(self.site.layer),), x.device)
+        return x * self.site.channels(mask / (1 - self.dropout), x)
 
     def weight_delta(self, rows: slice) -> Tensor:
         A, B = self.factors()

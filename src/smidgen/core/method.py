@@ -124,6 +124,16 @@ class Method:
     def calibrate(self, model: nn.Module, adapters: Mapping[str, Adapter], loss: Callable[[], Tensor] | None) -> None:
         """A start that depends on data; `loss()` gives the task's loss on the next few batches.  Most have none."""
 
+    def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
+        """A scalar whose gradient joins that of the loss before each optimiser step, or None.  Most have none."""
+        return None
+
+    def after_step(self, adapters: Mapping[str, Adapter], step: int, steps: int) -> None:
+        """What changes while training, as a rank budget does: called after each optimiser step, gradients still there.
+
+        step: steps done, this one included, of `steps`.   See `AdapterSet.follow`.
+        """
+
     def with_tensors(self, tensors: Mapping[Site, Mapping[str, Tensor]]) -> "Method":
         """The method as a saved adapter has it, for one whose tensors say more than its settings.
 

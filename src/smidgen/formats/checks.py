@@ -83,7 +83,7 @@ def check_base(opened: Opened, heads: Sequence[Site]) -> None:
     expected = opened.note.base.get("fingerprint") if opened.note else None
     if not isinstance(expected, str):
         return
-    found = fingerprint(opened.modules.model, leave_out=[clean(site.path) for site in heads])
+    found = fingerprint(opened.modules.model, leave_out=[clean(site.name) for site in heads])
     if not same_base(expected, found):
         raise FolderError(
             f"fits this model in shape, but was trained on other weights (fingerprint {expected[:80]}, "

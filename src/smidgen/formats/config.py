@@ -20,8 +20,10 @@ def config_fields(
     if theirs:
         assert isinstance(translation, PeftTranslation)
         own = translation.fields(modules, method, sites)
-        saved = _tops(modules, heads) or None
-        return {**FIELDS[translation.peft_type], **own, "modules_to_save": saved, "peft_type": translation.peft_type}
+        common = {"modules_to_save": _tops(modules, heads) or None, "peft_type": translation.peft_type}
+        if bias := _bias(modules, method, sites, heads):
+            common["bias"] = bias
+        return {**FIELDS[translation.peft_type], **own, **common}
     settings = translation.settings(method, sites)
     fields = {method.disk.fields.get(name, name): value for name, value in settings.items()}
     return {"peft_type": f"SMIDGEN_{method.name.upper()}", **fields}
@@ -37,6 +39,8 @@ def peft_obstacle(
     reason = translation.obstacle(modules, method, sites)
     if reason is None and translation.needs_task and task is None:
         reason = "without task_type HF PEFT ignores it; with it, it expects the task's head in the file"
+    if reason is None and any(site.parameter for site in heads) and not _bias(modules, method, sites, heads):
+        reason = "of single parameters it trains all biases, those of the adapted layers, or none"
     if reason is None and heads:
         tops = tuple(_tops(modules, heads))
         inside = tuple(f"{top}." for top in tops)
@@ -48,7 +52,7 @@ def peft_obstacle(
 
 def _tops(modules: Modules, heads: Sequence[Site]) -> list[str]:
     """The fewest modules that hold these heads and no other parameters: HF PEFT's modules_to_save."""
-    leaves = {clean(site.path) for site in heads}
+    leaves = {clean(site.path) for site in heads if site.parameter is None}
     owners = [path for path in modules if any(p is not None for p in modules[path]._parameters.values())]
     tops = set()
     for leaf in leaves:
@@ -57,6 +61,18 @@ def _tops(modules: Modules, heads: Sequence[Site]) -> list[str]:
             top = parent
         tops.add(top)
     return sorted(tops)
+
+
+def _bias(modules: Modules, method: Method, sites: Sequence[Site], heads: Sequence[Site]) -> str | None:
+    """HF PEFT's `bias`, which trains the biases of the adapted layers or of all; None where neither is meant."""
+    trained = {clean(site.name) for site in heads if site.parameter}
+    if not trained or "bias" not in FIELDS[method.disk.peft_type]:
+        return None
+    biased = {path for path in modules if modules[path]._parameters.get("bias") is not None}
+    own = {f"{clean(site.path)}.bias" for site in sites if clean(site.path) in biased}
+    if trained == own:
+        return f"{method.name}_only"
+    return "all" if trained == {f"{path}.bias".lstrip(".") for path in biased} else None
 
 
 def _within(path: str, parent: str) -> bool:

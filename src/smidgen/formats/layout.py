@@ -54,13 +54,20 @@ def site_key(site: Site, name: str, suffix: str) -> str:
     return PREFIX + ".".join(part for part in (clean(site.name), suffix) if part)
 
 
-def stored_heads(heads: Sequence[Site], tensors: Tensors, prefix: str = PREFIX) -> list[Stored]:
-    """Heads stand under the names that the module itself has."""
-    return [
-        Stored(f"{prefix}{clean(site.path)}.{name.removeprefix('module.')}", ((site.name, name),))
-        for site in heads
-        for name in tensors[site.name]
-    ]
+def stored_heads(
+    heads: Sequence[Site], tensors: Tensors, prefix: str = PREFIX, wrapped: frozenset[str] = frozenset()
+) -> list[Stored]:
+    """Heads stand under the names that the module itself has.
+
+    wrapped: paths of the layers around which HF PEFT puts its own; what was theirs is `base_layer` then.
+    """
+    found = []
+    for site in heads:
+        path = prefix + clean(site.path) + ".base_layer" * (clean(site.path) in wrapped and site.parameter is not None)
+        for name in tensors[site.name]:
+            own = site.parameter or name.removeprefix("module.")
+            found.append(Stored(f"{path}.{own}", ((site.name, name),)))
+    return found
 
 
 def tensors_of(parts: Mapping[str, Adapter]) -> dict[str, dict[str, Tensor]]:

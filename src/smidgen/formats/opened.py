@@ -147,7 +147,20 @@ def _heads(opened: Opened, prefix: str) -> list[str]:
         saved = any(".".join(parts[: i + 1]).endswith(ends) for i in range(len(parts))) if ends else False
         if saved and layer is not None and layer._parameters:
             heads.append(path)
-    return heads
+    return heads + _biases(opened, prefix)
+
+
+def _biases(opened: Opened, prefix: str) -> list[str]:
+    """The biases that HF PEFT trained, where `bias` says that it did: those in the file."""
+    if opened.config.get("bias") in (None, "none"):
+        return []
+    found = []
+    for key in opened.keys:
+        path, _, name = key.removeprefix(prefix).removesuffix(".bias").partition(".base_layer")
+        layer = opened.modules.get(path) if key.endswith(".bias") and not name else None
+        if layer is not None and layer._parameters.get("bias") is not None:
+            found.append(f"{path}.bias")
+    return found
 
 
 def _method(

@@ -103,6 +103,6 @@ class DeclaredTranslation(PeftTranslation):
 
 
 def _pattern(modules: Modules, path: str) -> str:
-    """A key that means this path alone.  Some of HF PEFT's methods match it after a dot, others know ^ for the start."""
+    """A key that means this path alone.  Some of HF PEFT's methods match it after a dot, others know ^."""
     end = path.partition(".")[2]
     return re.escape(end) if end and modules.ending({end}) == {path} else "^" + re.escape(path)

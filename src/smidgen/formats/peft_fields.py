@@ -25,6 +25,7 @@ PROMPTS = frozenset(
 WITHOUT_EFFECT = frozenset(
     {
         *COMMON,
+        "bias",  # trained biases are in the file
         "exclude_modules",
         "target_modules",
         "corda_config",

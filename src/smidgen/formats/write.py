@@ -115,8 +115,8 @@ def _files(
     config = config_fields(modules, method, placed.sites, placed.heads, theirs=theirs)
     config["base_model_name_or_path"] = name_of_base
     config["task_type"] = task_for_peft if theirs else task
-    heads = tuple(clean(site.path) for site in placed.heads)
-    own = [clean(site.path) for site in placed.sites if method.name == "head"]
+    heads = tuple(clean(site.name) for site in placed.heads)
+    own = [clean(site.name) for site in placed.sites if method.name == "head"]
     note = Note(
         name=placed.name,
         method=method.name,
@@ -149,7 +149,8 @@ def all_stored(
     if theirs:
         assert isinstance(translation, PeftTranslation)
         stored = translation.stored_peft(method, sites, tensors)
-        return [*stored, *stored_heads(heads, tensors, translation.prefix)]
+        wrapped = frozenset(clean(site.path) for site in sites)
+        return [*stored, *stored_heads(heads, tensors, translation.prefix, wrapped)]
     return [*translation.stored(method, sites, tensors), *stored_heads(heads, tensors)]
 
 

@@ -1,9 +1,9 @@
-"""Head: train a module whole, as a copy that travels with the adapter; `modules_to_save` in Hugging Face PEFT's words.
+"""Head: train a module or a parameter whole, as a copy that travels with the adapter; HF PEFT's `modules_to_save`.
 
     W' = any value          trainable parameters: all of the module's
 
 By itself it is a linear probe: `attach(model, Head(targets="classifier"))`.  Beside another method it is said with
-`heads`: `LoRA(heads=("classifier",))`.  The base model's own module stays as it was.
+`heads`: `LoRA(heads=("classifier", "*.q_proj.bias"))`.  The base model's own values stay as they were.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,8 @@ class Head(Method):
 
     def accepts(self, site: Site) -> str | None:
         if site.parameter is not None:
-            return "a head is a module, not a single parameter"
+            plain = site.storage.plain
+            return None if plain else f"a parameter held as {site.storage.name} cannot be trained whole"
         if not any(True for _ in site.layer.parameters(recurse=False)):
             return f"{type(site.layer).__name__} has no parameters of its own"
         held = next((storage_of(p) for p in site.layer.parameters(recurse=False) if not storage_of(p).plain), None)
@@ -43,7 +44,9 @@ class Head(Method):
     def auto(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
         return leaves(model, head_modules(model)), {}
 
-    def build(self, site: Site) -> "HeadAdapter":
+    def build(self, site: Site) -> Adapter:
+        if site.parameter is not None:
+            return ParameterHeadAdapter(site)
         return HeadAdapter(site) if site.kind else ModuleHeadAdapter(site)
 
 
@@ -88,3 +91,17 @@ class ModuleHeadAdapter(HeadAdapter):
     """Of a module that is no plain layer, such as an attention: what its rows are only its own code knows."""
 
     by_row = mergeable = False
+
+
+class ParameterHeadAdapter(Adapter):
+    """One parameter's value in fp32 or better, in its stored shape."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.value = nn.Parameter(site.stored.detach().clone().to(master_dtype(site.stored)))
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        """Nothing to draw: a copy starts as the base model's own value."""
+
+    def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+        return self.site.linear.read_rows(self.value, rows).to(W.dtype), b

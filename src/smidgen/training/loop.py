@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapters import adapters_of
+from ..core.adapter import HELD
 from ..data.batches import LengthBucketedBatches
 from ..tasks.base import Examples, Task
 from . import checkpoint
@@ -86,6 +88,8 @@ class Loop:
         self.model, self.task, self.train_set, self.valid_set = model, task, train, valid
         self.settings, self.accelerator, self.folder = settings, accelerator, folder
         self.trained = {name: p for group in groups for name, p in group.parameters.items()}
+        buffers = {n: b for n, b in model.named_buffers() if HELD in n.split(".")}  # masks, statistics
+        self.kept: dict[str, Tensor] = {**self.trained, **buffers}
         self.optimizer = _optimizer(groups)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.history: dict[str, Any] = {
@@ -113,6 +117,8 @@ class Loop:
         settings, guard = self.settings, Guard(self.model.named_parameters())
         model = self.accelerator.prepare_model(self.model) if self.accelerator.num_processes > 1 else self.model
         model.train()
+        for adapters in filter(None, map(adapters_of, self.model.modules())):
+            adapters.follow(self.optimizer, settings.steps, done=self.step)
         started, before = time.monotonic(), self.history["seconds"]
         batches = self._batches()
         with Stopper() as stopper:
@@ -190,7 +196,7 @@ class Loop:
         is_lowest = history["lowest_loss"] is None or loss < history["lowest_loss"]
         if is_best:
             history.update(best_step=self.step, best_value=value, best_rank=rank)
-            self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+            self.best = {name: tensor.detach().clone() for name, tensor in self.kept.items()}
         if is_lowest:
             history["lowest_loss"] = loss
         history["worse"] = 0 if is_best or is_lowest else history["worse"] + 1
@@ -202,7 +208,7 @@ class Loop:
         is_best = self.history["best_step"] == self.step
         state = checkpoint.State(
             step=self.step,
-            tensors={name: p.detach() for name, p in self.trained.items()},
+            tensors={name: tensor.detach() for name, tensor in self.kept.items()},
             optimizer=self.optimizer.state_dict(),
             history=self.history if is_best else {**self.history, "best": self.best},
             fingerprint=self.settings.fingerprint,
@@ -212,7 +218,7 @@ class Loop:
     @torch.no_grad()
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
         for name, value in tensors.items():
-            self.trained[name].copy_(value)
+            self.kept[name].copy_(value)
 
     def _batches(self) -> Iterator[list[int]]:
         """The micro-batches from the current step on, epoch after epoch."""
