@@ -134,6 +134,16 @@ class Method:
         step: steps done, this one included, of `steps`.   See `AdapterSet.follow`.
         """
 
+    def at_rest(
+        self, tensors: Mapping[Site, Mapping[str, Tensor]]
+    ) -> "tuple[Method, Mapping[Site, Mapping[str, Tensor]]]":
+        """What is written for an adapter that training leaves larger or otherwise than it has to stay: no more than it
+        needs to do the same.  Most are written as they are.
+
+        tensors: of each site by the adapter's own names.
+        """
+        return self, tensors
+
     def with_tensors(self, tensors: Mapping[Site, Mapping[str, Tensor]]) -> "Method":
         """The method as a saved adapter has it, for one whose tensors say more than its settings.
 

@@ -1,5 +1,6 @@
 """Write an adapter folder."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -102,13 +103,16 @@ def _files(
     model: nn.Module, placed: Placed, active: Expression, about: About
 ) -> tuple[bytes, bytes, dict[str, Tensor]]:
     """adapter_config.json, smidgen.json and the tensors of one adapter."""
-    modules, method, translation = Modules(model), placed.method, translation_of(type(placed.method))
+    held = {site: {k: _whole(t) for k, t in named.items()} for site, named in tensors_of(placed.parts).items()}
+    method, own = placed.method.at_rest({site: held[site.name] for site in placed.sites})
+    held |= {site.name: dict(named) for site, named in own.items()}
+    placed = dataclasses.replace(placed, method=method)
+    modules, translation = Modules(model), translation_of(type(method))
     name_of_base = about.base_model or getattr(getattr(model, "config", None), "name_or_path", None) or None
     task = about.task_type or next((t for end, t in TASKS.items() if type(model).__name__.endswith(end)), None)
     task_for_peft = None if expects_more(modules, placed.heads, task) else task
     obstacle = peft_obstacle(modules, placed.method, placed.sites, placed.heads, task_for_peft)
     theirs = isinstance(translation, PeftTranslation) and obstacle is None
-    held = {site: {k: _whole(t) for k, t in named.items()} for site, named in tensors_of(placed.parts).items()}
     _check_readable(placed, held)
     stored = all_stored(translation, method, placed.sites, placed.heads, held, theirs=theirs)
     tensors = _packed(placed.name, stored, held)
@@ -116,7 +120,7 @@ def _files(
     config["base_model_name_or_path"] = name_of_base
     config["task_type"] = task_for_peft if theirs else task
     heads = tuple(clean(site.name) for site in placed.heads)
-    own = [clean(site.name) for site in placed.sites if method.name == "head"]
+    whole = [clean(site.name) for site in placed.sites if method.name == "head"]
     note = Note(
         name=placed.name,
         method=method.name,
@@ -126,7 +130,7 @@ def _files(
         base={
             "class": type(model).__name__,
             "name": name_of_base,
-            "fingerprint": fingerprint(model, leave_out=(*heads, *own)),
+            "fingerprint": fingerprint(model, leave_out=(*heads, *whole)),
         },
         tensors={key: tensor_sha256(tensor) for key, tensor in sorted(tensors.items())},
         composition=_composition(active, (placed.name,)),
