@@ -111,6 +111,29 @@ def merge(
     run(adapter, out, model=model, max_error=max_error, dtype=dtype, console=Console())
 
 
+@app.command("convert", rich_help_panel="Use")
+def convert(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="An adapter folder: ours or HF PEFT's.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the converted one.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="The base model: a folder, a package or a name.", show_default=False)
+    ],
+    to: Annotated[
+        str, typer.Option(metavar="WHAT", help="same: the same method. lora: a plain LoRA that does the same.")
+    ] = "same",
+    rank: Annotated[
+        int | None, typer.Option(min=1, metavar="R", help="Rank of the LoRA.", show_default="as many as it takes")
+    ] = None,
+) -> None:
+    """Rewrite an adapter folder as HF PEFT reads it, or as a plain LoRA for servers that know only that."""
+    from ..recipes.convert import convert as run
+
+    run(folder, out, model=model, to=to, rank=rank, console=Console())
+
+
 @app.command("inspect", rich_help_panel="Look")
 def inspect(
     what: Annotated[

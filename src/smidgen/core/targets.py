@@ -65,6 +65,16 @@ class Targets:
         return targets
 
     @staticmethod
+    def at(sites: Iterable[Site]) -> "Targets":
+        """These sites and no others."""
+        sites = list(sites)
+        targets = Targets.exactly(site.path for site in sites if site.parameter is None)
+        for site in sites:
+            if site.parameter is not None:
+                targets |= Targets.exactly([site.path]).parameter(site.parameter)
+        return targets
+
+    @staticmethod
     def of(what: "Targets | str | Sequence[str]") -> "Targets":
         """Targets from what a recipe or a keyword says: "auto", a pattern, or a list of patterns."""
         if isinstance(what, Targets):

@@ -11,7 +11,6 @@ from ..adapters import AdapterSet, attach
 from ..auto.plan import Plan
 from ..auto.presets import preset
 from ..core.method import Method
-from ..core.site import Site
 from ..core.targets import Targets
 from ..data.batches import LengthBucketedBatches
 from ..evaluate.report import Row
@@ -39,7 +38,7 @@ def attach_used(method: Method, work: Work, chosen: Chosen, plan: Plan) -> Adapt
         sites, used = method.resolve(body).sites, used_modules(work, chosen)
         idle = [site.name for site in sites if site.path not in used]
         if idle:
-            method = dataclasses.replace(method, targets=_exactly([site for site in sites if site.path in used]))
+            method = dataclasses.replace(method, targets=Targets.at([site for site in sites if site.path in used]))
             plan.decide("left out", None, ", ".join(idle), "layers that this task does not use")
     adapters = attach(body, method, seed=chosen.seed)
     plan.decide("sites", None, str(len(adapters.sites("default"))), adapters.report().splitlines()[0])
@@ -135,15 +134,6 @@ def full_row(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator",
         seconds=outcome.seconds,
         disk_bytes=sum(p.nbytes for p in model.parameters()),
     )
-
-
-def _exactly(sites: list[Site]) -> Targets:
-    """Targets that name these sites and no others."""
-    targets = Targets.exactly(site.path for site in sites if site.parameter is None)
-    for site in sites:
-        if site.parameter is not None:
-            targets |= Targets.exactly([site.path]).parameter(site.parameter)
-    return targets
 
 
 def _choose_parameters(method: Selective, work: Work, chosen: Chosen) -> Selective:

@@ -155,18 +155,27 @@ def load_tokenizer(located: Located, revision: str | None = None) -> "PreTrained
     return tokenizer
 
 
-def load_body(located: Located, dtype: str | None, revision: str | None = None) -> nn.Module:
-    """The pre-trained model without a head, in fp32 unless told otherwise.  Raises ModelError."""
+def load_body(
+    located: Located, dtype: str | None = None, revision: str | None = None, *, with_head: bool = False
+) -> nn.Module:
+    """The pre-trained model in fp32 unless told otherwise; with the head that it was saved with, or without.
+
+    Raises ModelError.
+    """
     if dtype not in (None, *_DTYPES):
         raise ModelError(f'"{dtype}" is no dtype for a model; there are: {", ".join(_DTYPES)}')
-    from transformers import AutoModel
+    import transformers
     from transformers.utils import logging
 
     # what it says about heads that are not loaded is as it should be
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        body: nn.Module = AutoModel.from_pretrained(
+        kind: Any = transformers.AutoModel
+        if with_head:
+            config = transformers.AutoConfig.from_pretrained(located.source, revision=revision or "main")
+            kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        body: nn.Module = kind.from_pretrained(
             located.source, dtype=dtype or "float32", revision=revision or "main", use_safetensors=True
         )
     except Exception as error:
