@@ -51,6 +51,13 @@ class SelfAttention(Around):
         return self.layer(x, x, x, need_weights=False)[0]
 
 
+class Recurrent(Around):
+    """nn.LSTM reads a list of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
 class Experts(nn.Module):
     """A stack of experts (E, O, I) in one parameter, none linear."""
 
@@ -122,7 +129,11 @@ def bert() -> nn.Module:
         attention_probs_dropout_prob=0.0,
         initializer_range=0.3,
     )
-    return BertForSequenceClassification(config)
+    model = BertForSequenceClassification(config)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.bias, std=0.3)  # transformers starts them at zero
+    return model
 
 
 def llama() -> nn.Module:
@@ -169,6 +180,15 @@ BODIES = (
     layer("conv2d_grouped", lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1), 4, 5, 5),
     layer("conv2d_depthwise", lambda: nn.Conv2d(4, 8, 3, groups=4), 4, 4, 4),
     layer("conv3d", lambda: nn.Conv3d(2, 3, 2), 2, 3, 3, 3),
+    layer("conv_transpose2d", lambda: nn.ConvTranspose2d(3, 5, (2, 3), stride=2, padding=1, output_padding=1), 3, 4, 5),
+    layer("conv_transpose1d_grouped", lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, dilation=2, bias=False), 4, 7),
+    Body(
+        "lstm",
+        lambda: Recurrent(nn.LSTM(3, 4, batch_first=True, bidirectional=True)),
+        floats(5, 3),
+        (Targets("layer").parameter("weight_ih_l0", "weight_hh_l0_reverse"), Targets("layer")),
+        typical=True,
+    ),
     layer("layer_norm", lambda: nn.LayerNorm(4), 2, 4, dtypes=True),
     layer("layer_norm_of_two_axes", lambda: nn.LayerNorm((3, 4)), 2, 3, 4),
     layer("rms_norm", rms_norm, 2, 4),

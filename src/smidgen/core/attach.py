@@ -12,6 +12,7 @@ Why not hooks, wrappers, parametrisations, tensor subclasses, functional_call: d
 """
 
 import functools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -162,13 +163,19 @@ def replaced(owner: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
 
     An entry in a module's `__dict__` is found before its parameters, which are left alone.
     """
-    placed: list[tuple[nn.Module, str, Tensor | None]] = []
+    placed: list[tuple[nn.Module, str, Any]] = []
     try:
         for dotted, value in values.items():
             path, _, name = dotted.rpartition(".")
             module = owner.get_submodule(path)
             placed.append((module, name, module.__dict__.get(name)))  # there already where contexts are nested
             module.__dict__[name] = value
+        for module in {id(module): module for module, _, _ in placed if isinstance(module, nn.RNNBase)}.values():
+            # it reads this list and not its parameters, and makes the list anew where the references disagree
+            own: list[Tensor] = [getattr(module, name) for name in cast(Any, module)._flat_weights_names]
+            for name, kept in (("_flat_weights", own), ("_flat_weight_refs", [weakref.ref(w) for w in own])):
+                placed.append((module, name, module.__dict__[name]))
+                module.__dict__[name] = kept
         yield
     finally:
         for module, name, before in placed:

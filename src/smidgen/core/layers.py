@@ -9,13 +9,14 @@ One class per family; the table at the end is tried in order.
 
 import math
 import sys
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CHANNEL_NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -33,6 +34,10 @@ class LayerKind:
     def matches(self, layer: nn.Module) -> bool:
         """True if `layer` is of this family."""
         raise NotImplementedError
+
+    def of(self, layer: nn.Module) -> "LayerKind":
+        """This kind for one layer: itself, unless reading a stored weight needs more than its shape."""
+        return self
 
     def fans(self, layer: nn.Module) -> tuple[int, int]:
         """(O, I) of the weight seen as a matrix."""
@@ -180,6 +185,52 @@ class ConvKind(LayerKind):
         return x.to(layer.weight.device, layer.weight.dtype)
 
 
+class TransposedConvKind(ConvKind):
+    """nn.ConvTranspose1d/2d/3d: W stored as (C, O/groups, *kernel), seen as (O, C/groups * kernel) like a convolution's.
+
+    The layer's own way of reading its input is to spread it: A makes R channels of the output's size.
+    """
+
+    name = "transposed-conv"
+
+    def __init__(self, groups: int = 1) -> None:
+        self.groups = groups
+
+    def of(self, layer: nn.Module) -> "LayerKind":
+        return TransposedConvKind(cast(nn.ConvTranspose2d, layer).groups)
+
+    def matches(self, layer: nn.Module) -> bool:
+        return isinstance(layer, _TRANSPOSED)
+
+    def project(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        layer = cast(nn.ConvTranspose2d, layer)
+        A = A.view(A.shape[0], layer.in_channels // layer.groups, *layer.kernel_size).transpose(0, 1)
+        return self._spread(layer, x, A.repeat(layer.groups, *[1] * (A.ndim - 1)))  # (C, R, *kernel)
+
+    def apply(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
+        return self._spread(layer, x, self.as_stored(cast(Tensor, layer.weight), M))
+
+    def _spread(self, layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
+        layer = cast(nn.ConvTranspose2d, layer)
+        conv: Any = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(layer.kernel_size)]
+        own = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        spread: Tensor = conv(x, W, None, *own)
+        return spread
+
+    def read_rows(self, W: Tensor, rows: slice) -> Tensor:
+        per_group = W.view(self.groups, -1, *W.shape[1:]).transpose(1, 2)  # (groups, O/groups, C/groups, *kernel)
+        return per_group.flatten(0, 1).flatten(1)[rows]
+
+    def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
+        whole = self.read_rows(W, slice(None)).clone()
+        whole[rows] = M.to(W.dtype)
+        W.copy_(self.as_stored(W, whole))
+
+    def as_stored(self, W: Tensor, M: Tensor) -> Tensor:
+        outputs, inputs = W.shape[1], W.shape[0] // self.groups
+        return M.view(self.groups, outputs, inputs, *W.shape[2:]).transpose(1, 2).reshape(W.shape)
+
+
 class EmbeddingKind(LayerKind):
     """nn.Embedding: the map from one-hot words to vectors, so I = number of embeddings, O = their width."""
 
@@ -285,12 +336,14 @@ class MatrixKind(LayerKind):
         return self.shape[-1] if len(self.shape) == 3 else math.prod(self.shape[1:])
 
 
-_KINDS: list[LayerKind] = [TransposedLinearKind(), LinearKind(), ConvKind(), EmbeddingKind(), NormKind()]
+_KINDS: list[LayerKind] = [
+    *(TransposedLinearKind(), LinearKind(), ConvKind(), TransposedConvKind(), EmbeddingKind(), NormKind()),
+]
 
 
 def kind_of(layer: nn.Module) -> LayerKind | None:
     """The family of `layer`, or None if it is none that has a linear map of its own."""
-    return next((kind for kind in _KINDS if kind.matches(layer)), None)
+    return next((kind.of(layer) for kind in _KINDS if kind.matches(layer)), None)
 
 
 def register_kind(kind: LayerKind) -> None:

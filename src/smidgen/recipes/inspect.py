@@ -2,7 +2,6 @@
 
 import math
 import re
-import typing
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,6 @@ from rich.measure import Measurement
 from rich.table import Table
 from torch import nn
 
-from ..core.adapter import Adapter
 from ..core.errors import CheckpointError, FolderError, SmidgenError
 from ..core.layers import kind_of
 from ..core.method import Method, methods
@@ -25,6 +23,7 @@ from ..formats.note import NOTE, Note, Several, read_note
 from ..formats.write import CONFIG, WEIGHTS
 from ..tasks.models import empty_body, locate
 from ..training import checkpoint
+from .catalogue import catalogue, layers_text, merges_text
 
 _STEP = "step-*"
 _NUMBERS = ("count", "parameters", "share", "trains", "step", "best step", "best value")
@@ -137,32 +136,24 @@ def inspect_checkpoint(path: Path, console: Console) -> None:
 
 
 def list_methods(console: Console, model: str | None = None) -> None:
-    """All methods: formula, paper, whether they merge, HF PEFT's name; with a model, what each would train there."""
+    """All methods: formula, layers, whether they merge, HF PEFT's name; with a model, what each would train there."""
     body = empty_body(locate(model)) if model else None
-    table = _table("method", "formula", "paper", "merges", "in HF PEFT", *(["trains", "share"] if body else []))
+    trains = ["trains", "share"] if body else []
+    table = _table("method", "formula", "paper", "on", "merges", "in HF PEFT", *trains)
     failed = {}
-    for name, method in methods().items():
-        foreign = method.disk.peft_type if method.disk.foreign else "-"
-        row = [name, method.summary, method.paper, "yes" if _merges(method) else "no", foreign]
+    for each in catalogue():
+        row = [each.name, each.formula, each.paper, layers_text(each), merges_text(each), each.hf or "-"]
         if body is not None:
             total = sum(parameter.numel() for parameter in body.parameters())
             try:
-                size = _trained(method(), body)
+                size = _trained(methods()[each.name](), body)
                 row += [f"{size:,}", share_text(size / total)]
             except SmidgenError as error:
-                failed[name] = str(error).partition("\n")[0]
+                failed[each.name] = str(error).partition("\n")[0]
                 row += ["-", "-"]
         table.add_row(*row)
     _print(console, table)
     _say(console, {name: f"not on {model} with its own defaults: {reason}" for name, reason in failed.items()})
-
-
-def _merges(method: type[Method]) -> bool:
-    """Whether one of the adapters that the method says it builds can be merged."""
-    built = typing.get_type_hints(method.build)["return"]
-    kinds = [kind for kind in typing.get_args(built) or (built,) if kind is not Adapter]
-    kinds += [below for kind in kinds for below in kind.__subclasses__()]
-    return any(kind.mergeable and kind.merged is not Adapter.merged for kind in kinds)
 
 
 def _trained(method: Method, model: nn.Module) -> int:
