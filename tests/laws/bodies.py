@@ -129,11 +129,7 @@ def bert() -> nn.Module:
         attention_probs_dropout_prob=0.0,
         initializer_range=0.3,
     )
-    model = BertForSequenceClassification(config)
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.bias, std=0.3)  # transformers starts them at zero
-    return model
+    return BertForSequenceClassification(config)
 
 
 def llama() -> nn.Module:

@@ -14,12 +14,14 @@ from smidgen import attach
 from smidgen.adapters import AdapterSet
 from smidgen.core.composition import Rows, Stack, Weighted
 from smidgen.core.errors import ConfigError, NotMergeable, TargetError
-from smidgen.methods.bottleneck import Bottleneck, FirstLayer
+from smidgen.core.side_places import FirstLayer, leave_out
+from smidgen.methods.bottleneck import Bottleneck
 
 transformers = pytest.importorskip("transformers")
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 99}
 F64 = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh}
+F64["gelu_tanh"] = partial(nn.functional.gelu, approximate="tanh")
 
 
 def bert(**settings: Any) -> Any:
@@ -63,7 +65,7 @@ def test_after_a_layer_it_is_the_papers_formula(f: Any, bias: bool) -> None:
     adapters = attach(layer, Bottleneck(targets="0", width=2, non_linearity=f, scale=0.7, bias=bias))
     assert torch.equal(layer(x).double(), base)
     stir(adapters)
-    part = {name.removeprefix("0."): p.double() for name, p in adapters.named_parameters()}
+    part = {name.removeprefix("0.net."): p.double() for name, p in adapters.named_parameters()}
     h = F64[f](base @ part["down"].T + part.get("down_bias", 0))
     expected = base + 0.7 * (h @ part["up"].T + part.get("up_bias", 0))
     torch.testing.assert_close(layer(x).double(), expected, atol=1e-6, rtol=1e-5)
@@ -90,8 +92,8 @@ def test_beside_a_feedforward_of_two_layers_the_last_gets_what_the_first_read() 
     assert torch.equal(block(x).double(), base)
     stir(adapters)
     part = {name.removeprefix("layers.0."): p.double() for name, p in adapters.named_parameters()}
-    h = torch.relu(block.norm(x).double() @ part["fc1.down"].T + part["fc1.down_bias"])
-    expected = base + 4.0 * (h @ part["fc2.up"].T + part["fc2.up_bias"])
+    h = torch.relu(block.norm(x).double() @ part["fc1.net.down"].T + part["fc1.net.down_bias"])
+    expected = base + 4.0 * (h @ part["fc2.net.up"].T + part["fc2.net.up_bias"])
     torch.testing.assert_close(block(x).double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -320,7 +322,86 @@ def test_what_cannot_be_is_refused_with_what_to_do() -> None:
         attach(llama(), Bottleneck(placement="parallel", targets="*.self_attn"))
     with pytest.raises(TargetError, match="name the module"):
         attach(nn.TransformerEncoderLayer(8, 2, 8), Bottleneck(targets="self_attn.out_proj"))
-    with pytest.raises(ConfigError, match='placement is "pfeiffer"; it is one of feedforward, both, parallel'):
+    with pytest.raises(ConfigError, match='placement is "pfeiffer"; it is one of feedforward, both, normed, parallel'):
         Bottleneck(placement="pfeiffer")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="width is 0"):
         Bottleneck(width=0)
+
+
+def test_at_a_norm_it_reads_what_the_norm_gives_and_adds_to_what_it_is_given() -> None:
+    model, z = bert(), torch.randn(2, 5, 32)
+    adapters = attach(model, Bottleneck(placement="normed", width=4, scale=0.7))
+    assert [site.path for site in adapters.sites("default")] == [f"encoder.layer.{i}.output.LayerNorm" for i in (0, 1)]
+    stir(adapters)
+    norm = model.encoder.layer[1].output.LayerNorm
+    part = {name.rpartition(".")[2]: p for name, p in adapters.named_parameters() if ".1." in name}
+    adapters.activate(None)
+    h = norm(z)
+    change = 0.7 * (torch.relu(h @ part["down"].T + part["down_bias"]) @ part["up"].T + part["up_bias"])
+    expected = norm(z + change)
+    adapters.activate("default")
+    torch.testing.assert_close(norm(z), expected, rtol=0, atol=1e-5)
+
+
+def test_norms_after_feedforwards_are_found_where_residuals_are_added_before_them() -> None:
+    def places(model: Any) -> list[str]:
+        return Bottleneck(placement="normed").auto(model)[0]
+
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48, "vocab_size": 99}
+    distilbert = transformers.DistilBertModel(transformers.DistilBertConfig(**sizes))
+    assert places(distilbert) == ["transformer.layer.0.output_layer_norm"]
+    albert = transformers.AlbertModel(transformers.AlbertConfig(**SMALL, embedding_size=8))
+    assert places(albert) == ["encoder.albert_layer_groups.0.albert_layers.0.full_layer_layer_norm"]
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2)
+    assert places(encoder) == ["layers.0.norm2", "layers.1.norm2"]
+    with pytest.raises(TargetError, match="no norm after a feed-forward is recognised in LlamaModel"):
+        places(llama())
+    after_blocks = attach(llama(), Bottleneck(placement="normed", targets="layers.{0-1}"))
+    assert len(after_blocks.sites("default")) == 2
+
+
+@pytest.mark.parametrize("placement", ["feedforward", "both", "normed", "parallel"])
+def test_the_first_blocks_can_be_left_out(placement: Any) -> None:
+    model, x = bert(), ids()
+    adapters = attach(model, Bottleneck(placement=placement, width=2, drop_first=1))
+    stir(adapters)
+    with torch.no_grad():
+        left = model(x)[0]
+        leave_out(adapters.parts("default"), 0)
+        everything = model(x)[0]
+        leave_out(adapters.parts("default"), 2)
+        nothing = model(x)[0]
+        adapters.activate(None)
+        base = model(x)[0]
+        adapters.activate("default")
+        for name, p in adapters.named_parameters():
+            if ".0." in name:
+                p.zero_()
+        leave_out(adapters.parts("default"), 0)
+        assert torch.equal(model(x)[0], left)
+    assert torch.equal(nothing, base)
+    assert not torch.allclose(left, everything)
+    assert not torch.allclose(left, base)
+
+
+def test_while_training_the_number_of_blocks_left_out_is_drawn_for_every_call_but_the_first() -> None:
+    model = bert()
+    model.train()
+    adapters = attach(model, Bottleneck(placement="both", width=2, drop_first=1))
+    stir(adapters)
+    counts = []
+    for step in range(20):
+        model(ids())[0].sum().backward()
+        left = {name.split(".")[2] for name, p in adapters.named_parameters() if p.grad is None}
+        if step == 0:
+            adapters.check_gradients()
+        counts.append(len(left))
+        assert left == {str(block) for block in range(counts[-1])}
+        for parameter in adapters.parameters():
+            parameter.grad = None
+    assert counts[0] == 0
+    assert set(counts) == {0, 1}
+    with pytest.raises(ConfigError, match="made with drop_first=0"):
+        leave_out(attach(bert(), Bottleneck()).parts("default"), 1)
+    with pytest.raises(TargetError, match="drop_first=2 would leave out all of the 2 blocks"):
+        attach(bert(), Bottleneck(drop_first=2))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smidgen import attach
-from smidgen.adapters import AdapterSet
+from smidgen.adapters import AdapterSet, load
 from smidgen.core.composition import Rows, Stack, Weighted
-from smidgen.core.errors import AttachError, ConfigError, NotMergeable, TargetError
+from smidgen.core.errors import AttachError, ConfigError, FolderError, NotMergeable, TargetError
+from smidgen.core.prefixes import PrefixAdapter
 from smidgen.core.targets import Targets
-from smidgen.methods.prefix_tuning import PrefixAdapter, PrefixTuning, from_peft, to_peft
+from smidgen.methods.prefix_tuning import PrefixTuning
+
+from ..formats.both_ways import to_peft_and_back
 
 transformers = pytest.importorskip("transformers")
 
@@ -244,6 +248,32 @@ def test_a_reparametrised_prefix_is_its_mlp_and_can_be_baked_in() -> None:
     adapters.check_gradients()
 
 
+@pytest.mark.filterwarnings("ignore")  # HF PEFT's own
+def test_hf_peft_reads_what_the_mlp_computes_and_we_read_the_mlp(tmp_path: Path) -> None:
+    method = PrefixTuning(length=N, reparametrisation=5, shift_positions=True, init_std=1.0)
+    to_peft_and_back(lambda: seeded("LlamaForCausalLM"), method)
+    model = seeded("LlamaForCausalLM")
+    attach(model, method, seed=0).save(tmp_path / "a")
+    again = seeded("LlamaForCausalLM")
+    assert load(again, tmp_path / "a").method("default").settings() == method.settings()
+    assert torch.equal(run(again), run(model))
+
+
+def seeded(name: str) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tiny(name)
+
+
+@pytest.mark.filterwarnings("ignore")  # HF PEFT's own
+def test_prefixes_of_encoder_decoders_are_refused_from_hf_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=N)
+    peft.get_peft_model(tiny("T5ForConditionalGeneration"), config).save_pretrained(str(tmp_path))
+    with pytest.raises(FolderError, match="half of the tensor"):
+        load(tiny("T5ForConditionalGeneration"), tmp_path)
+
+
 def test_the_base_may_be_bf16_and_the_prefix_stays_fp32() -> None:
     model = tiny("LlamaForCausalLM").bfloat16()
     adapters = strong(model)
@@ -328,21 +358,18 @@ def test_stacked_prefixes_stand_beside_each_other_and_rows_have_their_own(make: 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", [*DECODERS, "BertForSequenceClassification"])
-def test_with_shifted_positions_it_is_hugging_face_pefts_prefix(name: str) -> None:
+def test_with_shifted_positions_it_is_hugging_face_pefts_prefix(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = tiny(name)
     task = "SEQ_CLS" if "Classification" in name else "CAUSAL_LM"
     theirs = peft.get_peft_model(
         copy.deepcopy(model), peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=N)
     ).eval()
+    theirs.save_pretrained(str(tmp_path))
+    adapters = load(model, tmp_path)
+    fronts = [part.front() for part in adapters.parts("default").values() if isinstance(part, PrefixAdapter)]
     saved = theirs.get_prompt_embedding_to_save("default")
-    adapters = strong(model, shift_positions=True)
-    parts = [part for part in adapters.parts("default").values() if isinstance(part, PrefixAdapter)]
-    with torch.no_grad():
-        for part, (K, V) in zip(parts, from_peft(saved, 2), strict=True):
-            part.K.copy_(K)
-            part.V.copy_(V)
-    assert torch.equal(to_peft([part.front() for part in parts]), saved)
+    assert torch.equal(torch.cat([tensor for front in fronts for tensor in front], dim=1), saved)
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
     torch.testing.assert_close(run(model, attention_mask=mask), run(theirs, attention_mask=mask), rtol=0, atol=1e-5)
     if task == "CAUSAL_LM":

@@ -26,6 +26,7 @@ class Adapter(nn.Module):
         starts_as_base: a fresh adapter leaves the model's output as it was.
         weightable: base + w * (what it changes) has a meaning, so that `Weighted` can hold it.
         mergeable: `merged` says how the weight changes.
+        observes: only looks at the call and passes it on.
         in_blocks: some rows of `merged` cost less than all of them; False where the whole change is made each time.
     """
 
@@ -34,6 +35,7 @@ class Adapter(nn.Module):
     starts_as_base: ClassVar[bool] = True
     weightable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
+    observes: ClassVar[bool] = False
     in_blocks: ClassVar[bool] = True
 
     shared: nn.Module  # set by AdapterSet: what all adapters of the name use together, if the method has that

@@ -2,6 +2,7 @@
 
     attentions(model)     Attention("encoder.layer.0.attention", query="encoder.layer.0.attention.self.query", ...)
     feedforwards(model)   FeedForward("layers.0.mlp", inputs=("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"), ...)
+    blocks(model)         ["layers.0", "layers.1", ...]
 
 Found by structure: a module owns an attention, or a feed-forward, if it has all the layers of one line of the tables
 below, and what comes out is as wide as what goes in (the residual stream).  The names are the field's; a new
@@ -120,6 +121,17 @@ def feedforwards(model: nn.Module) -> list[FeedForward]:
     return found
 
 
+def blocks(model: nn.Module) -> list[str]:
+    """Paths of the blocks, each an attention with its feed-forward, in order; empty if no attention is recognised."""
+    inner, found = [part.path for part in feedforwards(model)], []
+    for part in attentions(model):
+        above = _ancestors(part.path)
+        numbered = [path for path in above if path.rpartition(".")[2].isdigit()]
+        whole = [path for path in numbered or above if any(_is_within(other, path) for other in inner)]
+        found += (whole or numbered)[:1]  # without a feed-forward that is recognised, what stands in the list of blocks
+    return list(dict.fromkeys(found))
+
+
 def feedforward_half(path: str) -> tuple[Half, str] | None:
     """By its name alone: whether this layer is the first input or the output of a feed-forward, and that one's path."""
     for inputs, output in _FEEDFORWARD:
@@ -146,6 +158,16 @@ def not_recognised(model: nn.Module, what: str, example: str) -> TargetError:
     return TargetError(
         f"no {what} is recognised in {type(model).__name__}. Name the places by hand: {example}. It has: {names}"
     )
+
+
+def _ancestors(path: str) -> list[str]:
+    """The path itself and those above it, the nearest first, the model ("") last."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def _is_within(path: str, owner: str) -> bool:
+    return not owner or path == owner or path.startswith(f"{owner}.")
 
 
 def _below(owner: str, name: str) -> str:

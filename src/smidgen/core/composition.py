@@ -135,6 +135,8 @@ def plan_for(expression: Expression, find: Find) -> Plan | None:
         parts = [(plan, weight) for part, weight in expression.parts if (plan := plan_for(part, find)) is not None]
         if not parts:
             return None
+        if all(getattr(plan, "observes", False) for plan, _ in parts):  # there is nothing to weigh
+            return StackPlan(tuple(plan for plan, _ in parts))
         return parts[0][0] if len(parts) == 1 and parts[0][1] == 1.0 else WeightedPlan(tuple(parts))
     return _rows_plan(expression, find)
 

@@ -41,7 +41,7 @@ def gradient_scores(
         return add
 
     modules, parameters = dict(modules_of(model)), [cast(nn.Parameter, site.stored) for site in sites]
-    with _scoring(model, parameters):
+    with scoring(model, parameters):
         hooks = [m.register_forward_pre_hook(lambda m, args: called.add(id(m))) for m in modules.values()]
         for site, p in zip(sites, parameters, strict=True):
             hooks.append(p.register_post_accumulate_grad_hook(add_to(site.name)))  # type: ignore[no-untyped-call]
@@ -68,7 +68,7 @@ def gradient_scores(
 
 
 @contextmanager
-def _scoring(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+def scoring(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
     """Eval mode, gradients for these parameters, and not compiled, so that hooks run; then all is as it was."""
     modes = [(module, module.training) for module in model.modules()]
     before = [(p, p.requires_grad, p.grad) for p in parameters]

@@ -201,8 +201,12 @@ def _short(name: str) -> str:
 
 
 def _open(path: Path) -> io.BufferedReader:
-    """Open a regular file that lies in its folder (a hub cache's link into its own `blobs` counts as there)."""
     _require(path.suffix not in PICKLES, path, f"is a pickle. {_CONVERT}")
+    return open_regular(path)
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a regular file that lies in its folder (a hub cache's link into its own `blobs` counts as there)."""
     try:
         folder, real = path.parent.resolve(strict=True), path.resolve(strict=True)
         blobs = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]

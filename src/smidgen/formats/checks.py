@@ -16,6 +16,7 @@ from .layout import PREFIX, Modules, Stored, Tensors, canonical, clean
 from .note import NOTE
 from .opened import Opened
 from .peft_fields import WITHOUT_EFFECT
+from .translation import PeftTranslation, Translation
 from .write import CONFIG, finite, kind_name
 
 
@@ -34,7 +35,7 @@ def check_places(opened: Opened, method: Method, sites: Sequence[Site]) -> None:
         raise FolderError(f"does not fit this model: {'; '.join(wrong[:5])}")
 
 
-def check_shapes(opened: Opened, stored: Sequence[Stored], expected: Tensors) -> list[str]:
+def check_shapes(opened: Opened, stored: Sequence[Stored], expected: Tensors, translation: Translation) -> list[str]:
     """Raise FolderError on tensors that are missing, of another shape or dtype, or have no place.
 
     Returns the keys of the copies of the base's own weights that HF PEFT adds.
@@ -53,6 +54,8 @@ def check_shapes(opened: Opened, stored: Sequence[Stored], expected: Tensors) ->
         elif needed.is_floating_point() != (found.dtype in ("F16", "BF16", "F32", "F64")):
             problems.append(f"{key} is {found.dtype}, it should be {needed.dtype}")
     extra = [key for key in opened.keys if key not in known]
+    if isinstance(translation, PeftTranslation):
+        extra = [key for key in extra if translation.repeats(key) not in known]
     copies = [key for key in extra if opened.note is None and _original(opened, key) is not None]
     problems += [f"{key[:200]} has no place" for key in extra if key not in copies]
     if problems:

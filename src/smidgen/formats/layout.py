@@ -36,6 +36,7 @@ class Stored:
     holds: tuple[tuple[str, str], ...]  # (site name, tensor name)
     pack: Callable[[Sequence[Tensor]], Tensor] = lambda tensors: tensors[0]  # what `holds` names -> as stored
     unpack: Callable[[Tensor], Sequence[Tensor]] = lambda tensor: (tensor,)
+    derived: bool = False  # written for HF PEFT; what it is made of stands in the file too, and that is read
 
 
 def stored_tensors(disk: DiskNames, sites: Sequence[Site], tensors: Tensors) -> list[Stored]:

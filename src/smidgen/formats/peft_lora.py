@@ -14,6 +14,7 @@ in_proj_weight under the module's key and out_proj under ".base_layer.out_proj",
 (0.21.2): so what it trained is read with alpha doubled there, and written only where it is.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from ..core.layers import ConvKind, EmbeddingKind, LinearKind
 from ..core.method import Method
 from ..core.site import Site
-from ..methods.lora import LoRA
+from ..methods.lora import SUBTRACTED, LoRA
 from .layout import PREFIX, Modules, Stored, Tensors, clean
+from .lora_starts import OF_BASE, is_known, refuse_start, with_start
 from .translation import (
     Found,
     PeftTranslation,
@@ -40,7 +42,7 @@ from .translation import (
 )
 
 SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
-USED = frozenset({"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"})
+USED = frozenset({"r", "lora_alpha", "lora_bias", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"})
 
 
 class LoRATranslation(PeftTranslation):
@@ -62,26 +64,36 @@ class LoRATranslation(PeftTranslation):
         method = cast(LoRA, method)
         parameters = [site for site in sites if site.parameter and not _in_attention(site)]
         called = sorted({clean(site.path) for site in sites if not site.parameter or _in_attention(site)})
-        ranks = {_name(site): method.rank_at(site) for site in sites}
-        alphas = {_name(site): _number(_their_alpha(method, site)) for site in sites}
+        times = 2 if method.start in SUBTRACTED else 1  # A0 and B0 stand beside A and B; s stays what it is
+        by = math.sqrt(times) if method.rank_stabilised else times
+        ranks = {_name(site): times * method.rank_at(site) for site in sites}
+        alphas = {_name(site): _number(by * _their_alpha(method, site)) for site in sites}
         return {
-            "r": method.rank,
-            "lora_alpha": _number(method.alpha),
+            "r": times * method.rank,
+            "lora_alpha": _number(by * method.alpha),
+            "lora_bias": method.bias_on_B,
             "lora_dropout": method.dropout,
             "use_rslora": method.rank_stabilised,
-            "rank_pattern": _their_pattern(ranks, method.rank),
-            "alpha_pattern": _their_pattern(alphas, _number(method.alpha)),
+            "rank_pattern": _their_pattern(ranks, times * method.rank),
+            "alpha_pattern": _their_pattern(alphas, _number(by * method.alpha)),
             "target_modules": target_modules(modules, called) if called else [],
             "target_parameters": sorted(clean(site.name) for site in parameters) or None,
             "fan_in_fan_out": transposed(sites),
         }
 
     def stored_peft(self, method: Method, sites: Sequence[Site], tensors: Tensors) -> list[Stored]:
-        nested = _depths(sites)
-        return [stored for site in sites for stored in _stored_at(site, nested.get(site.name, 0))]
+        method, nested = cast(LoRA, method), _depths(sites)
+        found = []
+        for site in sites:
+            entries = _stored_at(site, nested.get(site.name, 0))
+            found += with_start(entries, method, site) if method.start in SUBTRACTED else entries
+            if method.bias_on_B:
+                found.append(Stored(f"{PREFIX}{clean(site.path)}.lora_B.bias", ((site.name, "bias"),)))
+        return found
 
     def find(self, modules: Modules, config: Mapping[str, Any], shapes: Shapes) -> Found:
-        refuse_unknown(config, USED)
+        start = config.get("init_lora_weights", True)
+        refuse_unknown(config, USED | ({"init_lora_weights"} if is_known(start) else set()))
         sites: dict[str, Site] = {}
         for key in shapes:
             suffix = next((end for end in SUFFIXES if key.endswith(end)), None)
@@ -92,12 +104,15 @@ class LoRATranslation(PeftTranslation):
         alphas = pattern_of(config, "alpha_pattern")
         rank, alpha = number(config, "r", whole=True), float(number(config, "lora_alpha"))
         found = tuple(sites.values())
+        refuse_start(start, found)
         ours = {s.name: float(first_match(alphas, _name(s), alpha)) * _times(s) for s in found}
         settings = {
             "rank": rank,
             "alpha": alpha,
             "dropout": float(number(config, "lora_dropout")),
             "rank_stabilised": bool(config.get("use_rslora", False)),
+            "start": start if start in OF_BASE else "kaiming",
+            "bias_on_B": bool(config.get("lora_bias", False)),
             "rank_pattern": exact_names({s.name: first_match(ranks, _name(s), rank) for s in found}, rank),
             "alpha_pattern": exact_names(ours, alpha),
         }
@@ -114,6 +129,8 @@ def _obstacle_at(site: Site, method: LoRA) -> str | None:
             return "a grouped convolution; HF PEFT's A reads all channels, ours the channels of a group"
         if set(layer.dilation) != {1} or layer.padding_mode != "zeros":
             return "a dilated or not zero-padded convolution, which HF PEFT runs as if it were neither"
+    if method.bias_on_B and isinstance(site.kind, EmbeddingKind):
+        return "bias_on_B, which HF PEFT refuses on embeddings; set it to False"
     if site.parameter and not _in_attention(site):
         if "." in site.parameter:
             return "a parameter of a module below, which HF PEFT changes only while that module is called"

@@ -8,20 +8,23 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
-from ..core.composition import Expression, names_in
+from ..core.composition import Expression, Stack, names_in
 from ..core.errors import FolderError, SmidgenError
 from ..core.files import recover
 from ..core.method import Method
 from ..core.safe import read_tensors
 from ..core.site import Site
 from ..core.targets import Resolution
+from . import adapterhub, pyreft
 from .checks import check_agreement, check_base, check_copies, check_places, check_shapes, check_values
+from .imported import Imported
 from .layout import Modules, canonical, expected_tensors
 from .note import NOTE, Note, Several, composition, read_note
 from .opened import Opened, method_and_sites, open_folder, with_tensors
 from .translations import translation_of
 from .write import CONFIG, all_stored
 
+_OTHERS = (adapterhub, pyreft)  # projects whose folders are read and not written
 HeadSites = Callable[[Method], list[Site]]
 # What settings of the wrong type or size end in, when a method is made of them
 _NO_SETTINGS = (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError, AttributeError, LookupError)
@@ -69,10 +72,11 @@ def read_folder(
     check_base: refuse an adapter that was trained on another base model.
     head_sites: the sites of a method's heads in the model.
     """
-    folder = _existing(folder)
+    folder, modules = _existing(folder), Modules(model)
+    if (other := next((project for project in _OTHERS if project.is_there(folder)), None)) is not None:
+        return _of_other_project(folder, other.read, modules, name)
     note = read_note(folder)
     places, active = _locate(folder, note, name)
-    modules = Modules(model)
     loaded = tuple(
         _read(open_folder(path, modules), called, head_sites, with_base=check_base) for called, path in places
     )
@@ -81,6 +85,27 @@ def read_folder(
     if not set(names_in(active)) <= {adapter.saved_as for adapter in loaded}:
         active = None
     return Content(adapters=loaded, active=active)
+
+
+def _of_other_project(
+    folder: Path, read: Callable[[Path, Modules], list[Imported]], modules: Modules, name: str | None
+) -> Content:
+    try:
+        found = [(each, each.checked()) for each in read(folder, modules)]
+    except _NO_SETTINGS as error:
+        raise FolderError(f"{folder}: its settings cannot be: {str(error)[:300]}") from error
+    except SmidgenError as error:
+        text = str(error)
+        raise FolderError(text if text.startswith(str(folder)) else f"{folder}: {text}") from error
+    adapters = []
+    for each, tensors in found:
+        called = "_".join(filter(None, (name or each.name, each.part)))
+        resolution = Resolution(modules.model, each.sites)
+        adapters.append(
+            Loaded(name=called, saved_as=called, method=each.method, resolution=resolution, tensors=tensors)
+        )
+    names = [adapter.name for adapter in adapters]
+    return Content(adapters=tuple(adapters), active=names[0] if len(names) == 1 else Stack(*names))
 
 
 def read_extra(folder: str | Path) -> dict[str, Any]:
@@ -139,8 +164,9 @@ def _checked(opened: Opened, name: str | None, head_sites: HeadSites, *, with_ba
     check_places(opened, method, sites)
     method = with_tensors(method, sites, opened.keys, opened.without_memory)
     expected = expected_tensors(method, sites, heads)
-    stored = all_stored(translation_of(type(method)), method, sites, heads, expected, theirs=theirs)
-    copies = check_shapes(opened, stored, expected)
+    translation = translation_of(type(method))
+    stored = all_stored(translation, method, sites, heads, expected, theirs=theirs)
+    copies = check_shapes(opened, stored, expected, translation)
     if opened.note is not None:
         check_agreement(opened, method, sites, heads, theirs=theirs)
     if with_base:
@@ -149,9 +175,11 @@ def _checked(opened: Opened, name: str | None, head_sites: HeadSites, *, with_ba
     read = read_tensors(opened.weights, opened.header, raw.values())
     check_values(opened, read)
     check_copies(opened, copies)
-    method = with_tensors(method, sites, opened.keys, lambda key: read[opened.keys[key]])
+    method = with_tensors(method, sites, raw, lambda key: read[raw[key]])
     tensors = {}
     for entry in stored:
+        if entry.derived:
+            continue
         for (site, part), value in zip(entry.holds, entry.unpack(read[raw[entry.key]]), strict=True):
             tensors[site, part] = value.to(expected[site][part].dtype).contiguous()
     saved_as = opened.note.name if opened.note else "default"

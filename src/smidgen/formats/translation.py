@@ -76,6 +76,10 @@ class PeftTranslation(Translation):
         """`stored`, in HF PEFT's layout."""
         raise NotImplementedError
 
+    def repeats(self, key: str) -> str | None:
+        """The key of the tensor that this one is a copy of, where HF PEFT writes a tensor once for each site."""
+        return None
+
     def find(self, modules: Modules, config: Mapping[str, Any], shapes: Shapes) -> Found:
         """The adapter in a folder that HF PEFT wrote.  Sites come from the tensors' names.  Raises FolderError."""
         raise NotImplementedError

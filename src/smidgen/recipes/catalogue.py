@@ -1,11 +1,11 @@
-"""What each method is and where it can act, asked of the method itself: `smidgen methods`, the README's table, the docs.
+"""What each method is and where it can act, asked of the method itself: `smidgen methods` and the pages of the docs.
 
 Nothing here is typed in by hand: a method is tried on one layer of every kind, on the meta device.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -108,7 +108,7 @@ def _transposed() -> nn.Module | None:
         from transformers.pytorch_utils import Conv1D
     except ImportError:
         return None
-    layer: nn.Module = Conv1D(_WIDE, _NARROW)
+    layer: nn.Module = cast(Any, Conv1D)(_WIDE, _NARROW)
     return layer
 
 

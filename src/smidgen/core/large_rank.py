@@ -1,0 +1,57 @@
+"""LargeRankAdapter: a low-rank change whose rank is near the layer's own size, run the cheaper of two ways.
+
+    thin     x A^T B^T beside the layer       2.5 N R (I + O) multiplications, forward and backward, where A or B is fixed
+    whole    one product with W + s B A       N O I + 3 R O I, W + s B A being formed twice and its gradient taken apart
+
+N: tokens.   The more tokens, the better the whole way; in 16 bits, where W + s B A would round the change away, and
+under dropout, it is always the thin one.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter import Call
+from .full_weight import FullWeightAdapter
+from .low_rank import LowRankAdapter
+from .site import Site
+
+
+class LargeRankAdapter(LowRankAdapter, FullWeightAdapter):
+    """As LowRankAdapter; rank: R, of one matrix."""
+
+    def __init__(self, site: Site, *, rank: int, scale: float = 1.0, dropout: float = 0.0) -> None:
+        super().__init__(site, scale=scale, dropout=dropout)
+        O, I = site.fan_out, site.fan_in
+        saved = 2.5 * rank * (I + O) - O * I  # for each token
+        # 4, not 3: forming it also goes through memory
+        self.whole_from = 4 * rank * O * I / saved if saved > 0 else math.inf
+
+    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        wide = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+        if wide and x.numel() > self.whole_from * x.shape[-1] and not (self.training and self.dropout):
+            return FullWeightAdapter.forward(self, call, x, *args, **kwargs)
+        return LowRankAdapter.forward(self, call, x, *args, **kwargs)
+
+
+def scaled(M: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """M * u * v, broadcast, of a fixed M; keeps nothing of the product's size for backward."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides itself what to keep
+        return M * u * v
+    result: Tensor = _Scaled.apply(M, u, v)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, M: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(M, u, v)
+        return M * u * v
+
+    @staticmethod
+    def backward(ctx: Any, dP: Tensor) -> Any:
+        M, u, v = ctx.saved_tensors
+        shared = dP * M
+        return None, (shared * v).sum_to_size(u.shape), (shared * u).sum_to_size(v.shape)

@@ -1,0 +1,133 @@
+"""KaSA: leave out a weight's smallest singular values and learn new ones.  Wang et al. 2024, arXiv:2412.06071,
+equations 5-12.
+
+    W' = W - N + s B diag(d) A          N = the R smallest terms of W's singular value decomposition U S V^T
+
+d: (R,)   A: (R, I)   B: (O, R)   s = alpha / R.   B starts at zero, so training starts from W - N, the base model
+without what the paper takes for noise; the base itself is not touched.   Trainable parameters: R (I + O + 1) per site.
+While training, the penalty of equations 9-11 keeps d small and A and B near orthogonal:
+
+    beta |d|^2 + gamma (|B^T B - 1| + |A A^T - 1|), of all sites
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter, AdditiveAdapter, Call
+from ..core.disk_names import DiskNames
+from ..core.errors import require
+from ..core.method import method
+from ..core.site import Site
+from ..core.storage import OpaqueStorage
+from .lora import LoRA, LoRAAdapter
+
+
+@method("kasa")
+@dataclass(frozen=True, kw_only=True)
+class KaSA(LoRA):
+    """LoRA's settings, with its random starts.
+
+    beta, gamma: how much the penalties count, on the size of d and on A and B not being orthogonal.
+    """
+
+    beta: float = 1e-4
+    gamma: float = 1e-3
+
+    summary = "W' = W - N + s B diag(d) A, N of small singular values"
+    paper = "Wang et al. 2024, arXiv:2412.06071"
+    disk = DiskNames(
+        "LORA",
+        fields=LoRA.disk.fields,
+        tensors={**LoRA.disk.tensors, "d": "lora_diag"},
+        fixed={"kasa_config": ...},
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(self.alpha > 0, f"alpha is {self.alpha}; KaSA needs one above 0")
+        for name, value in (("beta", self.beta), ("gamma", self.gamma)):
+            require(value >= 0, f"{name} is {value}; it is at least 0")
+        random = ("kaiming", "gaussian", "orthogonal")
+        require(self.start in random, f'start is "{self.start}"; KaSA has {", ".join(random)}')
+
+    def accepts(self, site: Site) -> str | None:
+        if reason := super().accepts(site):
+            return reason
+        if isinstance(site.storage, OpaqueStorage):
+            return f"its weight is held as {site.storage.name}; KaSA has to read it for its singular values"
+        rank, smaller = self.rank_at(site), min(site.fan_in, site.fan_out)
+        return None if rank < smaller else f"its weight has {smaller} singular values; KaSA leaves out {rank} of more"
+
+    def build(self, site: Site) -> "KaSAAdapter":
+        return KaSAAdapter(self, site)
+
+    def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
+        parts = [part for part in adapters.values() if isinstance(part, KaSAAdapter)]
+        if not parts or not (self.beta or self.gamma):
+            return None
+        sizes = torch.stack([part.d.square().sum() for part in parts]).sum()
+        return self.beta * sizes + self.gamma * torch.stack([part.skew() for part in parts]).sum()
+
+
+class KaSAAdapter(LoRAAdapter):
+    """d, A and B at one site.  On stacked experts every expert has its own: d is (E R,)."""
+
+    starts_as_base = False
+    noise_A: Tensor  # V^T of N (R, I)
+    noise_B: Tensor  # -U S of N over s (O, R)
+
+    def __init__(self, method: KaSA, site: Site) -> None:
+        super().__init__(method, site)
+        self.d = site.empty(self.A.shape[0])
+        self.register_buffer("noise_A", torch.empty_like(self.A, requires_grad=False), persistent=False)
+        self.register_buffer("noise_B", torch.empty_like(self.B, requires_grad=False), persistent=False)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        super().prepare()
+        R, stack = self.rank, self.site.linear.stack
+        W = self.site.weight().to(self.A.dtype)
+        U, S, Vh = torch.linalg.svd(W.reshape(stack, -1, W.shape[1]), full_matrices=False)
+        self.noise_A = Vh[:, -R:].flatten(0, 1).contiguous()
+        self.noise_B = (U[..., -R:] * (S[:, None, -R:] / -self.scale)).flatten(0, 1)
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        super().reset(generator)
+        nn.init.normal_(self.d, generator=generator)
+
+    def learned(self) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B diag(d) (O, R)."""
+        stack = self.site.linear.stack
+        if stack == 1:
+            return self.A, self.B * self.d
+        return self.A, (self.B.view(stack, -1, self.rank) * self.d.view(stack, 1, -1)).flatten(0, 1)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = self.learned()
+        E, I = self.site.linear.stack, A.shape[1]
+        both = torch.cat([A.view(E, -1, I), self.noise_A.view(E, -1, I)], 1)  # (E, 2 R, I)
+        return both.flatten(0, 1), torch.cat([B, self.noise_B], 1)
+
+    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.training and self.dropout:
+            return AdditiveAdapter.forward(self, call, x, *args, **kwargs)
+        return super().forward(call, x, *args, **kwargs)
+
+    def delta(self, x: Tensor) -> Tensor:
+        if not (self.training and self.dropout):
+            return super().delta(x)
+        site, (A, B) = self.site, self.learned()  # dropout is of what is learned; N is left out of all of x
+        left_out = site.expand(site.project(x, self.noise_A), self.noise_B)
+        return self.scale * (site.expand(site.project(self.dropped(x), A), B) + left_out)
+
+    def skew(self) -> Tensor:
+        """|B^T B - 1| + |A A^T - 1|, Frobenius norms."""
+        stack = self.site.linear.stack
+        A, B = self.A.view(stack, self.rank, -1), self.B.view(stack, -1, self.rank)
+        one = torch.eye(self.rank, dtype=A.dtype, device=A.device)
+        norms = torch.linalg.matrix_norm(B.mT @ B - one) + torch.linalg.matrix_norm(A @ A.mT - one)
+        return cast(Tensor, norms).sum()

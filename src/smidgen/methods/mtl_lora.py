@@ -1,0 +1,136 @@
+"""MTL-LoRA: one low-rank change for several tasks, with a small matrix and a mixture for each.  Yang et al. 2024,
+arXiv:2410.09437, equations 3-5.
+
+    W_t = W + s B_t L_t A          B_t = sum_i softmax(w_t / tau)_i B^i          s = alpha / R
+
+A: (R, I), of all tasks   L_t: (R, R), of task t   B^1 ... B^n: (O, R), of all tasks   w_t: (n,), how task t mixes them
+A starts as LoRA's, L_t as the identity, w_t and B^i at zero, so training starts from the base model.
+Trainable parameters: R (I + n O) + K (R^2 + n) per site, K the number of tasks.
+
+    model(input_ids=ids, task_ids=tensor)          which task each row is; `for_tasks` for code that calls the model
+    MTLLoRA(tasks=4, task=2)                       all rows are of task 2, and its change can be merged
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter, AdditiveAdapter, Call
+from ..core.disk_names import DiskNames
+from ..core.errors import AttachError, require
+from ..core.layers import LinearKind
+from ..core.low_rank import LowRankAdapter
+from ..core.method import Method, method
+from ..core.site import Site
+from ..core.targets import Resolution
+from .poly import Tasks, TasksAdapter
+
+
+@method("mtl_lora")
+@dataclass(frozen=True, kw_only=True)
+class MTLLoRA(Method):
+    """One low-rank change for several tasks.
+
+    tasks: K.   task: of all rows; None where each call says `task_ids`.
+    rank: R.   alpha: the change is scaled by alpha / R.   dropout: of the adapter's input while training.
+    mixtures: n, how many B there are.   temperature: tau; a low one lets each task take one B.
+    """
+
+    tasks: int = 1
+    task: int | None = None
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    mixtures: int = 3
+    temperature: float = 0.5
+
+    summary = "W_t = W + s B_t L_t A, B_t a mixture"
+    paper = "Yang et al. 2024, arXiv:2410.09437"
+    disk = DiskNames("SMIDGEN_MTL_LORA")
+
+    def check(self) -> None:
+        for name in ("tasks", "rank", "mixtures"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value > 0, f"{name} is {value}; it is a whole number of at least 1")
+        known = self.task is None or 0 <= self.task < self.tasks
+        require(known, f"task is {self.task}; of {self.tasks} tasks it is 0 to {self.tasks - 1}, or None")
+        require(math.isfinite(self.alpha), f"alpha is {self.alpha}; it must be a finite number")
+        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0")
+
+    @property
+    def only_task(self) -> int | None:
+        """The task of all rows, if they have the same."""
+        return 0 if self.tasks == 1 else self.task
+
+    def accepts(self, site: Site) -> str | None:
+        by_row = self.only_task is None
+        if by_row and not site.path and site.kind is None:
+            return None  # the model, which is told the tasks
+        if reason := super().accepts(site):
+            return reason
+        if by_row and (site.parameter is not None or not isinstance(site.kind, LinearKind)):
+            return f"each row has its own matrices, which only linear layers take; this is {type(site.layer).__name__}"
+        return "a stack of matrices; MTL-LoRA acts on single ones" if site.linear.stack > 1 else None
+
+    def resolve(self, model: nn.Module) -> Resolution:
+        found = super().resolve(model)
+        top = (Site("", model),) if self.only_task is None else ()
+        return Resolution(model, (*top, *found.sites), found.passed_over)
+
+    def build(self, site: Site) -> Adapter:
+        return TasksAdapter(site) if self.only_task is None and not site.path else MTLLoRAAdapter(self, site)
+
+    def shared(self, sites: tuple[Site, ...]) -> Tasks | None:
+        return Tasks(self.tasks) if self.only_task is None else None
+
+
+class MTLLoRAAdapter(LowRankAdapter):
+    """A (R, I), and B (n, O, R) of all mixtures, L (K, R, R) and w (K, n) of all tasks, at one site."""
+
+    def __init__(self, method: MTLLoRA, site: Site) -> None:
+        super().__init__(site, scale=method.alpha / method.rank, dropout=method.dropout)
+        self.temperature, self.task = method.temperature, method.only_task
+        self.A = site.empty(method.rank, site.fan_in)
+        self.B = site.empty(method.mixtures, site.fan_out, method.rank)
+        self.L = site.empty(method.tasks, method.rank, method.rank)
+        self.w = site.empty(method.tasks, method.mixtures)
+        if self.task is None:
+            self.by_row = self.mergeable = False  # type: ignore[misc]
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None) -> None:
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
+        for L in self.L:
+            nn.init.eye_(L)
+        nn.init.zeros_(self.w)
+        nn.init.zeros_(self.B)
+
+    def of_tasks(self, tasks: Tensor) -> tuple[Tensor, Tensor]:
+        """L_t A (B, R, I) and B_t (B, O, R) of each of these tasks (B,)."""
+        mix = torch.softmax(self.w[tasks] / self.temperature, 1)
+        return self.L[tasks] @ self.A, torch.einsum("bn,nor->bor", mix, self.B)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        mix = torch.softmax(self.w[self.task] / self.temperature, 0)
+        return self.L[self.task] @ self.A, torch.tensordot(mix, self.B, 1)
+
+    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.task is None:
+            return AdditiveAdapter.forward(self, call, x, *args, **kwargs)
+        return super().forward(call, x, *args, **kwargs)
+
+    def delta(self, x: Tensor) -> Tensor:
+        if self.task is not None:
+            return super().delta(x)
+        tasks = cast(Tensor, cast(Tasks, self.shared).running.task_ids).to(self.w.device)
+        if not len(x) or len(x) % len(tasks):  # they may have been repeated evenly on the way, as beam search does
+            raise AttachError(f"task_ids names {len(tasks)} rows, the batch has {len(x)} at {self.site.name}")
+        A, B = self.of_tasks(tasks)
+        rows = F.dropout(x, self.dropout, self.training).reshape(len(tasks), -1, x.shape[-1])
+        h = rows.bmm(A.to(x.dtype).mT).bmm(B.to(x.dtype).mT) * self.scale
+        return h.view(*x.shape[:-1], -1)

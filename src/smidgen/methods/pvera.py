@@ -1,0 +1,111 @@
+"""PVeRA: VeRA whose inner activation is drawn, not computed.  Fillioux et al. 2025, arXiv:2512.07703, section 3.
+
+    y' = y + diag(b) B h            m, v = diag(d) A x          h = m + exp(v / 2) e while training, e ~ N(0, 1)
+    W' = W + diag(b) B diag(d_m) A_m                            h = m once trained
+
+A: (2R, I), whose first half gives m and second v   B: (O, R)   drawn once from `seed`, never trained, and the same for
+all sites.   d: (2R,)   b: (O,)   b starts at zero, so training starts from the base model.
+Trainable parameters: 2R + O per site.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import AdditiveAdapter, Call
+from ..core.disk_names import DiskNames
+from ..core.errors import require
+from ..core.low_rank import LowRankAdapter
+from ..core.method import Method, method
+from ..core.site import Site
+from .vera import Projections
+
+
+@method("pvera")
+@dataclass(frozen=True, kw_only=True)
+class PVeRA(Method):
+    """Scales of shared random matrices, with noise of a learned size while training.
+
+    rank: R.   d_initial: where d starts.   dropout: probability of dropping an entry of the adapter's input while
+    training.   seed: of A and B; the noise comes from torch's own generator.
+    save_projection: write A and B as well; else whoever reads the folder draws them again from the seed.
+    """
+
+    rank: int = 256
+    d_initial: float = 0.1
+    dropout: float = 0.0
+    seed: int = 0
+    save_projection: bool = True
+
+    summary = "y' = y + diag(b) B h, h ~ N(m, exp v), m and v from diag(d) A x"
+    paper = "Fillioux et al. 2025, arXiv:2512.07703"
+    disk = DiskNames(
+        "PVERA",
+        fields={"rank": "r", "dropout": "pvera_dropout", "seed": "projection_prng_key"},
+        tensors={
+            "lambda_b": "pvera_lambda_b",
+            "lambda_d": "pvera_lambda_d",
+            "shared.A": "pvera_A",
+            "shared.B": "pvera_B",
+        },
+        ignored=("generator_seed",),
+    )
+
+    def check(self) -> None:
+        require(isinstance(self.rank, int) and self.rank > 0, f"rank is {self.rank}; it is a whole number from 1")
+        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    def accepts(self, site: Site) -> str | None:
+        if reason := super().accepts(site):
+            return reason
+        return "a parameter read without a call has no activation to draw" if site.parameter else None
+
+    def shared(self, sites: tuple[Site, ...]) -> Projections:
+        return Projections(sites, 2 * self.rank, self.rank, self.seed, save=self.save_projection)
+
+    def build(self, site: Site) -> "PVeRAAdapter":
+        return PVeRAAdapter(self, site)
+
+
+class PVeRAAdapter(LowRankAdapter):
+    """d and b at one site."""
+
+    shared: Projections
+
+    def __init__(self, method: PVeRA, site: Site) -> None:
+        super().__init__(site, dropout=method.dropout)
+        self.d_initial, self.rank = method.d_initial, method.rank
+        self.O, self.I = site.fan_out, site.fan_in
+        self.lambda_d = site.empty(2 * method.rank)
+        self.lambda_b = site.empty(self.O)
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        nn.init.constant_(self.lambda_d, self.d_initial)
+        nn.init.zeros_(self.lambda_b)
+
+    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            return AdditiveAdapter.forward(self, call, x, *args, **kwargs)
+        return super().forward(call, x, *args, **kwargs)
+
+    def delta(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().delta(x)
+        if x.is_floating_point():  # an embedding's input is indices
+            x = nn.functional.dropout(x, self.dropout)
+        A, B = self._projections()
+        m = self.site.project(x, self.lambda_d[: self.rank, None] * A[: self.rank])
+        v = self.site.project(x, self.lambda_d[self.rank :, None] * A[self.rank :])
+        h = m + torch.exp(0.5 * v) * torch.randn_like(m)
+        return self.site.expand(h, self.lambda_b[:, None] * B)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = self._projections()
+        return A[: self.rank], self.lambda_b[:, None] * (self.lambda_d[: self.rank] * B)
+
+    def _projections(self) -> tuple[Tensor, Tensor]:
+        """A (2R, I) and B (O, R) of this site."""
+        device = self.lambda_d.device
+        return self.shared.A[:, : self.I].to(device), self.shared.B[: self.O].to(device)

@@ -1,0 +1,119 @@
+"""WaveFT: learn a few wavelet coefficients of a weight change.  Bilican et al. 2025, arXiv:2505.12532, section 3.
+
+    W' = W + s F^-1(S)          S[p_k, q_k] = c_k, zero elsewhere          F^-1: one step of the inverse 2-D transform
+       = W + s sum_k c_k a_k b_k^T          a_k, b_k: filters of length L at a place that follows from p_k and q_k
+
+S: (O, I), its four quarters being the bands of the transform   c: (n,)   p, q: n places, drawn once from `seed`.
+s: the scale.   c starts at zero, so training starts from the base model.   Trainable parameters: n per site.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..core.disk_names import DiskNames
+from ..core.errors import require
+from ..core.method import Method, method
+from ..core.site import Site
+from ..core.wavelets import FAMILIES, filters
+from .fourierft import FourierFT, FourierFTAdapter
+
+
+@method("waveft")
+@dataclass(frozen=True, kw_only=True)
+class WaveFT(FourierFT):
+    """Few coefficients of a wavelet transform.
+
+    frequencies: n, at every site.   proportional: n on average, and at each site as its share of all weights.
+    wavelet: db1 (Haar) to db10, sym2 to sym10, coif1 to coif3.   use_idwt: False: c are entries of the change itself.
+    """
+
+    frequencies: int = 2592
+    scale: float = 25.0
+    wavelet: str = "db1"
+    use_idwt: bool = True
+    proportional: bool = False
+
+    summary = "W' = W + s F^-1(S), S sparse, F a wavelet transform"
+    paper = "Bilican et al. 2025, arXiv:2505.12532"
+    disk = DiskNames(
+        "WAVEFT",
+        fields={
+            "frequencies": "n_frequency",
+            "scale": "scaling",
+            "seed": "random_loc_seed",
+            "wavelet": "wavelet_family",
+            "frequencies_pattern": "n_frequency_pattern",
+        },
+        tensors={"spectrum": "waveft_spectrum"},
+        ignored=("proportional_parameters",),  # how many there are is in the file
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(
+            self.wavelet in FAMILIES, f'there is no wavelet "{self.wavelet}" here. There are: {", ".join(FAMILIES)}'
+        )
+
+    def fitted(self, model: nn.Module) -> Method:
+        if not self.proportional:
+            return self
+        sites = self.resolve(model).sites
+        mean = sum(site.fan_out * site.fan_in for site in sites) / len(sites)
+        shares = {site.name: max(1, round(self.frequencies * site.fan_out * site.fan_in / mean)) for site in sites}
+        return replace(self, proportional=False, frequencies_pattern=shares)
+
+    def build(self, site: Site) -> "WaveFTAdapter":
+        return WaveFTAdapter(self, site)
+
+
+class WaveFTAdapter(FourierFTAdapter):
+    """c at one site.  Coefficient k adds c_k times a wavelet, the product of two filters: L rows by L columns."""
+
+    rows: Tensor
+    columns: Tensor
+    row_filters: Tensor
+    column_filters: Tensor
+
+    def __init__(self, method: WaveFT, site: Site) -> None:
+        super().__init__(method, site)
+        self.wavelet = method.wavelet if method.use_idwt else None
+        for name in ("rows", "columns"):
+            self.register_buffer(name, torch.empty(len(self.spectrum), 1, dtype=torch.long), persistent=False)
+            self.register_buffer(name[:-1] + "_filters", torch.empty(len(self.spectrum), 1), persistent=False)
+
+    def prepare(self) -> None:
+        super().prepare()
+        O, I = self.shape
+        p, q = self.places // I, self.places % I
+        if self.wavelet is None:
+            ones = torch.ones_like(self.spectrum)[:, None].detach()
+            self.rows, self.columns, self.row_filters, self.column_filters = p[:, None], q[:, None], ones, ones
+            return
+        # the transform shortens each axis by L - 2: S is the middle of a larger, even spectrum, as in HF PEFT
+        both = filters(self.wavelet).to(self.spectrum)
+        lost = both.shape[1] - 2
+        H, V = (size + lost + (size + lost) % 2 for size in (O, I))
+        p, q = p + (H - O) // 2, q + (V - I) // 2
+        # also as there: the right half is high along the rows' axis, the lower half along the columns'
+        self.rows, self.row_filters = _taps(p % (H // 2), both[(q >= V // 2).long()], O, H - lost)
+        self.columns, self.column_filters = _taps(q % (V // 2), both[(p >= H // 2).long()], I, V - lost)
+
+    def weight_delta(self, rows: slice) -> Tensor:
+        O, I = self.shape
+        places = self.rows[:, :, None] * I + self.columns[:, None]  # (n, L, L)
+        wavelets = (self.scale * self.spectrum)[:, None, None] * self.row_filters[:, :, None]
+        wavelets = wavelets * self.column_filters[:, None]
+        return self.spectrum.new_zeros(O * I).index_add(0, places.flatten(), wavelets.flatten()).view(O, I)[rows]
+
+
+def _taps(k: Tensor, filters: Tensor, size: int, length: int) -> tuple[Tensor, Tensor]:
+    """Where along an axis the filters (n, L) of the coefficients k (n,) of a band act: (n, L), and how much there.
+
+    The transform gives `length` entries, of which the middle `size` are the weight's; what falls outside is zero.
+    """
+    L = filters.shape[1]
+    places = 2 * k[:, None] + torch.arange(L, device=k.device) - (L - 2) - (length - size) // 2
+    inside = (places >= 0) & (places < size)
+    return places.where(inside, 0), filters * inside

@@ -1,0 +1,123 @@
+"""Write docs/methods.md and the README's table of methods.
+
+    python tools/methods_page.py [--check]
+
+What a method is comes from the method itself (smidgen.recipes.catalogue), what was measured from benchmarks/results.
+--check writes nothing, and fails where a page is not what would be written.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from smidgen.core.method import methods
+from smidgen.recipes.catalogue import Facts, catalogue, layers_text, merges_text
+
+ROOT = Path(__file__).parent.parent
+README, PAGE, RESULTS = ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- methods: made by tools/methods_page.py -->", "<!-- end of methods -->"
+INTRODUCTION = """# Methods
+
+*Made by `tools/methods_page.py` from the methods themselves and `benchmarks/results/`. Change those, not this page.*
+
+Each method is one file in `src/smidgen/methods/`, which opens with its formula, its letters and its paper. `smidgen
+methods --model MODEL` says how many parameters each would train on your model; `smidgen tune --method NAME` takes its
+[preset](recipes.md#presets). A folder of any of them can be rewritten for Hugging Face PEFT, or as a plain LoRA where
+the method changes weights: `smidgen convert`.
+
+"on" is where it acts. linear: Linear and GPT-2's transposed Conv1D; conv: 1-d to 3-d, strided, dilated, grouped and
+depthwise; norm: LayerNorm, RMSNorm, BatchNorm, GroupNorm; recurrent: weights of LSTM, GRU, RNN; experts: stacks of
+matrices in one parameter. "merges": it can become part of the weights, and then costs nothing. "lines": of its file.
+"""
+
+
+def main() -> None:
+    facts = catalogue()
+    readme = README.read_text()
+    before, rest = readme.split(BEGIN)
+    after = rest.split(END)[1]
+    pages = {README: f"{before}{BEGIN}\n{_readme_table(facts)}\n{END}{after}", PAGE: _page(facts)}
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv:
+        if stale:
+            sys.exit(f"{', '.join(path.name for path in stale)}: not as tools/methods_page.py would write it; run that")
+        return
+    for path in stale:
+        path.write_text(pages[path])
+        print(f"written: {path.relative_to(ROOT)}")
+
+
+def _readme_table(facts: Sequence[Facts]) -> str:
+    rows = [
+        [
+            f"`{each.name}`",
+            _formula(each),
+            merges_text(each),
+            "both ways" if each.hf else "it has none",
+            _linked(each.paper),
+        ]
+        for each in facts
+    ]
+    return _table(["method", "formula", "merges", "HF PEFT's folders", "paper"], rows)
+
+
+def _page(facts: Sequence[Facts]) -> str:
+    rows = [
+        [
+            f"`{each.name}`",
+            _formula(each),
+            layers_text(each),
+            merges_text(each),
+            f"`{each.hf}`" if each.hf else "–",
+            _linked(each.paper),
+            str(_lines(each.name)),
+        ]
+        for each in facts
+    ]
+    columns = ["method", "formula", "on", "merges", "HF PEFT", "paper", "lines"]
+    parts = [INTRODUCTION, _table(columns, rows)]
+    parts += [text for name in ("methods", "presets") if (text := _results(name))]
+    return "\n".join(parts) + "\n"
+
+
+def _results(name: str) -> str:
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return ""
+    result: dict[str, Any] = json.loads(path.read_text())
+    tables = "\n\n".join(
+        _table(each["columns"], [[_figure(cell) for cell in row] for row in each["rows"]]) for each in result["tables"]
+    )
+    machine = result["machine"]
+    where = f"*{machine['processor']}, {machine['cores']} cores, one thread; peft {result['versions']['peft']}*"
+    return f"\n## {result['title']}\n\n{result['text']}\n\n{where}\n\n{tables}"
+
+
+def _figure(cell: Any) -> str:
+    if isinstance(cell, dict):
+        cell = cell["median"]
+    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+
+
+def _formula(each: Facts) -> str:
+    return f"`{each.formula}`"
+
+
+def _linked(paper: str) -> str:
+    return re.sub(r"arXiv:(\d+\.\d+)", r"[\1](https://arxiv.org/abs/\1)", paper)
+
+
+def _lines(name: str) -> int:
+    return len(Path(sys.modules[methods()[name].__module__].__file__ or "").read_text().splitlines())
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
