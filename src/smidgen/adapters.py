@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .core import attach as mechanism
+from .core import lora_plus
 from .core.adapter import HELD, Adapter
 from .core.composition import Expression, Rows, Stack, Weighted, names_in, weighted_in
 from .core.errors import AttachError, PreflightError, TargetError, nearest
@@ -57,6 +58,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
             adapters._put(loaded.method, loaded.name, loaded.resolution, None, fresh=False)
             added.append(loaded.name)
             loaded.fill(adapters.parts(loaded.name))
+            for part in adapters.parts(loaded.name).values():
+                part.filled()
     except BaseException:
         for done in added:
             adapters.delete(done)
@@ -130,6 +133,27 @@ class AdapterSet:
     def parameters(self, *names: str) -> list[nn.Parameter]:
         """What an optimiser should train: the parameters of these adapters, by default of those that are active."""
         return [parameter for _, parameter in self.named_parameters(*names)]
+
+    def parameter_groups(
+        self,
+        learning_rate: float,
+        *,
+        weight_decay: float = 0.0,
+        ratio: float = 16.0,
+        embedding_learning_rate: float = 1e-6,
+    ) -> list[dict[str, Any]]:
+        """LoRA+'s groups for an optimiser, of what is active and trained: B learns `ratio` times faster than A.
+
+        AdamW(adapters.parameter_groups(1e-4)).   Hayou et al. 2024, arXiv:2402.12354; core/lora_plus.py.
+        Raises ConfigError where no active method has a B.
+        """
+        parts = [
+            (mechanism.adapter_at(site, name), entry.method.faster if number < len(entry.resolution.sites) else ())
+            for name, entry in self._entries.items()
+            if name in names_in(self._active)
+            for number, site in enumerate(entry.sites)
+        ]
+        return lora_plus.groups(parts, learning_rate, weight_decay, ratio, embedding_learning_rate)
 
     def report(self, name: str | None = None) -> str:
         """Which sites were adapted, which share of the model's weights they hold, what was left out and why."""

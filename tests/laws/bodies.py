@@ -209,6 +209,7 @@ BODIES = (
         (
             Targets("layer.self_attn").parameter("in_proj_weight") | Targets("out_proj", "linear1", "linear2"),
             Targets("linear1", "linear2"),
+            Targets("layer"),
         ),
         typical=True,
         fused=True,

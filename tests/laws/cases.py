@@ -23,10 +23,12 @@ for found in pkgutil.iter_modules(smidgen.methods.__path__):
 
 # name of the example -> method, settings.  A new method needs one line here, and is then under all laws.
 EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamss": ("adamss", {"rank": 3, "subspaces": 2, "subspace_rank": 1}),
     "adalora": ("adalora", {"rank": 2, "start_rank": 2, "alpha": 30.0}),
     "adaption_prompt": ("adaption_prompt", {"length": 3}),
     "adaption_prompt_after": ("adaption_prompt", {"length": 2, "projected": False}),
     "alora": ("alora", {"rank": 2, "alpha": 3.0, "invocation_tokens": (3,)}),
+    "arrow": ("arrow", {"rank": 2, "train_experts": True, "top_k": 2}),
     "batchnorm_tuning": ("batchnorm_tuning", {}),
     "batchnorm_tuning_adapted": ("batchnorm_tuning", {"statistics": "adapted"}),
     "bdlora": ("bdlora", {"rank": 3, "alpha": 3.0, "blocks": 3, "diagonal_A": ("layer",)}),
@@ -58,6 +60,7 @@ EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3_on_input": ("ia3", {"feedforward": ("layer", "linear2")}),
     "invertible": ("invertible", {"non_linearity": "tanh"}),
     "invertible_glow": ("invertible", {"coupling": "glow", "non_linearity": "tanh"}),
+    "lily": ("lily", {"rank": 2, "stride": 2, "experts": 3}),
     "llama_adapter_v2": ("llama_adapter_v2", {"length": 2}),
     "ln_tuning": ("ln_tuning", {}),
     "loha": ("loha", {"rank": 2, "alpha": 4.0, "effective_conv": True}),
@@ -70,8 +73,10 @@ EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_fa": ("lora_fa", {"rank": 2, "alpha": 1.0}),
     "lora_mica": ("lora", {"rank": 2, "alpha": 1.0, "start": "mica"}),
     "lora_pissa": ("lora", {"rank": 2, "alpha": 3.0, "start": "pissa"}),
+    "lora_rows": ("lora_rows", {"rank": 2, "alpha": 3.0, "rows_pattern": {"*": ((0, 1), (2, 3))}}),
     "loreft": ("loreft", {"rank": 2, "positions": "f2"}),
     "loreft_of_all_tokens": ("loreft", {"rank": 2, "positions": "all", "non_linearity": "tanh"}),
+    "monteclora": ("monteclora", {"rank": 2, "alpha": 3.0, "samples": 3, "sample_scale": 0.5}),
     "mtl_lora": ("mtl_lora", {"rank": 2, "alpha": 3.0, "tasks": 2, "task": 1, "mixtures": 2}),
     "multitask_prompt_tuning": ("multitask_prompt_tuning", {"length": 2, "tasks": 3, "rank": 2, "task": 1}),
     "noreft": ("noreft", {"rank": 2, "positions": "f1+l1", "share_weights": True}),
@@ -99,6 +104,7 @@ EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
     "ssf": ("ssf", {}),
     "supertuning": ("supertuning", {"sparsity": 0.7}),
     "supertuning_with_rank": ("supertuning", {"sparsity": 0.8, "rank": 2, "save_indices": False}),
+    "frod": ("frod", {"density": 0.3}),
     "glora": ("glora", {"rank": 2, "D_E": "none"}),
     "glora_vector": ("glora", {"A_B": "vector", "C": "vector", "D_E": "none"}),
     "deft": ("deft", {"rank": 2}),
@@ -109,6 +115,8 @@ EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
     "trainable_tokens": ("trainable_tokens", {"tokens": (4, 1, 2)}),
     "unilora": ("unilora", {"rank": 2, "length": 9, "bound": 1.0}),
     "vblora": ("vblora", {"rank": 2, "vectors": 6, "vector_length": 1, "bank_bound": 0.65}),
+    "vpt": ("vpt", {"length": 2}),
+    "vpt_shallow": ("vpt", {"length": 2, "deep": False}),
     "xlora": ("xlora", {"rank": 2, "train_experts": True, "width": 6, "depth": 2, "dropout": 0.0, "pass_value": 0.5}),
     "xlora_layerwise": (
         "xlora",

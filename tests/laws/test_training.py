@@ -67,9 +67,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(typical_case: Case, ree
     case = typical_case
     model, adapters = case.attached()
     model.train()
+    torch.default_generator.manual_seed(2)  # some methods draw in every call
     loss_of(case.run(model)).backward()
     plain = gradients(adapters)
     model.zero_grad()
+    torch.default_generator.manual_seed(2)
     output = run_checkpointed(case, model, reentrant)
     loss_of(output).backward()
     checkpointed = gradients(adapters)

@@ -34,7 +34,7 @@ def test_gates_are_stretched_and_clamped_sigmoids(structured: bool):
     part = attach(model, DiffPruning(targets="0", structured=structured)).parts("default")["0"]
     nn.init.normal_(part.difference)
     nn.init.normal_(part.gate)
-    z = (part.gate.sigmoid() * (1.5 + 1.5) - 1.5).clamp(0, 1)  # equation 4: l = -1.5, r = 1.5
+    z = (part.gate.sigmoid() * (1.5 + 1.5) - 1.5).clamp(0, 1)  # hard concrete, stretched to (-1.5, 1.5)
     group = (part.group_gate.sigmoid() * 3 - 1.5).clamp(0, 1) if structured else 1
     torch.testing.assert_close(part.weight_delta(slice(None)), group * z * part.difference, rtol=0, atol=1e-14)
     probability = part.gate.sigmoid() * (part.group_gate.sigmoid() if structured else 1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smidgen import Targets, attach, load
+from smidgen.core.errors import FolderError
 from smidgen.methods.hira import HiRA
 
 from ..formats.both_ways import from_peft, run_on, to_peft_and_back
@@ -114,3 +115,12 @@ def test_what_hf_peft_would_get_wrong_is_written_in_our_own_layout_with_the_reas
     attach(nn.Sequential(layer), method).save(tmp_path / "folder")
     assert reason in json.loads((tmp_path / "folder" / "smidgen.json").read_text())["not_peft"]
     load(nn.Sequential(base), tmp_path / "folder")
+
+
+def test_what_hf_peft_trained_with_other_padding_is_refused():
+    def circular() -> nn.Module:
+        torch.default_generator.manual_seed(0)
+        return nn.Sequential(nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"))
+
+    with pytest.raises(FolderError, match="pads with zeros"):
+        from_peft(circular, peft.HiraConfig(r=2, target_modules=["0"]), run=run_on(torch.randn(2, 3, 5)))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smidgen import attach
-from smidgen.adapters import AdapterSet
+from smidgen.adapters import AdapterSet, load
 from smidgen.core.composition import Rows, Stack
 from smidgen.core.errors import AttachError, ConfigError, NotMergeable, TargetError
 from smidgen.core.targets import Targets
@@ -108,6 +109,32 @@ def test_it_is_hugging_face_pefts_prompt(name: str, pad: str) -> None:
     expected = other.logits[:, N:] if task == "CAUSAL_LM" else other.logits
     torch.testing.assert_close(ours.logits, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.loss, other.loss, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # HF PEFT's own
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_prompts_of_encoder_decoders_go_both_ways_with_hf_peft(name: str, kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny(name)
+    config = getattr(peft, kind)(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=N)  # num_transformer_submodules 2
+    config.encoder_hidden_size = 8
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    with torch.no_grad():
+        for parameter in theirs.prompt_encoder.parameters():
+            parameter.normal_()
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours = copy.deepcopy(model)
+    adapters = load(ours, tmp_path / "theirs")
+    expected = theirs(input_ids=IDS, attention_mask=MASKS["right"], decoder_input_ids=IDS).logits
+    got = ours(input_ids=IDS, attention_mask=MASKS["right"], decoder_input_ids=IDS).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    adapters.save(tmp_path / "ours", task_type="SEQ_2_SEQ_LM")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "ours")).eval()
+    other = again(input_ids=IDS, attention_mask=MASKS["right"], decoder_input_ids=IDS).logits
+    torch.testing.assert_close(other, expected, rtol=0, atol=1e-5)
+    again.save_pretrained(str(tmp_path / "back"))
+    load(copy.deepcopy(model), tmp_path / "back")
 
 
 @pytest.mark.parametrize("name", [*LANGUAGE_MODELS, *ENCODER_DECODERS])
@@ -237,6 +264,7 @@ def test_copies_and_pickles_give_the_same_and_share_nothing(name: str) -> None:
 def test_compiled_in_one_graph_equals_eager_also_after_switching(name: str) -> None:
     model = tiny(name)
     adapters = strong(model)
+    torch.compiler.reset()  # what other tests compiled counts against a limit
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for active in ("default", None):
         adapters.activate(active)

@@ -26,7 +26,7 @@ def test_every_piece_is_a_mixture_of_the_vectors_with_the_largest_logits():
     for r in range(2):
         for piece in range(3):
             for name, logits in (("A", part.logits_A[r, min(piece, 1)]), ("B", part.logits_B[piece, r])):
-                best = sorted(range(7), key=lambda j: -logits[j])[:2]  # noqa: B023
+                best = sorted(range(7), key=lambda j: -logits[j])[:2]
                 weights = torch.stack([logits[j].exp() for j in best])
                 mixed = sum(w / weights.sum() * bank[j] for w, j in zip(weights, best, strict=True))
                 if name == "A":

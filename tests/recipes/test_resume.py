@@ -218,3 +218,13 @@ def test_three_kills_of_the_command_cost_nothing():
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("3/3 kills needed no hand")
+
+
+@pytest.mark.parametrize("method_start", ["eva", "corda_ipm", "lora_ga"])
+def test_a_start_that_was_found_on_data_is_found_again_when_a_run_is_resumed(start, stopped, tmp_path, method_start):
+    recipe = {"method": {"name": "lora", "start": method_start, "rank": 2}}
+    unbroken = start(out=str(tmp_path / "unbroken"), **recipe)
+    stopped(**recipe)
+    resumed = start(resume=True, **recipe)
+    assert "Resuming at step 4 of 6" in resumed.said
+    assert digest(resumed.out) == digest(unbroken.out)

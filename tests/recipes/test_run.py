@@ -340,3 +340,36 @@ def test_a_base_in_sixteen_bits_is_used_again_as_it_was(start, bert, data, tmp_p
     run = start(model={"path": str(bert), "dtype": "bfloat16"}, data={"train": str(data), "test": str(test)})
     assert evaluated(run.out, test)["accuracy"] == run.rows["tuned"]["value"]
     assert run.rows["tuned"]["share"] == pytest.approx(run.rows["tuned"]["trainable"] / (parameters(bert) + HEAD))
+
+
+def test_eva_gives_each_layer_the_rank_that_its_inputs_ask_for(start, bert):
+    from transformers import AutoModel
+
+    from smidgen import load
+
+    run = start(method={"name": "lora", "start": "eva", "rank": 5})
+    found = load(AutoModel.from_pretrained(bert), run.out)
+    method, parts = found.method("default"), found.parts("default")
+    ranks = {name: part.A.shape[0] for name, part in parts.items()}
+    assert method.start == "eva"
+    assert sum(ranks.values()) == 5 * 12  # two layers of six; the pooler is of no use to the task
+    assert len(set(ranks.values())) > 1
+    assert load_recipe(run.out / "recipe.yaml").method_object().start == "eva"
+
+
+def test_lora_plus_lets_B_learn_faster(start, tmp_path, bert):
+    from transformers import AutoModel
+
+    from smidgen import load
+
+    def moved(run) -> float:
+        parts = load(AutoModel.from_pretrained(bert), run.out).parts("default").values()
+        return sum(float(part.B.detach().abs().mean()) for part in parts)
+
+    train = {"learning_rate": 1e-4, "steps": 6, "evaluate_every": 6}
+    plain = start(out=str(tmp_path / "plain"), train=train)
+    fast = start(out=str(tmp_path / "fast"), train={**train, "lora_plus": 16.0})
+    assert "lora_plus" not in plain.plan
+    assert fast.plan["lora_plus"] == "16"
+    assert load_recipe(fast.out / "recipe.yaml").train.lora_plus == 16
+    assert moved(fast) > 5 * moved(plain)

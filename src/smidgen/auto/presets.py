@@ -61,6 +61,11 @@ _PRESETS: dict[str, Preset] = {
         settings={"rank": 8, "alpha": 16.0},
         why="not measured: B alone moves, and has half the numbers, so it may go further than LoRA's",
     ),
+    "lora_rows": Preset(
+        learning_rate=2e-3,
+        settings={"rank": 4, "alpha": 8.0},
+        why="not measured: LoRA's",
+    ),
     "mtl_lora": Preset(
         learning_rate=2e-3,
         settings={"rank": 4, "alpha": 8.0},
@@ -75,6 +80,16 @@ _PRESETS: dict[str, Preset] = {
         learning_rate=2e-3,
         settings={"rank": 4, "alpha": 8.0},
         why="not measured: LoRA's; AdamW does not mind that a compressed gradient is smaller",
+    ),
+    "monteclora": Preset(
+        learning_rate=2e-3,
+        settings={"rank": 4, "alpha": 8.0},
+        why="not measured: LoRA's; the samples are 1e-4 of a standard deviation and hardly disturb",
+    ),
+    "arrow": Preset(
+        learning_rate=1e-3,
+        settings={"rank": 4, "experts": ("0", "1"), "top_k": 1, "train_experts": True},
+        why="not measured: Arrow is made of trained experts; by itself it can only train fresh ones",
     ),
     "bottleneck": Preset(
         learning_rate=5e-3,
@@ -96,6 +111,41 @@ _PRESETS: dict[str, Preset] = {
         learning_rate=1e-2,
         weight_decay=0.0,
         why="a fifth of the embedding's size a step; vectors of random tokens disturb more at the start",
+    ),
+    "p_tuning": Preset(
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        why="not measured: an MLP's rate; a step of the network moves the whole prompt",
+    ),
+    "multitask_prompt_tuning": Preset(
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        why="not measured: prompt tuning's; decay would pull the products, which are at 1, to 0",
+    ),
+    "cpt": Preset(
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        why="not measured: tokens may move a tenth of the embedding's scale at most, so steps are small",
+    ),
+    "cartridge": Preset(
+        learning_rate=2e-2,
+        weight_decay=0.0,
+        why="not measured: the authors' rate; it starts from a text's own keys and values",
+    ),
+    "adaption_prompt": Preset(
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        why="not measured: the authors' 9e-3; gates start at 0 and have to move far",
+    ),
+    "llama_adapter_v2": Preset(
+        learning_rate=5e-3,
+        weight_decay=0.0,
+        why="not measured: biases' rate; decay would pull the scales, which are at 1, to 0",
+    ),
+    "vpt": Preset(
+        learning_rate=5e-2,
+        weight_decay=0.0,
+        why="not measured: the authors search 0.25 to 50 with SGD; with AdamW a tenth of a prompt's size a step",
     ),
     "selective": Preset(
         learning_rate=1e-3,
@@ -141,6 +191,105 @@ _PRESETS: dict[str, Preset] = {
     "diff_pruning": Preset(
         learning_rate=5e-4,
         why="not measured: every weight moves until most are pruned, so nearer to full fine-tuning's rate",
+    ),
+    "oft": Preset(
+        learning_rate=2e-3,
+        weight_decay=0.0,
+        settings={"block_size": 8},
+        why="not measured: the numbers are angles, which add up over a block; blocks of 8 are below 1 %",
+    ),
+    "hra": Preset(
+        learning_rate=5e-3,
+        weight_decay=0.0,
+        settings={"rank": 4},
+        why="not measured: the vectors start a third wide per entry, and only their directions count",
+    ),
+    "boft": Preset(
+        learning_rate=3e-3,
+        weight_decay=0.0,
+        why="not measured: angles of blocks of 4; decay would pull the scales to 0, and the base is at 1",
+    ),
+    "road": Preset(
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        settings={"group_size": 32},
+        why="not measured: one angle and scale per pair have to move as far as IA3's, but turn as well",
+    ),
+    "psoft": Preset(
+        learning_rate=3e-3,
+        weight_decay=0.0,
+        why="not measured: angles between 32 directions; decay would pull the scales to 0, and the base is at 1",
+    ),
+    "miss": Preset(
+        learning_rate=1e-3,
+        settings={"rank": 8},
+        why="not measured: half of LoRA's rate, as all shards of the input move an output together",
+    ),
+    "gralora": Preset(
+        learning_rate=2e-3,
+        settings={"rank": 4, "alpha": 8.0},
+        why="not measured: LoRA's, of as many parameters",
+    ),
+    "osf": Preset(
+        learning_rate=1e-4,
+        weight_decay=0.0,
+        why="not measured: full fine-tuning's, as half of every weight trains; decay would pull away from the base",
+    ),
+    "c3a": Preset(
+        learning_rate=1e-1,
+        weight_decay=0.0,
+        settings={"block_size": 128},
+        why="not measured: what is learned is divided by the fan-in, some hundreds, before it is added",
+    ),
+    "vera": Preset(
+        learning_rate=2e-2,
+        weight_decay=0.0,
+        settings={"rank": 128},
+        why="not measured: b starts at 0 and a b of 1 changes a weight by a fifth of its size",
+    ),
+    "pvera": Preset(
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        settings={"rank": 128},
+        why="not measured: as VeRA, at half the rate for its noise",
+    ),
+    "randlora": Preset(
+        learning_rate=2e-4,
+        weight_decay=0.0,
+        why="not measured: hundreds of random products add up at a scale of 20, so 1e-4 of each is a noticeable change",
+    ),
+    "delora": Preset(
+        learning_rate=5e-3,
+        settings={"bound": 4.0},
+        why="not measured: the first step takes the change to its bound, and 15 is a quarter of a weight's size",
+    ),
+    "hira": Preset(
+        learning_rate=1e-2,
+        settings={"rank": 8},
+        why="not measured: B A multiplies the weight, so it has to reach tenths, where LoRA's has to reach hundredths",
+    ),
+    "vblora": Preset(
+        learning_rate=5e-3,
+        weight_decay=0.0,
+        settings={"vectors": 90, "vector_length": 128},
+        why="not measured: between the authors' 1e-3 for the bank and 1e-2 for logits; 128 divides common widths",
+    ),
+    "unilora": Preset(
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        settings={"length": 16384},
+        why="not measured: ten matrix entries to a number; of 256 numbers each would have to move far more",
+    ),
+    "tinylora": Preset(
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        settings={"rank": 8},
+        why="not measured: singular values are of size 1 to 10, and hundredths of them matter",
+    ),
+    "lily": Preset(
+        learning_rate=2e-3,
+        settings={"rank": 8, "stride": 2, "experts": 3},
+        why="not measured: LoRA's rate; shared halves afford a higher rank",
     ),
     "head": Preset(learning_rate=1e-4, why="not measured: modules of the model trained whole, as in full fine-tuning"),
     "full": Preset(learning_rate=1e-4, why="short runs want twice the usual rate, and a head that moves faster"),

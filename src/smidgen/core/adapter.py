@@ -51,6 +51,9 @@ class Adapter(nn.Module):
         Called once on the model's device, before `reset` or before a saved adapter's tensors are filled in.
         """
 
+    def filled(self) -> None:
+        """A saved adapter's tensors are filled in: compute what follows from these.  Most have nothing."""
+
     def reset(self, generator: torch.Generator | None) -> None:
         """Initialise all parameters, with random numbers from `generator` alone."""
         raise NotImplementedError

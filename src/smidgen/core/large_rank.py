@@ -1,9 +1,10 @@
 """LargeRankAdapter: a low-rank change whose rank is near the layer's own size, run the cheaper of two ways.
 
-    thin     x A^T B^T beside the layer       2.5 N R (I + O) multiplications, forward and backward, where A or B is fixed
-    whole    one product with W + s B A       N O I + 3 R O I, W + s B A being formed twice and its gradient taken apart
+    thin     x A^T B^T beside the layer       2.5 N R (I + O) multiplications more than the layer alone
+    whole    one product with W + s B A       N O I + 3 R O I: W + s B A is formed twice, and its gradient taken apart
 
-N: tokens.   The more tokens, the better the whole way; in 16 bits, where W + s B A would round the change away, and
+N: tokens; forward and backward, where A or B is fixed.
+The more tokens, the better the whole way; in 16 bits, where W + s B A would round the change away, and
 under dropout, it is always the thin one.
 """
 

@@ -51,6 +51,7 @@ class Method:
     summary: ClassVar[str]  # one line for `smidgen methods`: the formula
     paper: ClassVar[str]  # authors, year, arXiv number
     disk: ClassVar[DiskNames]
+    faster: ClassVar[tuple[str, ...]] = ()  # an adapter's tensors that LoRA+ lets learn faster: see lora_plus.py
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", Targets.of(self.targets))
@@ -120,9 +121,6 @@ class Method:
         Every adapter finds them as `self.shared`; the first one holds them.
         """
         return None
-
-    def calibrate(self, model: nn.Module, adapters: Mapping[str, Adapter], loss: Callable[[], Tensor] | None) -> None:
-        """A start that depends on data; `loss()` gives the task's loss on the next few batches.  Most have none."""
 
     def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
         """A scalar whose gradient joins that of the loss before each optimiser step, or None.  Most have none."""

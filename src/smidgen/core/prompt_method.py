@@ -1,16 +1,22 @@
-"""What all methods that learn a prompt have in common: where they live.  How a prompt acts: prompts.py."""
+"""What all methods that learn a prompt have in common: where it lives and starts.  How it acts: prompts.py."""
 
 import inspect
+from collections.abc import Sequence
+from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .adapter import Adapter
-from .errors import TargetError
+from .attach import bare_call, is_adapted
+from .errors import TargetError, require
 from .layers import EmbeddingKind
 from .method import Method
-from .prompts import PromptMask, PromptTokens, PromptVectors, has_decoder
+from .prompts import Prompt, PromptMask, PromptTokens, PromptVectors, has_decoder
 from .site import Site
 from .targets import Resolution
+
+_SAMPLE = 1024  # tokens whose vectors give the scale of a random prompt
 
 
 class PromptMethod(Method):
@@ -39,6 +45,41 @@ class PromptMethod(Method):
         if isinstance(site.kind, EmbeddingKind):
             return PromptVectors(site)
         return PromptMask(self.length, site) if has_decoder(site.layer) else PromptTokens(self.length, site)
+
+
+class LearnedPrompt(Prompt):
+    """P itself is learned; it starts at random, at the scale of the embedding."""
+
+    def __init__(self, length: int, site: Site) -> None:
+        super().__init__(site)
+        self.prompt = site.empty(length, site.fan_out)
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        at_scale_(self.prompt, self.site, generator)
+
+    def forward(self) -> Tensor:
+        return self.prompt
+
+
+@torch.no_grad()
+def embedded(site: Site, ids: Sequence[int] | Tensor) -> Tensor:
+    """The vectors (N, E) that the bare embedding gives for ids: asked, not read, for some scale what they give."""
+    layer, ids = site.layer, torch.as_tensor(ids, device=site.stored.device)
+    return cast(Tensor, bare_call(layer)(ids) if is_adapted(layer) else layer(ids))
+
+
+def require_tokens(site: Site, ids: Sequence[int]) -> None:
+    """Raise ConfigError for ids beyond the embedding's vocabulary."""
+    beyond = [i for i in ids if not 0 <= i < site.fan_in]
+    require(not beyond, f"{beyond[:5]} are no tokens of a vocabulary of {site.fan_in}")
+
+
+@torch.no_grad()
+def at_scale_(prompt: Tensor, site: Site, generator: torch.Generator | None) -> None:
+    """Fill with random numbers of the mean and the deviation that the embedding's vectors have."""
+    ids = torch.randint(site.fan_in, (_SAMPLE,), generator=generator, device=prompt.device)
+    std, mean = torch.std_mean(embedded(site, ids).to(prompt.dtype))
+    prompt.normal_(generator=generator).mul_(std).add_(mean)
 
 
 def _embedding(module: nn.Module) -> nn.Module:

@@ -10,21 +10,20 @@ token ids stays right: which token is the last before the padding, where an imag
 """
 
 import inspect
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Call
-from .attach import PLAN, bare_call, is_adapted
+from .attach import PLAN
 from .composition import Plan
-from .errors import AttachError, require
+from .errors import AttachError
 from .method import Shared
 from .site import Site
 
 _OTHER_PASTS = ("cache_params", "state", "mems")  # in which recurrent models keep what they have read
-_SAMPLE = 1024  # tokens whose vectors give the scale of a random prompt
 
 
 class Prompt(Shared):
@@ -40,41 +39,6 @@ class Prompt(Shared):
 
     def take(self, kwargs: dict[str, Any]) -> None:
         """Take from the arguments of the model's call what is for the prompt; it counts until the next `take`."""
-
-
-class LearnedPrompt(Prompt):
-    """P itself is learned; it starts at random, at the scale of the embedding."""
-
-    def __init__(self, length: int, site: Site) -> None:
-        super().__init__(site)
-        self.prompt = site.empty(length, site.fan_out)
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        at_scale_(self.prompt, self.site, generator)
-
-    def forward(self) -> Tensor:
-        return self.prompt
-
-
-@torch.no_grad()
-def embedded(site: Site, ids: Sequence[int] | Tensor) -> Tensor:
-    """The vectors (N, E) that the bare embedding gives for ids: asked, not read, for some scale what they give."""
-    layer, ids = site.layer, torch.as_tensor(ids, device=site.stored.device)
-    return cast(Tensor, bare_call(layer)(ids) if is_adapted(layer) else layer(ids))
-
-
-def require_tokens(site: Site, ids: Sequence[int]) -> None:
-    """Raise ConfigError for ids beyond the embedding's vocabulary."""
-    beyond = [i for i in ids if not 0 <= i < site.fan_in]
-    require(not beyond, f"{beyond[:5]} are no tokens of a vocabulary of {site.fan_in}")
-
-
-@torch.no_grad()
-def at_scale_(prompt: Tensor, site: Site, generator: torch.Generator | None) -> None:
-    """Fill with random numbers of the mean and the deviation that the embedding's vectors have."""
-    ids = torch.randint(site.fan_in, (_SAMPLE,), generator=generator, device=prompt.device)
-    std, mean = torch.std_mean(embedded(site, ids).to(prompt.dtype))
-    prompt.normal_(generator=generator).mul_(std).add_(mean)
 
 
 class PromptVectors(Adapter):

@@ -13,12 +13,29 @@ The first two leave out of the weight what A and B start with: W' = W - s B0 A0 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .layers import EmbeddingKind
 from .site import Site
 from .storage import master_dtype
 
 Factors = tuple[Tensor, Tensor]  # A, B
+
+
+def drawn(start: str, site: Site, A: Tensor, B: Tensor, generator: torch.Generator | None) -> Factors:
+    """A and B of a random start, of the shapes of these: "kaiming", "gaussian" or "orthogonal"."""
+    A, B = torch.zeros_like(A), torch.zeros_like(B)
+    stack, rank = site.linear.stack, B.shape[1]
+    if start == "orthogonal":
+        A, B = orthogonal(A.view(stack, rank, -1), B.view(stack, -1, rank), generator)
+        return A.flatten(0, 1), B.flatten(0, 1)
+    if isinstance(site.kind, EmbeddingKind):
+        nn.init.normal_(B, generator=generator)
+    elif start == "gaussian":
+        nn.init.normal_(A, std=1 / rank, generator=generator)
+    else:  # the authors' choice, so results compare
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+    return A, B
 
 
 def of_weight(start: str, site: Site, rank: int, scale: float, generator: torch.Generator | None = None) -> Factors:
@@ -72,12 +89,12 @@ def orthogonal(A: Tensor, B: Tensor, generator: torch.Generator | None) -> Facto
     """
     *experts, rank, I = A.shape
 
-    def drawn(*shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(*experts, *shape, dtype=A.dtype, device=A.device, generator=generator)
 
-    Q = torch.linalg.qr(drawn(rank, rank)).Q
-    A = Q[..., 0::2, :].mT @ drawn(rank // 2, I) / 10
-    return A, drawn(B.shape[-2], rank // 2) @ Q[..., 1::2, :] / 10
+    Q = torch.linalg.qr(normal(rank, rank)).Q
+    A = Q[..., 0::2, :].mT @ normal(rank // 2, I) / 10
+    return A, normal(B.shape[-2], rank // 2) @ Q[..., 1::2, :] / 10
 
 
 def balanced(U: Tensor, S: Tensor, Vh: Tensor, scale: float) -> Factors:

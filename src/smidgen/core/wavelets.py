@@ -1,4 +1,4 @@
-"""Orthogonal wavelets: their scaling filters.  Daubechies 1992, "Ten lectures on wavelets", tables 6.1, 6.3 and 8.1.
+"""Orthogonal wavelets: their scaling filters.  Daubechies 1992, "Ten lectures on wavelets", chapters 6 and 8.
 
     sum_n h[n] = sqrt(2)          sum_n h[n] h[n + 2 k] = 1 for k = 0, else 0          g[n] = (-1)^n h[L - 1 - n]
 

@@ -1,4 +1,4 @@
-"""Methods of Hugging Face PEFT's for which the order of the layers in the model means something: seeds, groups, shares."""
+"""Methods of Hugging Face PEFT's for which the order of the model's layers means something: seeds, groups, shares."""
 
 from collections.abc import Sequence
 

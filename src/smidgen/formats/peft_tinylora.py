@@ -1,7 +1,7 @@
-"""TinyLoRA in Hugging Face PEFT's folder: as declared, in the order of the model; an embedding is seen the other way round.
+"""TinyLoRA in Hugging Face PEFT's folder: as declared, in the order of the model, and embeddings the other way round.
 
-    Linear, Conv1D     A (R, I)   B (O, R)   P (u, R, R)      the same
-    Embedding          A (R, I)   B (O, R)   P (u, R, R)      tinylora_B (I, R)   tinylora_A (R, O)   tinylora_P transposed
+Linear, Conv1D     A (R, I)   B (O, R)   P (u, R, R)      the same
+Embedding          A (R, I)   B (O, R)   P (u, R, R)      tinylora_B (I, R)   tinylora_A (R, O)   tinylora_P transposed
 """
 
 from collections.abc import Mapping, Sequence

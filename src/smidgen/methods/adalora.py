@@ -52,6 +52,7 @@ class AdaLoRA(Method):
 
     summary = "W' = W + s B diag(E) A, ranks by importance"
     paper = "Zhang et al. 2023, arXiv:2303.10512"
+    faster = ("B",)
     disk = DiskNames(
         "ADALORA",
         fields={

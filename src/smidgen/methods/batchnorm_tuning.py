@@ -49,9 +49,7 @@ class BatchNormTuning(Method):
 
     def accepts(self, site: Site) -> str | None:
         if site.parameter is not None or not has_channels_second(site.layer) or not isinstance(site.kind, NormKind):
-            return (
-                f"{site.parameter or type(site.layer).__name__} is no BatchNorm, GroupNorm or InstanceNorm"
-            )
+            return f"{site.parameter or type(site.layer).__name__} is no BatchNorm, GroupNorm or InstanceNorm"
         return None
 
     def auto(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:

@@ -94,15 +94,50 @@ class C3AAdapter(FullWeightAdapter):
         m, n, B = self.w.shape
         place = torch.arange(B, device=self.w.device)
         circulant = self.w[:, :, (place[None] - place[:, None]) % B]  # (m, n, t, s)
-        change: Tensor = circulant.transpose(1, 2).reshape(m * B, n * B)[rows] / (n * B)
-        return change
+        change: Tensor = circulant.transpose(1, 2).reshape(m * B, n * B)
+        return change[rows] / (n * B)
 
 
 def _convolved(x: Tensor, w: Tensor) -> Tensor:
     """x (N, n, B) by the circulant blocks w (m, n, B): (N, m, B)."""
-    return torch.fft.irfft(_over_blocks(torch.fft.rfft(x), torch.fft.rfft(w).conj().transpose(0, 1)), n=x.shape[-1])
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides itself what to keep
+        return _product(x, w)
+    result: Tensor = _Convolution.apply(x, w)  # type: ignore[no-untyped-call]
+    return result
 
 
-def _over_blocks(x: Tensor, w: Tensor) -> Tensor:
-    """(N, n, F) by (n, m, F) at each frequency: (N, m, F)."""
-    return torch.bmm(x.permute(2, 0, 1), w.permute(2, 0, 1)).permute(1, 2, 0)
+class _Convolution(torch.autograd.Function):
+    """The gradients are convolutions too; autograd would take them by transforms of twice the size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return _product(x, w)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        B, dx, dw = x.shape[-1], None, None
+        G = _frequencies(dy)  # (F, N, m)
+        if ctx.needs_input_grad[0]:
+            dx = _back(torch.bmm(G, _frequencies(w)), B)
+        if ctx.needs_input_grad[1]:
+            dw = _back(torch.bmm(G.mH, _frequencies(x)), B)
+        return dx, dw
+
+
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    return _back(torch.bmm(_frequencies(x), _frequencies(w).mH), x.shape[-1])
+
+
+def _frequencies(x: Tensor) -> Tensor:
+    """(rows, blocks, B) as (F, rows, blocks)."""
+    transformed: Tensor = torch.fft.rfft(x)
+    return transformed.permute(2, 0, 1)
+
+
+def _back(y: Tensor, size: int) -> Tensor:
+    """(F, rows, blocks) as (rows, blocks, B)."""
+    transformed: Tensor = torch.fft.irfft(y.permute(1, 2, 0), n=size)
+    return transformed

@@ -20,8 +20,8 @@ from ..core.adapter import Adapter, Call
 from ..core.disk_names import DiskNames
 from ..core.errors import ConfigError, require
 from ..core.method import method
-from ..core.prompt_method import PromptMethod
-from ..core.prompts import Prompt, PromptTokens, embedded, has_decoder, require_tokens
+from ..core.prompt_method import PromptMethod, embedded, require_tokens
+from ..core.prompts import Prompt, PromptTokens, has_decoder
 from ..core.site import Site
 from ..core.targets import Resolution
 

@@ -1,10 +1,10 @@
-"""DeLoRA: a low-rank change whose size is learned apart from its direction.  Bini et al. 2025, arXiv:2503.18225, section 3.
+"""DeLoRA: a low-rank change whose size is learned apart from its direction.  Bini et al. 2025, arXiv:2503.18225.
 
     W' = W + (l / R) sum_r b_r a_r^T diag(w) / (|a_r| |b_r|)          w_i = |W_i|, the norm of W's column i
 
-a_r: rows of A (R, I)   b_r: columns of B (O, R)   l: one number, the bound of the change: |b_r a_r^T| / (|a_r| |b_r|) is 1.
-B starts at zero, where its norm counts as 1e-4, so training starts from the base model (the authors start from a copy
-that they take off W).   Trainable parameters: R (I + O) + 1 per site.
+a_r: rows of A (R, I)   b_r: columns of B (O, R)   l: one number, the bound of the change: b_r a_r^T / |a_r| |b_r| has
+size 1.   Norms count as 1e-4 at least, and B starts at zero, so training starts from the base model.
+Trainable parameters: R (I + O) + 1 per site.
 """
 
 import math

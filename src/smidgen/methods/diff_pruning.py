@@ -1,4 +1,4 @@
-"""Diff pruning: learn which few entries of a weight to change.  Guo et al. 2020, arXiv:2012.07463, equations 2-5.
+"""Diff pruning: learn which few entries of a weight to change.  Guo et al. 2020, arXiv:2012.07463.
 
     W' = W + z * d        z = min(1, max(0, 3 sigmoid(a + log u - log(1 - u)) - 1.5))        penalty l sum sigmoid(a)
 

@@ -41,6 +41,7 @@ class GraLoRA(Method):
 
     summary = "W' = W + s B A in each of k x k blocks"
     paper = "Jung et al. 2025, arXiv:2505.20355"
+    faster = ("B", "general_B")
     disk = DiskNames(
         "GRALORA",
         fields={"rank": "r", "blocks": "gralora_k", "hybrid_rank": "hybrid_r", "dropout": "gralora_dropout"},

@@ -1,4 +1,4 @@
-"""HiRA: multiply a weight by a low-rank matrix, entry by entry.  Huang et al. 2025 (ICLR), openreview TwJrTz9cRS, equation 3.
+"""HiRA: multiply a weight by a low-rank matrix, entry by entry.  Huang et al. 2025, ICLR, openreview TwJrTz9cRS.
 
     W' = W + W o (B A)
 

@@ -1,4 +1,4 @@
-"""LayerNorm tuning: train the norms only.  Zhao et al. 2023, arXiv:2312.11420, section 2.
+"""LayerNorm tuning: train the norms only.  Zhao et al. 2023, arXiv:2312.11420.
 
     y = g' * norm(x) + b'
 

@@ -1,4 +1,4 @@
-"""LoHa: add the Hadamard product of two low-rank matrices.  Nam-Hyeon et al. 2021 (FedPara), arXiv:2108.06098, eq. 1-2.
+"""LoHa: add the Hadamard product of two low-rank matrices.  Nam-Hyeon et al. 2021 (FedPara), arXiv:2108.06098.
 
     W' = W + s (B1 A1) * (B2 A2)          s = alpha / R          * entry by entry: the rank is up to R^2
 

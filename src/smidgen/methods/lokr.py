@@ -1,4 +1,4 @@
-"""LoKr: add a Kronecker product of two small matrices.  Yeh et al. 2023 (LyCORIS), arXiv:2309.14859, section 3.
+"""LoKr: add a Kronecker product of two small matrices.  Yeh et al. 2023 (LyCORIS), arXiv:2309.14859.
 
     W' = W + s W1 x W2          s = alpha / R          x: the Kronecker product          O = O1 O2     I = I1 I2
 

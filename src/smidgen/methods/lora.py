@@ -16,7 +16,7 @@ which at the start is W to the last bit.  A0 and B0 are kept with A and B.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..core import data_starts, starts
 from ..core.disk_names import DiskNames
 from ..core.errors import require
-from ..core.layers import EmbeddingKind, LinearKind
+from ..core.layers import LinearKind
 from ..core.low_rank import LowRankAdapter
 from ..core.method import Method, method
 from ..core.site import Site
@@ -32,9 +32,8 @@ from ..core.starts import Factors
 from ..core.targets import Targets, last_match
 
 Drawn = Literal["kaiming", "gaussian", "orthogonal"]
-OfWeight = Literal["pissa", "pissa_fast", "olora", "mica"]
 OfData = Literal["eva", "corda_ipm", "corda_kpm", "lora_ga"]
-Start = Literal[Drawn, OfWeight, OfData]
+Start = Literal[Drawn, "pissa", "pissa_fast", "olora", "mica", OfData]
 SUBTRACTED = ("pissa", "pissa_fast", "olora", "corda_ipm", "corda_kpm", "lora_ga")
 
 
@@ -67,6 +66,7 @@ class LoRA(Method):
 
     summary = "W' = W + s B A"
     paper = "Hu et al. 2021, arXiv:2106.09685"
+    faster = ("B", "bias")
     disk = DiskNames(
         "LORA",
         fields={
@@ -209,22 +209,11 @@ class LoRAAdapter(LowRankAdapter):
             self.bias.zero_()
 
     def _started(self, generator: torch.Generator | None) -> Factors:
-        A, B = torch.zeros_like(self.A), torch.zeros_like(self.B)
         if self.start in get_args(OfData):
             require(self.chosen is not None, f"nothing was chosen at {self.site.name}: choose again, for this model")
-            return self.chosen or (A, B)
-        if self.start in ("kaiming", "gaussian"):
-            if isinstance(self.site.kind, EmbeddingKind):
-                nn.init.normal_(B, generator=generator)
-            elif self.start == "gaussian":
-                nn.init.normal_(A, std=1 / self.rank, generator=generator)
-            else:  # the authors' choice, so results compare
-                nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-            return A, B
-        if self.start == "orthogonal":
-            stack = self.site.linear.stack
-            A, B = starts.orthogonal(A.view(stack, self.rank, -1), B.view(stack, -1, self.rank), generator)
-            return A.flatten(0, 1), B.flatten(0, 1)
+            return cast(Factors, self.chosen)
+        if self.start in get_args(Drawn):
+            return starts.drawn(self.start, self.site, self.A, self.B, generator)
         return starts.of_weight(self.start, self.site, self.rank, self.scale, generator)
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,7 @@ class MTLLoRA(Method):
 
     summary = "W_t = W + s B_t L_t A, B_t a mixture"
     paper = "Yang et al. 2024, arXiv:2410.09437"
+    faster = ("B",)
     disk = DiskNames("SMIDGEN_MTL_LORA")
 
     def check(self) -> None:

@@ -1,5 +1,5 @@
-"""Multitask prompt tuning: one prompt for all tasks, and a product for each.  Wang et al. 2023, arXiv:2303.02861, section
-3.2, equation 1.
+"""Multitask prompt tuning: one prompt for all tasks, and a product for each.  Wang et al. 2023, arXiv:2303.02861,
+section 3.2, equation 1.
 
     model([P_t; embed(tokens)])        P_t = P * (U_t V_t)        P: (N, E)    U: (K, N, R)    V: (K, R, E)
 

@@ -60,7 +60,10 @@ class OFT(Method):
             f"block_size is {self.block_size} and blocks {self.blocks}; "
             "say a block_size of at least 2, or how many blocks",
         )
-        require(self.terms >= 4, f"terms is {self.terms}; with fewer than 4 the series is no rotation to speak of")
+        require(
+            not self.cayley_neumann or self.terms >= 4,
+            f"terms is {self.terms}; with fewer than 4 the series is no rotation to speak of",
+        )
         require(self.eps > 0, f"eps is {self.eps}; at 0 nothing could move")
 
     def accepts(self, site: Site) -> str | None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.method import method
-from ..core.prompt_method import PromptMethod
-from ..core.prompts import LearnedPrompt, Prompt
+from ..core.prompt_method import LearnedPrompt, PromptMethod
+from ..core.prompts import Prompt
 from ..core.site import Site
 
 

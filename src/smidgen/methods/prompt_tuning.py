@@ -13,8 +13,8 @@ import torch
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.method import method
-from ..core.prompt_method import PromptMethod
-from ..core.prompts import LearnedPrompt, Prompt, embedded, require_tokens
+from ..core.prompt_method import LearnedPrompt, PromptMethod, embedded, require_tokens
+from ..core.prompts import Prompt
 from ..core.site import Site
 
 

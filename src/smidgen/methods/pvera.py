@@ -1,4 +1,4 @@
-"""PVeRA: VeRA whose inner activation is drawn, not computed.  Fillioux et al. 2025, arXiv:2512.07703, section 3.
+"""PVeRA: VeRA whose inner activation is drawn, not computed.  Fillioux et al. 2025, arXiv:2512.07703.
 
     y' = y + diag(b) B h            m, v = diag(d) A x          h = m + exp(v / 2) e while training, e ~ N(0, 1)
     W' = W + diag(b) B diag(d_m) A_m                            h = m once trained

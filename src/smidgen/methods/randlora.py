@@ -1,4 +1,4 @@
-"""RandLoRA: a full-rank change, as a sum of scaled random products.  Albert et al. 2025, arXiv:2502.00987, equation 2.
+"""RandLoRA: a full-rank change, as a sum of scaled random products.  Albert et al. 2025, arXiv:2502.00987.
 
     W' = W + s sum_j B_j diag(l_j) A diag(g_j)          s = alpha / R          (the transpose of the sum where I > O)
 
@@ -97,9 +97,9 @@ class Bases(Shared):
     def prepare(self) -> None:
         generator, small = torch.Generator().manual_seed(self.method.seed), self.A.shape[-1]
         if self.method.sparse or self.method.very_sparse:
-            part = 0.5 / (math.sqrt(small) if self.method.very_sparse else 3)  # of entries that are 1, and that are -1
+            share = 0.5 / (math.sqrt(small) if self.method.very_sparse else 3)  # of entries that are 1, and that are -1
             A, B = (torch.rand(M.shape, generator=generator) for M in (self.A, self.B))
-            A, B = ((M > 1 - part).float() - (M < part).float() for M in (A, B))
+            A, B = (M.gt(1 - share).float() - M.lt(share).float() for M in (A, B))
         else:
             A = _drawn(self.A.shape, generator)
             M, n, R = self.B.shape

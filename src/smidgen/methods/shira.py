@@ -1,4 +1,4 @@
-"""SHiRA: train a sparse set of a weight's own entries.  Bhardwaj et al. 2024, arXiv:2406.13175, section 3.
+"""SHiRA: train a sparse set of a weight's own entries.  Bhardwaj et al. 2024, arXiv:2406.13175.
 
     W' = W + D          D is v at n chosen entries of W and zero elsewhere          n = R (I + O)
 

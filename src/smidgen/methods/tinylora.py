@@ -4,7 +4,7 @@
 
 A: (R, I)   B: (O, R)   fixed.   P_k: (R, R), fixed, drawn from `seed` and the site's number.   v: (u,), one for each
 group of sites.   v starts at zero, so training starts from the base model.   R = min(rank, O, I)
-Trainable parameters: u for each group, of which there are as many as sites, or fewer: sites * (1 - weight_tying), rounded.
+Trainable parameters: u for each group, of which there are sites * (1 - weight_tying), rounded, and at least one.
 """
 
 from collections.abc import Sequence
@@ -112,15 +112,15 @@ class TinyLoRAAdapter(LowRankAdapter):
         # HF PEFT's way of drawing them, so that its folders mean the same here
         generator = torch.Generator().manual_seed(self.seed + self.shared.numbers[self.site.name])
         P = torch.normal(0.0, self.rank**-0.5, self.P.shape, generator=generator)
-        self.P = (P.transpose(1, 2) if isinstance(self.site.kind, EmbeddingKind) else P).to(self.P, copy=True)
+        self.P = (P.transpose(1, 2) if isinstance(self.site.kind, EmbeddingKind) else P).contiguous().to(self.P)
 
     def reset(self, generator: torch.Generator | None) -> None:
         # here and not in `prepare`: it takes long, and a folder holds the outcome
         W = self.site.weight().to(self.A.dtype)
         U, S, Vh = torch.linalg.svd(W.view(self.stack, -1, W.shape[1]), full_matrices=False)
         root = S[:, : self.rank].sqrt()
-        self.A = (root[:, :, None] * Vh[:, : self.rank]).flatten(0, 1)
-        self.B = (U[:, :, : self.rank] * root[:, None]).flatten(0, 1)
+        self.A = (root[:, :, None] * Vh[:, : self.rank]).flatten(0, 1).contiguous()
+        self.B = (U[:, :, : self.rank] * root[:, None]).flatten(0, 1).contiguous()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         v = self.shared.v[self.group].to(self.P.device)

@@ -1,10 +1,10 @@
-"""Uni-LoRA: make all of LoRA's matrices of one short vector.  Li et al. 2025, arXiv:2506.00799, equations 2 and 3.
+"""Uni-LoRA: make all of LoRA's matrices of one short vector.  Li et al. 2025, arXiv:2506.00799.
 
     W' = W + B A        every entry of every A and B is t[k] / sqrt(n_k), for a k drawn once from `seed`
 
-t: (d,), shared by all sites.   n_k: how many entries have this k, as equal as D / d allows, so that the map from t to the
-D = sum R (I + O) entries keeps lengths.   A: (R, I)   B: (O, R)   A t of zeros could not learn, so the start is near the
-base model and not at it.   Trainable parameters: d in all.
+t: (d,), shared by all sites.   n_k: how many entries have this k; all nearly as many, so that the map from t to the
+sum of R (I + O) entries keeps lengths.   A: (R, I)   B: (O, R)   A t of zeros could not learn, so the start is near
+the base model and not at it.   Trainable parameters: d in all.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class UniLoRA(Method):
     rank: R.   length: d.   dropout: probability of dropping an entry of the adapter's input while training.
     bound: t starts uniform within it.   seed: of the places.
     save_indices: write the places and 1 / sqrt(n_k) of each as well, many times the size of t; else whoever reads the
-    folder draws them again from the seed.   Drawing needs numpy, whose generator the authors' and HF PEFT's places are of.
+    folder draws them again from the seed.   Drawing needs numpy, as HF PEFT's places are of its generator.
     """
 
     rank: int = 4
@@ -85,8 +85,10 @@ class OneVector(Shared):
     def prepare(self) -> None:
         sizes = [A + B for A, B in self.sizes.values()]
         places = _places(sum(sizes), len(self.vector), self.seed)
-        scales = torch.bincount(places, minlength=len(self.vector)).double().rsqrt()[places]  # those with n_k = 0 unused
-        parts = zip(places.split(sizes), scales.split(sizes), strict=True)
+        scales = (
+            torch.bincount(places, minlength=len(self.vector)).double().rsqrt()[places]
+        )  # those with n_k = 0 unused
+        parts = zip(torch.split(places, sizes), torch.split(scales, sizes), strict=True)
         self.drawn = dict(zip(self.sizes, parts, strict=True))
 
     def reset(self, generator: torch.Generator | None) -> None:

@@ -1,10 +1,10 @@
-"""VB-LoRA: make all of LoRA's matrices of a few shared vectors.  Li et al. 2024, arXiv:2405.15179, equations 2 and 3.
+"""VB-LoRA: make all of LoRA's matrices of a few shared vectors.  Li et al. 2024, arXiv:2405.15179.
 
     W' = W + B A        each piece of A and B = sum over the K best j of softmax(logits)_j * bank_j
 
-bank: (n, V), shared by all sites.   A: (R, I) in R I/V pieces   B: (O, R), whose columns are in O/V pieces.   Each piece
-has n logits, and the softmax is over the K largest.   A bank of zeros could not learn, so the start is near the base
-model and not at it.   Trainable parameters: n V once, and R n (I + O) / V per site, of which K per piece are used.
+bank: (n, V), shared by all sites.   A: (R, I), whose rows are in I / V pieces   B: (O, R), whose columns are in O / V.
+Each piece has n logits, and the softmax is over the K largest.   A bank of zeros could not learn, so the start is near
+the base model and not at it.   Trainable parameters: n V once, and R n (I + O) / V per site.
 """
 
 from collections.abc import Mapping, Sequence
@@ -159,6 +159,11 @@ class VBLoRATrainedAdapter(VBLoRAAdapter):
 
 class VBLoRATopKAdapter(VBLoRAAdapter):
     """Places (*pieces, K), and all weights but the last (*pieces, K - 1), which add up to 1 with it; nothing trains."""
+
+    places_A: Tensor
+    places_B: Tensor
+    weights_A: Tensor
+    weights_B: Tensor
 
     def __init__(self, method: VBLoRA, site: Site) -> None:
         super().__init__(method, site)

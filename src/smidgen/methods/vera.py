@@ -2,8 +2,8 @@
 
     W' = W + diag(b) B diag(d) A
 
-A: (R, I)   B: (O, R)   drawn once from `seed`, never trained, and the same for all sites: each takes as many columns of A
-and rows of B as it has inputs and outputs.   d: (R,)   b: (O,)   b starts at zero, so training starts from the base
+A: (R, I)   B: (O, R)   drawn once from `seed`, never trained, and the same for all sites: each takes as many columns of
+A and rows of B as it has inputs and outputs.   d: (R,)   b: (O,)   b starts at zero, so training starts from the base
 model.   Trainable parameters: R + O per site.   Stacked experts share A and B, and have their own d and b.
 """
 

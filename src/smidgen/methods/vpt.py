@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..core.adapter import Adapter, Call
-from ..core.blocks import attentions, output_width
+from ..core.blocks import attentions, feedforwards, output_width
 from ..core.disk_names import DiskNames
 from ..core.errors import TargetError, require
 from ..core.method import Method, Shared, method
@@ -51,7 +51,7 @@ class VisualPromptTuning(Method):
 
     def accepts(self, site: Site) -> str | None:
         if site.parameter is not None or site.kind is not None or not _is_block(site.layer):
-            return f"{type(site.layer).__name__} is no transformer block: one attention, as wide as what it gives"
+            return f"{type(site.layer).__name__} is no transformer block, with one attention and a feed-forward"
         return None
 
     def auto(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
@@ -121,23 +121,24 @@ def image_blocks(model: nn.Module) -> list[str]:
     """
     modules = dict(modules_of(model))
     lists = {path: blocks for path, module in modules.items() if (blocks := _blocks_in(path, module))}
-    found = {path: blocks for path, blocks in lists.items() if _reads_patches(modules, path)}
-    by_hand = 'Name the blocks: VisualPromptTuning(targets="*.blocks.*")'
+    found = {path: owner for path in lists if (owner := _cuts_patches(modules, path)) is not None}
     if len(found) != 1:
         have = f"{len(found)} lists of blocks that read patches ({', '.join(found)})" if found else "no list of blocks"
-        raise TargetError(f"{type(model).__name__} has {have}; a vision transformer has one. {by_hand}")
-    ((path, blocks),) = found.items()
-    owner = path.rpartition(".")[0]
+        raise TargetError(
+            f"{type(model).__name__} has {have}; a vision transformer has one that reads an image's patches. Name the "
+            'blocks: VisualPromptTuning(targets="*.blocks.*")'
+        )
+    ((path, owner),) = found.items()
     names = [name for name, _ in modules[owner].named_modules()] + [n for n, _ in modules[owner].named_parameters()]
     if places := next((name for name in names if any(mark in name for mark in _KNOWS_PLACES)), None):
         raise TargetError(
-            f"the attention of {type(model).__name__} goes by the tokens' places ({owner}.{places}), and prompts have none"
+            f"the attention of {type(model).__name__} goes by the tokens' places ({places}), and prompts have none"
         )
-    return blocks
+    return lists[path]
 
 
 def _is_block(module: nn.Module) -> bool:
-    return len(attentions(module)) == 1 and output_width(module) is not None
+    return len(attentions(module)) == 1 and bool(feedforwards(module))
 
 
 def _blocks_in(path: str, module: nn.Module) -> list[str]:
@@ -148,17 +149,17 @@ def _blocks_in(path: str, module: nn.Module) -> list[str]:
     return [f"{path}.{name}" for name, _ in children] if all(_is_block(child) for _, child in children) else []
 
 
-def _reads_patches(modules: dict[str, nn.Module], path: str) -> bool:
-    """True if the nearest module around a list that embeds anything beside it embeds patches."""
+def _cuts_patches(modules: dict[str, nn.Module], path: str) -> str | None:
+    """The path of the nearest module around a list that embeds anything beside it, if it embeds patches."""
     owner = path
     while owner:
         owner = owner.rpartition(".")[0]
-        beside = [m for name, m in modules.items() if not f"{name}.".startswith(f"{path}.") and _within(name, owner)]
+        beside = [m for name, m in modules.items() if not _within(name, path) and _within(name, owner)]
         if any(isinstance(m, nn.Conv2d) and m.kernel_size == m.stride and m.stride != (1, 1) for m in beside):
-            return True
+            return owner
         if any(isinstance(m, nn.Embedding) for m in beside):
-            return False
-    return False
+            return None
+    return None
 
 
 def _within(name: str, owner: str) -> bool:

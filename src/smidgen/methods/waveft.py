@@ -1,4 +1,4 @@
-"""WaveFT: learn a few wavelet coefficients of a weight change.  Bilican et al. 2025, arXiv:2505.12532, section 3.
+"""WaveFT: learn a few wavelet coefficients of a weight change.  Bilican et al. 2025, arXiv:2505.12532.
 
     W' = W + s F^-1(S)          S[p_k, q_k] = c_k, zero elsewhere          F^-1: one step of the inverse 2-D transform
        = W + s sum_k c_k a_k b_k^T          a_k, b_k: filters of length L at a place that follows from p_k and q_k

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..core.method import Method
 from ..core.targets import Targets
 from ..data.batches import LengthBucketedBatches
 from ..evaluate.report import Row
+from ..methods.lora import LoRA, OfData
 from ..methods.selective import Selective
 from ..tasks.text_classification import TextClassifier
 from ..training.loop import Group, Loop, Settings, predict
@@ -30,16 +31,16 @@ if TYPE_CHECKING:
 
 
 def attach_used(method: Method, work: Work, chosen: Chosen, plan: Plan) -> AdapterSet:
-    """Attach to the layers that the task really uses, choosing parameters first where the method does."""
+    """Attach to the layers that the task really uses, after looking at rows where the method does."""
     body = work.model.body
-    if isinstance(method, Selective):
-        method = _choose_parameters(method, work, chosen)
-    elif method.targets.is_auto:
+    if method.targets.is_auto and not isinstance(method, Selective):
         sites, used = method.resolve(body).sites, used_modules(work, chosen)
         idle = [site.name for site in sites if site.path not in used]
         if idle:
             method = dataclasses.replace(method, targets=Targets.at([site for site in sites if site.path in used]))
             plan.decide("left out", None, ", ".join(idle), "layers that this task does not use")
+    if isinstance(method, Selective) or (isinstance(method, LoRA) and method.start in get_args(OfData)):
+        method = method.choose(body, *_loss_of_rows(work, chosen))
     adapters = attach(body, method, seed=chosen.seed)
     plan.decide("sites", None, str(len(adapters.sites("default"))), adapters.report().splitlines()[0])
     return adapters
@@ -74,15 +75,25 @@ def used_modules(work: Work, chosen: Chosen) -> set[str]:
 
 
 def groups_of(adapters: AdapterSet, model: TextClassifier, chosen: Chosen) -> list[Group]:
+    """The adapter's parameters, in two by LoRA+ where it was asked for, and the head's."""
+    own, rate, decay = adapter_parameters(adapters), chosen.learning_rate, chosen.weight_decay
+    head = Group(
+        parameters=head_parameters(model), learning_rate=chosen.head_learning_rate, weight_decay=chosen.weight_decay
+    )
+    if chosen.lora_plus is None:
+        return [Group(parameters=own, learning_rate=rate, weight_decay=decay), head]
+    names = {id(parameter): name for name, parameter in own.items()}
+    split = adapters.parameter_groups(rate, weight_decay=decay, ratio=chosen.lora_plus)
     return [
-        Group(
-            parameters=adapter_parameters(adapters),
-            learning_rate=chosen.learning_rate,
-            weight_decay=chosen.weight_decay,
+        *(
+            Group(
+                parameters={names[id(parameter)]: parameter for parameter in group["params"]},
+                learning_rate=group["lr"],
+                weight_decay=group["weight_decay"],
+            )
+            for group in split
         ),
-        Group(
-            parameters=head_parameters(model), learning_rate=chosen.head_learning_rate, weight_decay=chosen.weight_decay
-        ),
+        head,
     ]
 
 
@@ -136,12 +147,14 @@ def full_row(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator",
     )
 
 
-def _choose_parameters(method: Selective, work: Work, chosen: Chosen) -> Selective:
+def _loss_of_rows(work: Work, chosen: Chosen) -> tuple[Callable[[], Tensor], int]:
+    """The task's loss on the next batch of training rows, the same in each run, and for how many batches to ask."""
     batches = iter(LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed))
+    device = next(work.model.parameters()).device
 
     def loss() -> Tensor:
-        batch = work.task.collate(work.train, next(batches))
+        batch = {name: value.to(device) for name, value in work.task.collate(work.train, next(batches)).items()}
         total, count = work.task.loss(work.model(batch), batch)
         return total / count
 
-    return method.choose(work.model.body, loss, batches=min(8, max(1, len(work.train) // chosen.batch)))
+    return loss, min(8, max(1, len(work.train) // chosen.batch))

@@ -47,6 +47,7 @@ class Chosen:
     minutes: float | None
     max_length: int
     seed: int
+    lora_plus: float | None = None
     steps: int = 0
     evaluate_every: int = 0
     save_every: int = 0
@@ -105,6 +106,7 @@ def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) ->
         minutes=minutes,
         max_length=work.task.max_length,
         seed=seed,
+        lora_plus=said.lora_plus and plan.decide("lora_plus", said.lora_plus, said.lora_plus, ""),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ..core.errors import nearest
-from ..core.method import Method
+from ..core.method import Method, method_named
 from ..data.labels import Kind
 from .method_part import MethodPart as MethodPart
 from .part import Part, mistake, mistakes
@@ -109,6 +109,7 @@ class TrainPart(Part):
     precision: Literal["fp32", "bf16"] | None = None  # of the computing; what is trained stays in fp32
     learning_rate: Above0 | None = None
     head_learning_rate: Above0 | None = None
+    lora_plus: Annotated[float, Field(ge=1)] | None = None  # how many times faster than A a B learns
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     warmup: Share | None = None
     label_smoothing: Share | None = None
@@ -167,6 +168,9 @@ class Recipe(Part):
                     "method.targets, to train them whole",
                 )
             )
+        name = (self.method or MethodPart()).name
+        if self.train.lora_plus is not None and not method_named(name).faster:
+            wrong.append((("train", "lora_plus"), f"{name} has no B to learn faster; leave it out"))
         if self.out is not None and self.out.resolve() == Path(self.model.path).resolve():
             wrong.append((("out",), f"out is the model itself, {self.model.path}; choose another folder"))
         if self.out is not None and self.out.is_file():

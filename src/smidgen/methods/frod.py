@@ -1,0 +1,228 @@
+"""FRoD: rotate and scale a weight within a basis that layers of one role share.  Wan et al. 2025, arXiv:2512.23485.
+
+    W = U diag(l0) V^T          W' = W + U (S + diag(l - l0)) V^T
+
+V: (I, I), from the weights of all layers of a role (every q_proj, say), by their joint decomposition.   U: (O, I) and
+l0: (I,), from V and W.   l: (I,), and n entries of S (I, I) off its diagonal, at places drawn from `seed`, are trained.
+l starts as l0 and S at zero, so training starts from the base model, bit for bit; the paper and Hugging Face PEFT put
+U diag(l0) V^T, which is W but for rounding, in its place.   Trainable parameters: I + n per site, n = density I^2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.adapter import AdditiveAdapter
+from ..core.disk_names import DiskNames
+from ..core.errors import require
+from ..core.layers import EmbeddingKind, LinearKind
+from ..core.method import Method, Shared, method
+from ..core.site import Site
+from ..core.storage import master_dtype
+
+
+@method("frod")
+@dataclass(frozen=True, kw_only=True)
+class FRoD(Method):
+    """Full-rank changes within a shared basis.
+
+    density: share of S that is trained.   regularisation: keeps the basis of layers that are alike well-conditioned.
+    dropout: probability of dropping an entry of the adapter's input while training.   seed: of the places.
+    save_projection: write V and the places as well; else whoever reads the folder computes them again from the base.
+    """
+
+    density: float = 0.01
+    regularisation: float = 1e-3
+    dropout: float = 0.0
+    seed: int = 0
+    save_projection: bool = True
+
+    summary = "W' = W + U (S + diag(l - l0)) V^T, V shared"
+    paper = "Wan et al. 2025, arXiv:2512.23485"
+    disk = DiskNames(
+        "FROD",
+        fields={
+            "density": "sparse_rate",
+            "regularisation": "regularization_alpha",
+            "dropout": "frod_dropout",
+            "seed": "projection_prng_key",
+        },
+        tensors={"l": "frod_lambda_l", "s": "frod_lambda_s_values"},
+        ignored=("progressbar", "runtime_offload_base_weight"),
+    )
+
+    def check(self) -> None:
+        require(0 <= self.density <= 1, f"density is {self.density}; it is a share, from 0 to 1")
+        require(self.regularisation > 0, f"regularisation is {self.regularisation}; it must be above 0")
+        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    def accepts(self, site: Site) -> str | None:
+        if reason := super().accepts(site):
+            return reason
+        if not site.storage.plain:
+            return f"its weight is held as {site.storage.name}, and FRoD decomposes it"
+        if isinstance(site.kind, EmbeddingKind):
+            return "its basis would be as wide and as high as the vocabulary"
+        return "FRoD decomposes one matrix, and this is a stack of them" if site.linear.stack > 1 else None
+
+    def entries_at(self, site: Site) -> int:
+        """n at this site."""
+        I = site.fan_in
+        n = min(int(I * I * self.density), I * (I - 1))
+        return max(1, n) if self.density > 0 and I > 1 else n
+
+    def by_weight(self, site: Site) -> bool:
+        return not isinstance(site.kind, LinearKind)
+
+    def build(self, site: Site) -> "FRoDAdapter":
+        return FRoDAdapter(self, site)
+
+    def shared(self, sites: tuple[Site, ...]) -> "Bases":
+        return Bases(self, sites)
+
+
+def role_of(path: str) -> str:
+    """What layers that share a basis have in common, as Hugging Face PEFT names it: the end of the path."""
+    parts = path.split(".")
+    if len(parts) == 1 or parts[-2].isdigit():
+        return parts[-1]
+    if parts[-3:] == ["attention", "output", "dense"]:
+        return "attention_output"
+    return "_".join(parts[-2:])
+
+
+class Bases(Shared):
+    """V_<role> (I, I) and places_<role> (2, n) of every role."""
+
+    def __init__(self, method: FRoD, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.method, self.sites = method, tuple(sites)
+        by_role: dict[str, list[Site]] = {}
+        for site in sites:
+            by_role.setdefault(role_of(site.path), []).append(site)
+        self.role: dict[str, str] = {}
+        for role, members in by_role.items():
+            widths = sorted({site.fan_in for site in members})
+            for site in members:  # layers of other widths cannot share
+                self.role[site.name] = role if len(widths) == 1 else f"{role}_{site.fan_in}"
+        for site in sites:
+            role, I = self.role[site.name], site.fan_in
+            if f"V_{role}" not in self._buffers:
+                n, like, save = method.entries_at(site), site.stored, method.save_projection
+                self.register_buffer(
+                    f"V_{role}", torch.empty(I, I, dtype=like.dtype, device=like.device), persistent=save
+                )
+                places = torch.empty(2, n, dtype=torch.long, device=like.device)
+                self.register_buffer(f"places_{role}", places, persistent=save)
+
+    def basis(self, site: Site) -> tuple[Tensor, Tensor]:
+        """V and the places of S's entries, for a site."""
+        role = self.role[site.name]
+        return cast(Tensor, self._buffers[f"V_{role}"]), cast(Tensor, self._buffers[f"places_{role}"])
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        if any(site.stored.is_meta for site in self.sites):
+            return  # the base has no memory yet
+        # in Hugging Face PEFT's order and precision, so that its folders without V mean the same here
+        generator = torch.Generator().manual_seed(self.method.seed)
+        weights: dict[str, dict[int, Tensor]] = {}
+        for number, site in enumerate(self.sites):  # of two in one block, the later one counts
+            weights.setdefault(self.role[site.name], {})[_block(site.path, number)] = site.weight().detach()
+        for role in sorted(weights):
+            matrices = [W.to("cpu", torch.float32) for _, W in sorted(weights[role].items())]
+            V, places = self._buffers[f"V_{role}"], self._buffers[f"places_{role}"]
+            assert V is not None
+            assert places is not None
+            V.copy_(_joint_basis(matrices, self.method.regularisation))
+            I, n = len(V), places.shape[1]
+            if n:
+                drawn = torch.randperm(I * (I - 1), generator=generator)[:n]
+                row, column = drawn // (I - 1), drawn % (I - 1)
+                places.copy_(torch.stack([row, column + (column >= row)]))  # the diagonal left out
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        """Nothing is trained here."""
+
+
+def _block(path: str, fallback: int) -> int:
+    """The number of the block that a layer is in: after "layers", else the first number of its path."""
+    parts = path.split(".")
+    after = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
+    return next((int(part) for part in (*after, *parts) if part.isdigit()), fallback)
+
+
+def _joint_basis(matrices: Sequence[Tensor], regularisation: float) -> Tensor:
+    """V (I, I) of matrices (O, I): the paper's hierarchical joint decomposition, section 3."""
+    stacked = torch.cat(list(matrices))
+    if stacked.shape[0] < stacked.shape[1]:
+        across: Tensor = torch.linalg.svd(stacked, full_matrices=True)[2]
+        return across.T
+    Q, R = torch.linalg.qr(stacked)
+    I = R.shape[1]
+    T = torch.zeros(I, I)
+    for part in Q.split([len(W) for W in matrices]):
+        T += torch.linalg.inv(part.T @ part + regularisation * torch.eye(I))
+    V: Tensor = R.T @ torch.linalg.eigh(T / len(matrices))[1]
+    return V
+
+
+class FRoDAdapter(AdditiveAdapter):
+    """l and the entries s of S at one site."""
+
+    in_blocks = False
+    U: Tensor
+    l0: Tensor
+
+    def __init__(self, method: FRoD, site: Site) -> None:
+        super().__init__(site)
+        self.dropout, I, like = method.dropout, site.fan_in, site.stored
+        self.l = site.empty(I)
+        self.s = site.empty(method.entries_at(site))
+        self.register_buffer("U", torch.empty(site.fan_out, I, dtype=like.dtype, device=like.device), persistent=False)
+        self.register_buffer("l0", torch.empty(I, dtype=master_dtype(like), device=like.device), persistent=False)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        if self.site.stored.is_meta:
+            return
+        V, W = self._basis[0].to("cpu", torch.float64), self.site.weight().detach().to("cpu", torch.float64)
+        try:
+            scaled = torch.linalg.solve(V, W.T).T  # U diag(l0)
+        except RuntimeError:  # singular
+            scaled = W @ torch.linalg.pinv(V, rtol=1e-6).T
+        l0 = scaled.norm(dim=0)
+        self.U.copy_(torch.where(l0 > 1e-12, scaled / l0, 0))
+        self.l0.copy_(l0)
+
+    def filled(self) -> None:
+        self.prepare()  # from the V of the file
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        nn.init.zeros_(self.s)
+        with torch.no_grad():
+            self.l.copy_(self.l0)
+
+    @property
+    def _basis(self) -> tuple[Tensor, Tensor]:
+        return cast(Bases, self.shared).basis(self.site)
+
+    def _middle(self) -> Tensor:
+        """S + diag(l - l0): (I, I)."""
+        _, places = self._basis
+        return torch.diag(self.l - self.l0).index_put((places[0], places[1]), self.s)
+
+    def delta(self, x: Tensor) -> Tensor:
+        V, _ = self._basis
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+        h = self.site.project(x, V.T)  # (..., I)
+        return self.site.expand(self.site.expand(h, self._middle()), self.U)
+
+    def weight_delta(self, rows: slice) -> Tensor:
+        V, _ = self._basis
+        return self.U[rows].to(self.l.dtype) @ (self._middle() @ V.T.to(self.l.dtype))
