@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smidgen import LoRA, Targets, attach
+from smidgen import LoRA, Stack, Targets, attach
 from smidgen.adapters import AdapterSet, load
 from smidgen.core.errors import FolderError
 from smidgen.core.method import Method
@@ -208,10 +208,8 @@ def test_what_peft_cannot_hold_is_written_under_our_own_name(
 @pytest.mark.parametrize(
     "config",
     [
-        {"use_dora": True},
-        {"lora_bias": True},
-        {"init_lora_weights": "pissa"},
-        {"trainable_token_indices": [1, 2]},
+        {"init_lora_weights": "magic"},
+        {"megatron_config": {"tensor_parallel": 2}},
         {"layer_replication": [[0, 1], [0, 2]]},
     ],
 )
@@ -288,3 +286,17 @@ def test_biases_among_the_heads_are_written_as_pefts_bias(heads: str, bias: str)
 def test_some_biases_are_no_bias_of_pefts(tmp_path: Path) -> None:
     attach(gpt2(), LoRA(rank=2, targets="*.c_attn", heads=("h.0.*.bias",))).save(tmp_path / "a")
     assert "single parameters" in note(tmp_path / "a")["not_peft"]
+
+
+@pytest.mark.parametrize("tokens", [[3, 5], {"embed_tokens": [5, 3, 9]}])
+def test_tokens_that_peft_trained_beside_lora_are_a_second_adapter(tokens: Any) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
+    adapters = from_peft(llama, config)
+    assert adapters.names == ["default", "default_tokens"]
+    assert adapters.active == Stack("default", "default_tokens")
+
+
+def test_tokens_of_a_tied_embedding_act_at_the_head_too() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    adapters = from_peft(lambda: llama(tie_word_embeddings=True), config)
+    assert "lm_head" in [site.name for site in adapters.sites("default_tokens")]

@@ -1,5 +1,7 @@
 """AdaMSS against its equation in float64, and against Hugging Face PEFT 0.21.2."""
 
+import itertools
+
 import peft
 import pytest
 import torch
@@ -75,11 +77,8 @@ def test_subspaces_that_matter_least_stop_learning_until_the_target_is_reached()
     assert counts[0] == 8
     assert counts[-1] == 3
     assert counts == sorted(counts, reverse=True)
-    first = next(i for i, (learning, _) in enumerate(seen) if not all(learning))
-    for i in range(first + 1, 20):
-        for learns, now, before in zip(seen[i][0], seen[i][1], seen[i - 1][1], strict=True):
-            assert learns or torch.equal(now, before)
-            assert not learns or not torch.equal(now, before)
+    for (learning, before), (_, now) in itertools.pairwise(seen):
+        assert [not torch.equal(*pair) for pair in zip(before, now, strict=True)] == learning
 
 
 def test_allocation_without_steps_is_refused():
@@ -118,7 +117,7 @@ def test_a_file_whose_clusters_are_others_than_those_computed_here_is_refused():
         return model
 
     made: list[nn.Module] = []
-    with pytest.raises(FolderError, match="its clusters have .* outputs, in the adapter"):
+    with pytest.raises(FolderError, match=r"its clusters have .* outputs, in the adapter"):
         from_peft(other, peft.AdamssConfig(r=9, target_modules=["q_proj"]))
 
 

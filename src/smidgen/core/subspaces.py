@@ -1,6 +1,5 @@
 """Subspaces of a weight by clusters of its rows, and which of them go on learning: what AdaMSS is made of."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch

@@ -81,7 +81,7 @@ class Saved:
         """Raise FolderError naming all settings that are other than these, and so cannot be followed."""
         bad = {name: self.config[name] for name, value in allowed.items() if self.config.get(name, value) != value}
         if bad:
-            shown = ", ".join(f"{name} = {str(value)[:60]!r}" for name, value in bad.items())
+            shown = ", ".join(f"{name} = {value!r:.60}" for name, value in bad.items())
             raise FolderError(f"adapter_config.json asks for what cannot be done here: {shown}")
 
 

@@ -1,7 +1,7 @@
 """One adapter's files, opened and not yet believed: which method, with which settings, at which places of the model."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,15 @@ from ..core.method import Method, method_named
 from ..core.safe import DTYPES, Header, read_header, read_json
 from ..core.site import Site
 from ..core.targets import Targets
-from .layout import Modules, canonical, site_key
+from ..methods.trainable_tokens import with_tied
+from .layout import PREFIX, Modules, canonical, clean, site_key
 from .note import NOTE, Note, Place, Several, read_note
 from .translation import PeftTranslation, in_order, plain
 from .translations import peft_method, translation_of
 from .write import CONFIG, WEIGHTS
+
+
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,25 @@ def open_folder(folder: Path, modules: Modules) -> Opened:
             raise FolderError(f"{folder}: two tensors are the same place: {keys[key]!a:.120} and {raw!a:.120}")
         keys[key] = raw
     return Opened(folder=folder, modules=modules, config=config, header=header, keys=keys, note=note)
+
+
+def with_tokens_apart(opened: Opened) -> list[Opened]:
+    """The adapter, and after it the rows of tokens that HF PEFT trained beside it (`trainable_token_indices`)."""
+    named = opened.config.get("trainable_token_indices")
+    if not named or opened.note is not None:
+        return [opened]
+    by_layer = named if isinstance(named, dict) else {"": named}
+    found, rest = [], dict(opened.keys)
+    for path in [key.removeprefix(PREFIX).removesuffix(_TOKENS) for key in opened.keys if key.endswith(_TOKENS)]:
+        tokens = next((rows for end, rows in by_layer.items() if not end or f".{path}".endswith(f".{end}")), None)
+        config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": tokens, "target_modules": [path]}
+        raw = rest.pop(f"{PREFIX}{path}{_TOKENS}")
+        places = with_tied(opened.modules.model, [opened.modules.site(path)] if path in opened.modules else [])
+        own = [clean(site.path) for site in places] or [path]  # of tied layers it writes the rows once
+        keys = {f"{PREFIX}{place}.{_TOKENS.rpartition('.')[2]}": raw for place in own}
+        found.append(replace(opened, config=config, keys=keys))
+    config = {field: value for field, value in opened.config.items() if field != "trainable_token_indices"}
+    return [replace(opened, config=config, keys=rest), *found]
 
 
 def method_and_sites(opened: Opened) -> tuple[Method, list[Site], bool]:

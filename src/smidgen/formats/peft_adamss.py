@@ -1,4 +1,4 @@
-"""AdaMSS in Hugging Face PEFT's folder: V, and A and B of each cluster; which outputs a cluster has is computed again."""
+"""AdaMSS in Hugging Face PEFT's folder: V, A and B of each cluster; which outputs a cluster has is computed again."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -66,9 +66,7 @@ def _places(method: AdaMSS, site: Site) -> Tensor:
 def _pack(tensors: Sequence[Tensor], places: Any) -> Tensor:
     V, own = tensors
     if not own.is_meta and not torch.equal(own.cpu(), places()):
-        raise FolderError(
-            "HF PEFT would compute other clusters than this adapter was trained with, so it is not written"
-        )
+        raise FolderError("HF PEFT would compute other clusters than this adapter has, so nothing was written")
     return V
 
 

@@ -1,7 +1,7 @@
 """Read an adapter folder: everything is checked against the model before memory is taken or the model is touched."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from .checks import check_agreement, check_base, check_copies, check_places, che
 from .imported import Imported
 from .layout import Modules, canonical, expected_tensors
 from .note import NOTE, Note, Several, composition, read_note
-from .opened import Opened, method_and_sites, open_folder, with_tensors
+from .opened import Opened, method_and_sites, open_folder, with_tensors, with_tokens_apart
 from .translations import translation_of
 from .write import CONFIG, all_stored
 
@@ -77,14 +77,27 @@ def read_folder(
         return _of_other_project(folder, other.read, modules, name)
     note = read_note(folder)
     places, active = _locate(folder, note, name)
-    loaded = tuple(
-        _read(open_folder(path, modules), called, head_sites, with_base=check_base) for called, path in places
-    )
+    loaded: tuple[Loaded, ...] = ()
+    for called, path in places:
+        first, *rest = (
+            _read(opened, called, head_sites, with_base=check_base)
+            for opened in with_tokens_apart(open_folder(path, modules))
+        )
+        beside = [_renamed(tokens, f"{first.name}_tokens", number) for number, tokens in enumerate(rest)]
+        if beside and len(places) == 1:
+            active = Stack(*(adapter.name for adapter in (first, *beside)))
+            first = replace(first, saved_as=first.name)
+        loaded += (first, *beside)
     if len(loaded) == 1 and isinstance(note, Note):
         active = composition({"composition": note.composition}, folder / NOTE)
     if not set(names_in(active)) <= {adapter.saved_as for adapter in loaded}:
         active = None
     return Content(adapters=loaded, active=active)
+
+
+def _renamed(loaded: Loaded, name: str, number: int) -> Loaded:
+    name += str(number + 1) if number else ""
+    return replace(loaded, name=name, saved_as=name)
 
 
 def _of_other_project(
