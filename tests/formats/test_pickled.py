@@ -1,9 +1,11 @@
 """Files of torch.save are read without unpickling them, and whatever is more than tensors is refused."""
 
 import collections
+import contextlib
 import io
 import os
 import pickle
+import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -147,3 +149,22 @@ def test_what_is_no_archive_of_torchs_is_refused(tmp_path: Path) -> None:
         read_pickled(path)
     with pytest.raises(FolderError, match=r"has no gone\.bin"):
         read_pickled(tmp_path / "gone.bin")
+
+
+def test_a_file_with_some_bytes_changed_is_read_or_refused_and_nothing_else(tmp_path: Path) -> None:
+    path, generator = tmp_path / "x.bin", random.Random(0)
+    torch.save(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).state_dict(), path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as file:
+        program = file.read("x/data.pkl")
+        data = {f"_{n}": file.read(f"x/data/{n}") for n in range(7)}
+    for number in range(600):
+        changed = bytearray(program if number % 2 else whole)
+        for _ in range(generator.randint(1, 4)):
+            changed[generator.randrange(len(changed))] = generator.randrange(256)
+        if number % 2:
+            archive(path, bytes(changed), **data)
+        else:
+            path.write_bytes(changed)
+        with contextlib.suppress(FolderError):
+            assert all(isinstance(tensor, Tensor) for tensor in read_pickled(path).values())

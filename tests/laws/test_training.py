@@ -76,7 +76,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(typical_case: Case, ree
     loss_of(output).backward()
     checkpointed = gradients(adapters)
     assert checkpointed.keys() == plain.keys()
-    assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
+    for name, gradient in plain.items():  # of what several layers share, the reentrant kind sums in another order
+        assert torch.equal(checkpointed[name], gradient) or gap(checkpointed[name], gradient) <= case.tolerance
 
 
 def run_checkpointed(case: Case, model: nn.Module, reentrant: bool) -> Tensor:

@@ -186,7 +186,7 @@ class ConvKind(LayerKind):
 
 
 class TransposedConvKind(ConvKind):
-    """nn.ConvTranspose1d/2d/3d: W stored as (C, O/groups, *kernel), seen as (O, C/groups * kernel) like a convolution's.
+    """nn.ConvTranspose1d/2d/3d: W stored as (C, O/groups, *kernel), seen as (O, C/groups * kernel) like ConvKind's.
 
     The layer's own way of reading its input is to spread it: A makes R channels of the output's size.
     """

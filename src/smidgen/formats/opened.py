@@ -20,7 +20,6 @@ from .translation import PeftTranslation, in_order, plain
 from .translations import peft_method, translation_of
 from .write import CONFIG, WEIGHTS
 
-
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
 

@@ -23,6 +23,7 @@ from .translation import (
     as_number,
     exact_names,
     first_match,
+    otherwise,
     pattern_of,
     refuse_unknown,
     target_modules,
@@ -68,7 +69,8 @@ class DeclaredTranslation(PeftTranslation):
 
     def find(self, modules: Modules, config: Mapping[str, Any], shapes: Shapes) -> Found:
         known, theirs_of = FIELDS[self.peft_type], self._own_fields()
-        refuse_unknown(config, frozenset({*theirs_of.values(), *self.disk.ignored, *self.disk.fixed}))
+        fixed = set(self.disk.fixed) - set(otherwise(config, self.disk.fixed))
+        refuse_unknown(config, frozenset({*theirs_of.values(), *self.disk.ignored, *fixed}))
         sites = self.sites(modules, shapes)
         settings: dict[str, Any] = {}
         for name, theirs in theirs_of.items():

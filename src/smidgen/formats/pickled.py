@@ -62,7 +62,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             return _read(archive, path)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, ValueError, EOFError, OSError) as error:
         raise FolderError(
             f"{path}: is no zip archive that torch.save wrote ({str(error)[:100]}). Load it where you trust it, and "
             "write it again with safetensors.torch.save_file"
@@ -120,7 +120,7 @@ class _Machine:
                     (value,) = self.stack
                     return value
                 self._follow(instruction.name, argument)
-        except (ValueError, IndexError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise FolderError(f"{self.path}: holds a damaged pickle: {str(error)[:200]}") from error
         raise FolderError(f"{self.path}: holds a pickle without an end")
 

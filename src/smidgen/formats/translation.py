@@ -178,6 +178,13 @@ def refuse_unknown(config: Mapping[str, Any], used: Mapping[str, Any] | frozense
         )
 
 
+def otherwise(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[str]:
+    """The fields that a method fixes (`...`: to anything but null) and that a config has otherwise."""
+    defaults = FIELDS[str(config["peft_type"])]
+    values = {name: config.get(name, defaults[name]) for name in fixed}
+    return [name for name, value in fixed.items() if (values[name] is None if value is ... else values[name] != value)]
+
+
 def target_modules(modules: Modules, paths: Sequence[str]) -> list[str] | str:
     """HF PEFT's target_modules for exactly these paths: ends of paths, else whole paths, else a pattern."""
     wanted = set(paths)

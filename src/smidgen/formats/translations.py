@@ -12,8 +12,7 @@ from typing import Any
 from ..core.errors import FolderError
 from ..core.method import Method, methods
 from .peft_declared import DeclaredTranslation
-from .peft_fields import FIELDS
-from .translation import PeftTranslation, Translation
+from .translation import PeftTranslation, Translation, otherwise
 
 
 def translation_of(method: type[Method]) -> Translation:
@@ -35,7 +34,7 @@ def peft_method(config: Mapping[str, Any]) -> tuple[type[Method], PeftTranslatio
     """
     peft_type = config.get("peft_type")
     foreign = [method for method in methods().values() if method.disk.foreign]
-    fitting = [m for m in foreign if m.disk.peft_type == peft_type and _says(config, m.disk.fixed)]
+    fitting = [m for m in foreign if m.disk.peft_type == peft_type and not otherwise(config, m.disk.fixed)]
     if not fitting:
         fitting = [m for m in foreign if m.disk.peft_type == peft_type and m.name == str(peft_type).lower()]
     if not fitting:
@@ -47,9 +46,3 @@ def peft_method(config: Mapping[str, Any]) -> tuple[type[Method], PeftTranslatio
     translation = translation_of(method)
     assert isinstance(translation, PeftTranslation)
     return method, translation
-
-
-def _says(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> bool:
-    defaults = FIELDS[str(config["peft_type"])]
-    values = {name: config.get(name, defaults[name]) for name in fixed}
-    return all(values[name] is not None if value is ... else values[name] == value for name, value in fixed.items())
