@@ -1,4 +1,4 @@
-"""Write docs/methods.md and the README's table of methods.
+"""Write docs/methods.md, the README's table of methods, and docs/recipes.md's of presets.
 
     python tools/methods_page.py [--check]
 
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smidgen.auto.presets import PRESETS, preset
 from smidgen.core.method import methods
 from smidgen.recipes.catalogue import Facts, catalogue, layers_text, merges_text
 
 ROOT = Path(__file__).parent.parent
 README, PAGE, RESULTS = ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- methods: made by tools/methods_page.py -->", "<!-- end of methods -->"
+RECIPES = ROOT / "docs" / "recipes.md"
 INTRODUCTION = """# Methods
 
 *Made by `tools/methods_page.py` from the methods themselves and `benchmarks/results/`. Change those, not this page.*
@@ -36,10 +37,11 @@ matrices in one parameter. "merges": it can become part of the weights, and then
 
 def main() -> None:
     facts = catalogue()
-    readme = README.read_text()
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    pages = {README: f"{before}{BEGIN}\n{_readme_table(facts)}\n{END}{after}", PAGE: _page(facts)}
+    pages = {
+        README: _with(README, "methods", _readme_table(facts)),
+        RECIPES: _with(RECIPES, "presets", _presets_table()),
+        PAGE: _page(facts),
+    }
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
         if stale:
@@ -48,6 +50,31 @@ def main() -> None:
     for path in stale:
         path.write_text(pages[path])
         print(f"written: {path.relative_to(ROOT)}")
+
+
+def _with(page: Path, name: str, table: str) -> str:
+    """The page with this table between its two marks."""
+    begin, end = f"<!-- {name}: made by tools/methods_page.py -->", f"<!-- end of {name} -->"
+    before, rest = page.read_text().split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+
+
+def _presets_table() -> str:
+    rows = []
+    for name in [*sorted(PRESETS), "any other"]:
+        each = preset(name)
+        numbers = (each.learning_rate, each.head_learning_rate, each.weight_decay, each.epochs)
+        settings = ", ".join(f"{key} {_setting(value)}" for key, value in each.settings.items())
+        rows.append(
+            [f"`{name}`" if name in PRESETS else name, *(f"{number:g}" for number in numbers), settings, each.why]
+        )
+    return _table(
+        ["method", "learning rate", "of the head", "weight decay", "epochs, at most", "settings", "why"], rows
+    )
+
+
+def _setting(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _readme_table(facts: Sequence[Facts]) -> str:

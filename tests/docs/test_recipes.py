@@ -1,17 +1,21 @@
 """docs/recipes.md tells of every key, flag and preset that there is, and of no other."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("pydantic")
 
-from smidgen.auto.presets import _PRESETS, preset
+from smidgen.auto.presets import PRESETS
+from smidgen.core.method import methods
 from smidgen.recipes.load import FLAGS, load_recipe
 from smidgen.recipes.schema import PARTS, Recipe
 
-PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "recipes.md").read_text()
 
 
 def table(heading: str) -> list[list[str]]:
@@ -49,18 +53,15 @@ def test_what_is_needed_is_said_so_and_nothing_else_is():
     assert all(key.partition(".")[0] in str(error.value) for key in needed)
 
 
-def test_the_presets_are_those_of_the_program():
-    rows = {name: numbers for name, *numbers in table("Presets")}
-    assert rows.keys() == {*_PRESETS, "any other"}
-    for name, (rate, head, decay, epochs, settings) in rows.items():
-        found = preset(name)
-        assert [float(rate), float(head), float(decay), float(epochs)] == [
-            found.learning_rate,
-            found.head_learning_rate,
-            found.weight_decay,
-            found.epochs,
-        ], name
-        assert settings == ", ".join(f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in found.settings.items())
+def test_the_pages_of_methods_and_presets_are_as_they_are_made():
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "methods_page.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_method_has_a_preset():
+    assert methods().keys() - PRESETS.keys() == set()
 
 
 def test_the_example_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

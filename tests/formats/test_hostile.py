@@ -93,7 +93,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: os.truncate(folder / "adapter_model.safetensors", 400),
         "bytes of data|header is",
     ),
-    "unknown method": (without_note(config(peft_type="ADALORA")), "ADALORA.*these are read: IA3, LORA|'ADALORA'"),
+    "unknown method": (without_note(config(peft_type="ADANEXT")), "ADANEXT.*these are read: ADALORA|'ADANEXT'"),
     "ours without a note": (without_note(config(peft_type="SMIDGEN_LORA")), "smidgen.json is missing"),
     "another's note": (config(peft_type="IA3"), "belong to different adapters"),
     "fields that disagree": (config(lora_alpha=3), "disagree on lora_alpha"),

@@ -23,6 +23,7 @@ for found in pkgutil.iter_modules(smidgen.methods.__path__):
 
 # name of the example -> method, settings.  A new method needs one line here, and is then under all laws.
 EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "shadow": ("shadow", {"rank": 2, "alpha": 1.0, "dropout": 0.0}),
     "adamss": ("adamss", {"rank": 3, "subspaces": 2, "subspace_rank": 1}),
     "adalora": ("adalora", {"rank": 2, "start_rank": 2, "alpha": 30.0}),
     "adaption_prompt": ("adaption_prompt", {"length": 3}),

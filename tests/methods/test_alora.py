@@ -112,8 +112,10 @@ def test_checkpointed_layers_get_the_same_gradients():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ConfigError, match="needs at least one token id"):
-        ALoRA()
+    with pytest.raises(ConfigError, match="are ids of tokens"):
+        ALoRA(invocation_tokens=(-1,))
+    with pytest.raises(TargetError, match="from some tokens on; say which"):
+        attach(llama(), ALoRA())
     with pytest.raises(TargetError, match="takes no input_ids"):
         attach(nn.Sequential(nn.Linear(3, 3)), ALoRA(invocation_tokens=(1,), targets="0"))
     model = invoked()

@@ -105,7 +105,7 @@ def test_what_cannot_be_is_refused() -> None:
         attach(model, Invertible())
     with pytest.raises(TargetError, match="does more than embed tokens"):
         attach(
-            transformers.LlamaModel(transformers.LlamaConfig(**SMALL)), Invertible(targets=lambda path, _: path == "")
+            transformers.LlamaModel(transformers.LlamaConfig(**SMALL)), Invertible(targets=[lambda path, _: path == ""])
         )
     with pytest.raises(ConfigError, match='coupling is "real_nvp"; it is one of nice, glow'):
         Invertible(coupling="real_nvp")  # type: ignore[arg-type]

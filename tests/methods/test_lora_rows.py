@@ -140,10 +140,9 @@ def test_experts_have_rows_each():
 
 @torch.no_grad()
 def test_parts_find_their_rows_and_targets_in_the_model():
-    adapters = attach(gpt2(), LoRARows(rank=2, parts="qv"))
+    adapters = attach(gpt2(), LoRARows(rank=2))
     method = adapters.method("default")
     assert list(adapters.parts("default")) == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
-    assert method.parts == ""
     assert method.rows_pattern["transformer.h.1.attn.c_attn"] == ((0, 32), (64, 96))
     one = attach(gpt2(), LoRARows(rank=2, parts="k", targets="h.0.attn.c_attn"))
     assert list(one.parts("default")) == ["transformer.h.0.attn.c_attn"]
@@ -239,10 +238,11 @@ def test_a_file_that_was_trained_on_is_not_cut_to_the_rows(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({}, 'rows_pattern and parts are empty; say one, such as parts="qv"'),
-        ({"parts": "qx"}, 'parts is "qx"; it is made of q, k and v'),
+        ({"parts": ""}, 'parts is ""; it is some of q, k and v, as "qv"'),
+        ({"parts": "qx"}, 'parts is "qx"'),
         ({"parts": "qq"}, 'parts is "qq"'),
         ({"rows_pattern": {"*": ()}}, r'rows_pattern of "\*" is \(\)'),
+        ({"rows_pattern": {"*": ((0.5, 2),)}}, "ascending, without overlap"),
         ({"rows_pattern": {"*": ((4, 2),)}}, "ascending, without overlap"),
         ({"rows_pattern": {"*": ((0, 4), (3, 5))}}, "ascending, without overlap"),
         ({"rows_pattern": {"*": ((-1, 4),)}}, "ascending, without overlap"),
@@ -271,3 +271,10 @@ def test_every_start_is_that_of_the_base(start: str, kind: type[nn.Module]):
     base = layer(x)
     attach(layer, LoRARows(rank=2, rows_pattern={"*": ((1, 3),)}, start=start, targets=""))
     torch.testing.assert_close(layer(x), base, rtol=0, atol=1e-7)
+
+
+def test_a_recipe_says_rows_as_lists():
+    from smidgen.recipes.method_part import MethodPart
+
+    method = MethodPart(name="lora_rows", rows_pattern={"*.c_attn": [[0, 4], [8, 12]]}).build()
+    assert method == LoRARows(rows_pattern={"*.c_attn": ROWS}, targets=method.targets)

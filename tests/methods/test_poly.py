@@ -107,7 +107,7 @@ def test_what_is_missing_or_cannot_be_is_said():
         model(x, task_ids=torch.tensor([0, 3, 0, 0]))
     with pytest.raises(AttachError, match="names 3 rows, the batch has 4"):
         model(x, task_ids=torch.tensor([0, 1, 2]))
-    with pytest.raises(AttachError, match="no Poly adapter of several tasks"), for_tasks(nn.Linear(2, 2), x):
+    with pytest.raises(AttachError, match="no adapter of several tasks"), for_tasks(nn.Linear(2, 2), x):
         pass
     with pytest.raises(TargetError, match="cannot be cut into 4 splits"):
         attached(splits=4)

@@ -61,7 +61,7 @@ def test_an_adapter_folder_tells_all_about_itself(folder, console):
     for line in (
         "adapter mood\n",
         "method lora\n",
-        "settings alpha 16.0, dropout 0.0, dropout_on elements, rank 2, rank_stabilised False\n",
+        "alpha 16.0, bias_on_B False, dropout 0.0, dropout_on elements, rank 2, rank_stabilised False",
         "places 2 x layers.* (linear)\n",
         "heads classifier\n",
         f"{size} parameters in 6 tensors",

@@ -25,7 +25,7 @@ class Preset:
     why: str = "measured on text classification"
 
 
-_PRESETS: dict[str, Preset] = {
+PRESETS: dict[str, Preset] = {
     "lora": Preset(
         learning_rate=2e-3,
         settings={"rank": 4, "alpha": 8.0},
@@ -291,6 +291,71 @@ _PRESETS: dict[str, Preset] = {
         settings={"rank": 8, "stride": 2, "experts": 3},
         why="not measured: LoRA's rate; shared halves afford a higher rank",
     ),
+    "loreft": Preset(
+        learning_rate=4e-3,
+        weight_decay=0.0,
+        settings={"positions": "all"},
+        why="not measured: the authors' 4e-4 to 9e-4 are for long runs; a head that reads the mean wants all tokens",
+    ),
+    "noreft": Preset(
+        learning_rate=4e-3, weight_decay=0.0, settings={"positions": "all"}, why="not measured: as LoReFT"
+    ),
+    "direft": Preset(
+        learning_rate=4e-3, weight_decay=0.0, settings={"positions": "all"}, why="not measured: as LoReFT"
+    ),
+    "compacter": Preset(
+        learning_rate=1e-2, why="not measured: products of small matrices want more than a bottleneck's rate"
+    ),
+    "invertible": Preset(
+        learning_rate=1e-3, why="not measured: it changes all that the model reads, so less than a bottleneck"
+    ),
+    "conv_adapter": Preset(learning_rate=5e-3, why="not measured: a bottleneck's rate, of which it is the kin"),
+    "trainable_tokens": Preset(
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        why="not measured: whole rows, which decay would pull to 0; a row moves only in the steps that read it",
+    ),
+    "xlora": Preset(
+        learning_rate=2e-3,
+        settings={"train_experts": True, "rank": 4},
+        why="not measured: without adapters to mix, fresh experts learn along, at LoRA's rate",
+    ),
+    "poly": Preset(
+        learning_rate=4e-3,
+        settings={"rank": 4},
+        why="not measured: LoRA's rate, doubled, for its change is scaled by 1 / rank",
+    ),
+    "glora": Preset(
+        learning_rate=2e-3, settings={"rank": 4}, why="not measured: LoRA's rate; W * A is as large as W at A of size 1"
+    ),
+    "peanut": Preset(
+        learning_rate=2e-3,
+        settings={"rank": 16},
+        why="not measured: the rate of LoRA, whose B it has, behind a network",
+    ),
+    "deft": Preset(
+        learning_rate=5e-3,
+        settings={"rank": 4},
+        why="not measured: P starts at 0.02, so what is put in acts a fiftieth as strongly as in LoRA",
+    ),
+    "frod": Preset(
+        learning_rate=5e-3,
+        weight_decay=0.0,
+        why="not measured: scales l start at their size in W, and decay would pull them to 0",
+    ),
+    "adamss": Preset(
+        learning_rate=1e-2,
+        why="not measured: one direction for each of five clusters has to move far",
+    ),
+    "shadow": Preset(
+        learning_rate=1e-3, settings={"alpha": 0.5}, why="not measured: a whole small model trains, at a usual rate"
+    ),
+    "fourierft": Preset(
+        learning_rate=3e-2,
+        weight_decay=0.0,
+        settings={"frequencies": 1000, "scale": 300.0},
+        why="not measured: one coefficient moves a weight by 300 / (I O) of its size",
+    ),
     "head": Preset(learning_rate=1e-4, why="not measured: modules of the model trained whole, as in full fine-tuning"),
     "full": Preset(learning_rate=1e-4, why="short runs want twice the usual rate, and a head that moves faster"),
 }
@@ -298,4 +363,4 @@ _PRESETS: dict[str, Preset] = {
 
 def preset(method: str) -> Preset:
     """The preset of a method; of a method unknown here, a careful middle."""
-    return _PRESETS.get(method, Preset(learning_rate=1e-3, why="no preset for this method: a careful middle"))
+    return PRESETS.get(method, Preset(learning_rate=1e-3, why="no preset for this method: a careful middle"))

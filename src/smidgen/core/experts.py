@@ -1,8 +1,6 @@
 """Experts: LoRA adapters that live in a model already, for methods that mix them."""
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 
 from .attach import held, is_adapted
 from .errors import TargetError, require
@@ -47,18 +45,6 @@ def body_of(model: nn.Module) -> Site:
         TargetError,
     )
     return next(Site(path, module) for path, module in modules_of(model) if module is body)
-
-
-class Running:
-    """Scalings of the call that is running: of tokens, of all experts alike, or None for no experts.  Part of no copy.
-
-    They stay until the next call: under gradient checkpointing layers run again in the backward.
-    """
-
-    scalings: Tensor | float | None = None
-
-    def __reduce__(self) -> Any:
-        return Running, ()
 
 
 def _is_low_rank(part: nn.Module | None) -> bool:

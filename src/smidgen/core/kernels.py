@@ -2,7 +2,7 @@
 
     y = x W^T + b + s (x A^T) B^T          x: (..., I)   W: (O, I)   A: (R, I)   B: (O, R)
 
-W and b get no gradient.  Kept for backward: x (shared by all layers that read it) and x A^T (small).
+W and b get no gradient.  Kept for backward: x (shared by all layers that read it) and, if B is trained, x A^T.
     g  = s dy B                 (N, R)
     dA = g^T x                  (R, I)
     dB = s dy^T (x A^T)         (O, R)
@@ -27,7 +27,7 @@ class _FrozenLinearLowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, mask: Tensor | None
     ) -> Tensor:
         y, h = _forward(x, W, b, A, B, scale, mask)
-        ctx.save_for_backward(x, W, A, B, h, mask)
+        ctx.save_for_backward(x, W, A, B, h if ctx.needs_input_grad[4] else None, mask)
         ctx.scale = scale
         return y
 
@@ -37,7 +37,7 @@ class _FrozenLinearLowRank(torch.autograd.Function):
         mask = None if mask is None else mask.to(x.dtype)
         rows, A_cast = _factors(x, A, mask)
         B_cast, dy_rows = B.to(x.dtype), dy.reshape(-1, dy.shape[-1])
-        if torch.is_grad_enabled():  # this backward is itself differentiated, and h was computed outside any graph
+        if h is not None and torch.is_grad_enabled():  # this backward is itself differentiated; h was outside any graph
             h = torch.mm(rows, A_cast.T)
         g = torch.mm(dy_rows, B_cast).mul_(ctx.scale)  # (N, R)
         dx = dA = dB = None

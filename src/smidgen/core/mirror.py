@@ -1,13 +1,16 @@
 """A small model of the same kind as a transformers decoder, to run beside it: fewer layers, maybe narrower."""
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import AttachError, require
+from .site import Site
 
 # what other architectures call a field of their config
 _ALSO = {
@@ -36,8 +39,10 @@ def mirror_of(body: nn.Module, sizes: Mapping[str, int | None], device: torch.de
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, layers)
     make = getattr(type(body), "base_class", type(body))
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        return cast(nn.Module, make(config))
+    without_memory = device.type == "meta"
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if without_memory else "cpu"):
+        mirror = cast(nn.Module, make(config))
+    return mirror if without_memory else mirror.to(device)
 
 
 def fill_afresh_(mirror: nn.Module, generator: torch.Generator | None) -> None:
@@ -46,7 +51,8 @@ def fill_afresh_(mirror: nn.Module, generator: torch.Generator | None) -> None:
     seed = int(torch.randint(2**62, (), generator=generator, device=device))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        fresh = type(mirror)(cast(Any, mirror).config)
+        with torch.device("cpu"):
+            fresh = type(mirror)(cast(Any, mirror).config)
     values = fresh.state_dict()
     with torch.no_grad():
         for name, own in mirror.state_dict(keep_vars=True).items():
@@ -74,3 +80,30 @@ def room_in_cache(cache: Any, base_layers: int, more: int) -> None:
         )
     while len(cache.layers) < base_layers + more:
         cache.layers.append(type(cache.layers[0])())
+
+
+class GatedUpdate(nn.Module):
+    """T and G after one block, each of two layers, u inside: what becomes of a shadow's state."""
+
+    def __init__(self, site: Site, W: int, u: int) -> None:
+        super().__init__()
+        for name in "TG":
+            self.register_parameter(f"{name}_in", site.empty(u, W))
+            self.register_parameter(f"{name}_in_bias", site.empty(u))
+            self.register_parameter(f"{name}_out", site.empty(W, u))
+            self.register_parameter(f"{name}_out_bias", site.empty(W))
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        """As torch starts nn.Linear."""
+        for name, parameter in self.named_parameters():
+            fan_in = self.get_parameter(name.removesuffix("_bias")).shape[1]
+            nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
+
+    def forward(self, h: Tensor, s: Tensor) -> Tensor:
+        """The next state, of the block's output h (B, T, W) and the state s before it."""
+        g = self._layers("G", h).sigmoid()
+        return torch.lerp(s, self._layers("T", h), g)
+
+    def _layers(self, name: str, h: Tensor) -> Tensor:
+        own = [self.get_parameter(f"{name}_{part}").to(h.dtype) for part in ("in", "in_bias", "out", "out_bias")]
+        return F.linear(F.gelu(F.linear(h, own[0], own[1])), own[2], own[3])

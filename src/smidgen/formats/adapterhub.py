@@ -23,7 +23,6 @@ from ..core.method import Method
 from ..core.safe import read_json, read_tensors
 from .imported import Imported
 from .layout import Modules
-from .pickled import read_pickled
 
 _SAFE, _PICKLED = "adapter.safetensors", "pytorch_adapter.bin"
 KINDS = ("adapters", "invertible_adapters", "loras", "refts", "prefix_tunings", "shared_parameters", "prompt_tunings")
@@ -106,7 +105,8 @@ def is_there(folder: Path) -> bool:
 
 def read(folder: Path, modules: Modules) -> list[Imported]:
     """The adapters in the folder.  Raises FolderError."""
-    from .adapterhub_methods import READERS  # which reads what is here
+    from .adapterhub_methods import READERS  # here: it imports this file
+    from .pickled import read_pickled  # and only foreign folders need these
 
     outer = read_json(folder / "adapter_config.json")
     name, config, family = outer.get("name"), outer.get("config"), str(outer.get("model_type"))

@@ -57,8 +57,8 @@ def _places(method: AdaMSS, site: Site) -> Tensor:
     if [O for O, _ in found.sizes] != [O for O, _ in known]:
         raise FolderError(
             f"{site.name}: here its clusters have {[O for O, _ in found.sizes]} outputs, in the adapter "
-            f"{[O for O, _ in known]}. HF PEFT's files do not say which: they have to be computed from the same weights, "
-            "on the same kind of device and with the same scikit-learn"
+            f"{[O for O, _ in known]}. HF PEFT's files do not say which: they are computed from the weights, so "
+            "these, the kind of device and scikit-learn have to be the same"
         )
     return found.places
 

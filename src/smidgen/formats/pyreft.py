@@ -27,7 +27,6 @@ from ..core.targets import Targets
 from ..methods.loreft import ReFT
 from .imported import Imported
 from .layout import Modules
-from .pickled import read_pickled
 
 _METHODS = {"Loreft": "loreft", "Noreft": "noreft", "Direft": "direft", "Nodireft": "direft"}
 _ROTATION = {f"rotate_layer.parametrizations.weight.{end}" for end in ("original", "0.base")}
@@ -118,6 +117,8 @@ def _positions(config: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def _unit(path: Path) -> dict[str, Tensor]:
+    from .pickled import read_pickled  # here: only foreign folders need it
+
     state = {key.removeprefix("learned_source."): tensor for key, tensor in read_pickled(path).items()}
     own = {"W": state.get("weight"), "b": state.get("bias"), "P": state.get("proj_layer.weight")}
     used = {"weight", "bias", "proj_layer.weight", "embed_dim", "interchange_dim"}

@@ -110,6 +110,9 @@ def _files(
     modules, translation = Modules(model), translation_of(type(method))
     name_of_base = about.base_model or getattr(getattr(model, "config", None), "name_or_path", None) or None
     task = about.task_type or next((t for end, t in TASKS.items() if type(model).__name__.endswith(end)), None)
+    pairs = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if task is None and pairs and hasattr(model, "lm_head"):
+        task = "SEQ_2_SEQ_LM"
     task_for_peft = None if expects_more(modules, placed.heads, task) else task
     obstacle = peft_obstacle(modules, placed.method, placed.sites, placed.heads, task_for_peft)
     theirs = isinstance(translation, PeftTranslation) and obstacle is None

@@ -101,8 +101,13 @@ class AdaMSS(Method):
         return "AdaMSS decomposes one matrix, and this is a stack of them" if site.linear.stack > 1 else None
 
     def fitted(self, model: nn.Module) -> "AdaMSS":
-        sizes = {site.name: self.decomposed(site).sizes for site in self.resolve(model).sites}
-        return replace(self, sizes_pattern=sizes)
+        return replace(self, sizes_pattern={site.name: self._sizes(site) for site in self.resolve(model).sites})
+
+    def _sizes(self, site: Site) -> tuple[tuple[int, int], ...]:
+        if not site.stored.is_meta:
+            return self.decomposed(site).sizes
+        K = min(self.subspaces, site.fan_out)  # without the weight nobody knows: as if all clusters were of one size
+        return tuple((n, min(n, self.subspace_rank)) for n in (len(range(k, site.fan_out, K)) for k in range(K)))
 
     def decomposed(self, site: Site) -> Subspaces:
         """The subspaces of this site's weight.  Raises MissingDependency."""

@@ -52,12 +52,14 @@ class ALoRA(LoRA):
         super().check()
         object.__setattr__(self, "invocation_tokens", tuple(self.invocation_tokens))
         tokens = self.invocation_tokens
-        ids = bool(tokens) and all(isinstance(token, int) and token >= 0 for token in tokens)
-        require(ids, f"invocation_tokens is {tokens}; aLoRA needs at least one token id")
+        ids = all(isinstance(token, int) and token >= 0 for token in tokens)
+        require(ids, f"invocation_tokens is {tokens}; they are ids of tokens")
         random = ("kaiming", "gaussian", "orthogonal")
         require(self.start in random, f'start is "{self.start}"; aLoRA has {", ".join(random)}')
 
     def accepts(self, site: Site) -> str | None:
+        if not self.invocation_tokens:
+            return "aLoRA acts from some tokens on; say which: invocation_tokens=(5, 17)"
         if reason := super().accepts(site):
             return reason
         if site.parameter or isinstance(site.kind, ConvKind):

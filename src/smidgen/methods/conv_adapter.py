@@ -144,7 +144,9 @@ class AfterAny(ConvAdapterPart):
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         y = call(*args, **kwargs)
-        return torch.add(y, self.change(y, 1, "same", 1).to(y.dtype))
+        change = self.change(y, 1, [k // 2 for k in self.kernel], 1)
+        inside: Any = (..., *(slice(n) for n in y.shape[-len(self.kernel) :]))  # an even kernel gives one more
+        return torch.add(y, change[inside].to(y.dtype))
 
 
 class AfterModule(AfterAny):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.adapter import AdditiveAdapter, Call
 from ..core.disk_names import DiskNames
 from ..core.errors import require
-from ..core.full_weight import FullWeightAdapter
+from ..core.full_weight import FullWeightAdapter, Gradients, Pullback
 from ..core.layers import EmbeddingKind
 from ..core.method import Method, method
 from ..core.site import Site
@@ -32,7 +32,7 @@ class HiRA(Method):
     """Entry-wise low-rank scaling of a weight.
 
     rank: R.   dropout: probability of dropping an entry of the adapter's input while training; with it a second
-    product beside the layer is needed, and the change is kept for backward.
+    product beside the layer is needed.
     rank_pattern: other ranks for the sites that a glob matches; the last one counts.
     """
 
@@ -66,6 +66,8 @@ class HiRA(Method):
 class HiRAAdapter(FullWeightAdapter):
     """A and B at one site; stacked experts have their own: A (E R, I), B (E O, R)."""
 
+    blockwise = True
+
     def __init__(self, method: HiRA, site: Site) -> None:
         super().__init__(site)
         self.dropout, self.stack = method.dropout, site.linear.stack
@@ -91,6 +93,19 @@ class HiRAAdapter(FullWeightAdapter):
         if self.looks_up:  # the words of x alone, not the whole table
             return F.embedding(x, self.site.stored) * self.site.expand(self.site.project(x, self.A), self.B)
         return super().delta(F.dropout(x, self.dropout, self.training))
+
+    @torch.no_grad()
+    def changed(self, W: Tensor | None, rows: slice) -> tuple[Tensor, Pullback]:
+        A, B = self.A, self.B[rows]
+        own = self.site.weight()[rows].to(A.dtype)
+
+        def back(dD: Tensor, gradients: Gradients) -> None:
+            dP = dD.mul_(own)
+            gradients[A].addmm_(B.T, dP)
+            gradients[self.B][rows].addmm_(dP, A.T)
+
+        D = (B @ A).mul_(own)
+        return D if W is None else D.add_(W), back
 
     def weight_delta(self, rows: slice) -> Tensor:
         W = self.site.linear.read_rows(self.site.storage.read(self.site.stored), rows).to(self.A.dtype)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.adapter import AdditiveAdapter, Call
 from ..core.disk_names import DiskNames
 from ..core.errors import require
-from ..core.full_weight import FullWeightAdapter
+from ..core.full_weight import FullWeightAdapter, Gradients, Pullback
 from ..core.layers import ConvKind, EmbeddingKind
 from ..core.low_rank import LowRankAdapter
 from ..core.method import Method, method
@@ -176,11 +176,27 @@ class LoHaAdapter(LycorisAdapter):
 class WholeLoHa(LoHaAdapter, FullWeightAdapter):
     """Makes the change where R^2 is not small beside the weight; on an embedding its columns that are asked for."""
 
+    blockwise = True
+
     def whole_delta(self, x: Tensor) -> Tensor:
         if not isinstance(self.site.kind, EmbeddingKind):
             return super().whole_delta(x)
         site = self.site
         return F.linear(site.project(x, self.A1), self.scale * self.B1) * site.expand(site.project(x, self.A2), self.B2)
+
+    @torch.no_grad()
+    def changed(self, W: Tensor | None, rows: slice) -> tuple[Tensor, Pullback]:
+        A1, A2, B1, B2 = self.A1, self.A2, self.scale * self.B1[rows], self.B2[rows]
+        one, two = B1 @ A1, B2 @ A2  # linear layers have no core and are no stack
+
+        def back(dD: Tensor, gradients: Gradients) -> None:
+            d_one, d_two = two.mul_(dD), one.mul_(dD)
+            gradients[A1].addmm_(B1.T, d_one)
+            gradients[A2].addmm_(B2.T, d_two)
+            gradients[self.B1][rows].addmm_(d_one, A1.T, alpha=self.scale)
+            gradients[self.B2][rows].addmm_(d_two, A2.T)
+
+        return one * two if W is None else torch.addcmul(W, one, two), back
 
 
 class ThinLoHa(LoHaAdapter, LowRankAdapter):

@@ -6,7 +6,7 @@ Hu et al. 2021, arXiv:2106.09685, section 4.2, as `MergedLinear` of the authors'
 A: (R, I)   B: (N, R)   N = the number of rows, of O.   B starts at zero, so training starts from the base model.
 Trainable parameters: R (I + N) per site.
 
-    LoRARows(parts="qv")                                      in models whose layout core/fused_attention.py knows
+    LoRARows()                                     q and v, in models whose layout core/fused_attention.py knows
     LoRARows(rows_pattern={"*.c_attn": ((0, 768), (1536, 2304))}, targets="*.c_attn")
 
 All rows of a site share its A.  `MergedLinear` has an A for each of q, k, v: attach an adapter for each, in a Stack.
@@ -33,11 +33,11 @@ class LoRARows(LoRA):
     """LoRA's settings with its random starts.
 
     rows_pattern: output channels, as ((start, stop), ...), of the sites that a glob matches; the last one counts.
-    parts: which of "q", "k" and "v", such as "qv": fills in `rows_pattern`, and `targets` where nobody said them.
+    parts: which of "q", "k" and "v", where `rows_pattern` is empty: fills it in, and `targets` if nobody said them.
     """
 
     rows_pattern: Mapping[str, Ranges] = field(default_factory=dict)
-    parts: str = ""
+    parts: str = "qv"
 
     summary = "W'[rows] = W[rows] + s B A"
 
@@ -47,27 +47,26 @@ class LoRARows(LoRA):
         object.__setattr__(self, "rows_pattern", frozen)
         for glob, rows in frozen.items():
             bounds = [bound for pair in rows for bound in pair]
-            ascending = bounds == sorted(bounds) and all(start < stop for start, stop in rows)
+            whole = bool(rows) and all(isinstance(bound, int) for bound in bounds)
+            ascending = whole and bounds == sorted(bounds) and all(start < stop for start, stop in rows)
             require(
-                bool(rows) and bounds[0] >= 0 and ascending,
+                ascending and bounds[0] >= 0,
                 f'rows_pattern of "{glob}" is {rows}; it is ((start, stop), ...), ascending, without overlap',
             )
-        known = set(self.parts) <= set("qkv") and len(set(self.parts)) == len(self.parts)
-        require(known, f'parts is "{self.parts}"; it is made of q, k and v, such as "qv"')
-        require(bool(frozen or self.parts), 'rows_pattern and parts are empty; say one, such as parts="qv"')
+        some = "".join(part for part in "qkv" if part in self.parts)
+        require(sorted(self.parts) == sorted(some) != [], f'parts is "{self.parts}"; it is some of q, k and v, as "qv"')
         starts = get_args(Drawn)
         require(self.start in starts, f'start is "{self.start}"; {self.name} has {", ".join(starts)}')
 
     def fitted(self, model: nn.Module) -> "LoRARows":
-        if not self.parts:
+        if self.rows_pattern:
             return self
         found = fused_projections(model, self.parts)
-        rows = {site.name: ranges for site, ranges in found} | dict(self.rows_pattern)
         targets = Targets.at(site for site, _ in found) if self.targets.is_auto else self.targets
-        return replace(self, parts="", rows_pattern=rows, targets=targets)
+        return replace(self, rows_pattern={site.name: ranges for site, ranges in found}, targets=targets)
 
     def resolve(self, model: nn.Module) -> Resolution:
-        return self.fitted(model).resolve(model) if self.parts else super().resolve(model)
+        return super().resolve(model) if self.rows_pattern else self.fitted(model).resolve(model)
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

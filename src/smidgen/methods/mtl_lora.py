@@ -128,7 +128,7 @@ class MTLLoRAAdapter(LowRankAdapter):
     def delta(self, x: Tensor) -> Tensor:
         if self.task is not None:
             return super().delta(x)
-        tasks = cast(Tensor, cast(Tasks, self.shared).running.task_ids).to(self.w.device)
+        tasks = cast(Tensor, cast(Tasks, self.shared).running.value).to(self.w.device)
         if not len(x) or len(x) % len(tasks):  # they may have been repeated evenly on the way, as beam search does
             raise AttachError(f"task_ids names {len(tasks)} rows, the batch has {len(x)} at {self.site.name}")
         A, B = self.of_tasks(tasks)

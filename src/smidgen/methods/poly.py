@@ -28,6 +28,7 @@ from ..core.errors import AttachError, require
 from ..core.layers import LinearKind
 from ..core.low_rank import LowRankAdapter
 from ..core.method import Method, Shared, method
+from ..core.running import Running
 from ..core.site import Site
 from ..core.targets import Resolution
 
@@ -87,7 +88,7 @@ def for_tasks(model: nn.Module, task_ids: Tensor) -> Iterator[None]:
     """Within this context the rows of every batch are of these tasks (B,), unless a call says its own `task_ids`."""
     here = held(model)._modules.values() if is_adapted(model) else ()
     found = [cast(Tasks, part.shared) for part in here if isinstance(part, TasksAdapter)]
-    require(bool(found), f"no Poly adapter of several tasks lives in this {type(model).__name__}", AttachError)
+    require(bool(found), f"no adapter of several tasks lives in this {type(model).__name__}", AttachError)
     before = [shared.within for shared in found]
     for shared in found:
         shared.within = task_ids
@@ -96,15 +97,6 @@ def for_tasks(model: nn.Module, task_ids: Tensor) -> Iterator[None]:
     finally:
         for shared, ids in zip(found, before, strict=True):
             shared.within = ids
-
-
-class Running:
-    """The tasks of the call that is running, part of no copy.  They stay: checkpointed layers run once more later."""
-
-    task_ids: Tensor | None = None
-
-    def __reduce__(self) -> Any:
-        return Running, ()
 
 
 class Tasks(Shared):
@@ -135,7 +127,7 @@ class TasksAdapter(Adapter):
         ids = torch.as_tensor(ids).long().flatten()
         if not 0 <= int(ids.min()) <= int(ids.max()) < shared.tasks:
             raise AttachError(f"task_ids are {sorted(set(ids.tolist()))[:8]}; the tasks are 0 to {shared.tasks - 1}")
-        shared.running.task_ids = ids
+        shared.running.value = ids
         return call(*args, **kwargs)
 
 
@@ -179,7 +171,7 @@ class PolyAdapter(LowRankAdapter):
     def delta(self, x: Tensor) -> Tensor:
         if not self.by_task:
             return super().delta(x)
-        ids = cast(Tensor, cast(Tasks, self.shared).running.task_ids).to(self.logits.device)
+        ids = cast(Tensor, cast(Tasks, self.shared).running.value).to(self.logits.device)
         times, rest = divmod(len(x), len(ids))  # rows may have been repeated evenly on the way, as beam search does
         if rest or not times:
             raise AttachError(f"task_ids names {len(ids)} rows, the batch has {len(x)} at {self.site.name}")

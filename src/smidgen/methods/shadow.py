@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
-from ..core.blocks import attentions, blocks
+from ..core.blocks import attentions, blocks, output_width
 from ..core.disk_names import DiskNames
 from ..core.errors import TargetError, require
 from ..core.experts import body_of
 from ..core.method import Method, Shared, method
-from ..core.mirror import fill_afresh_, mirror_of, room_in_cache, run_mirror
+from ..core.mirror import GatedUpdate, fill_afresh_, mirror_of, room_in_cache, run_mirror
+from ..core.running import Running
 from ..core.site import Site
 from ..core.targets import Resolution
 
@@ -38,7 +39,7 @@ class Shadow(Method):
 
     rank: R.   alpha: a.   dropout: probability of dropping an entry of h - s while training.
     update_width: inside T and G; None is R.   auxiliary_weight: of the shadow's own loss.
-    layers, width, heads, inner_width: of the shadow; None is the base's, one for layers.
+    layers, width, attention_heads, inner_width: of the shadow; None is the base's, one for layers.
     share_embeddings: False gives the shadow embeddings of its own, as it has them where its width is another.
     """
 
@@ -49,7 +50,7 @@ class Shadow(Method):
     auxiliary_weight: float = 0.05
     layers: int | None = None
     width: int | None = None
-    heads: int | None = None
+    attention_heads: int | None = None
     inner_width: int | None = None
     share_embeddings: bool = True
 
@@ -65,7 +66,7 @@ class Shadow(Method):
             "auxiliary_weight": "auxiliary_loss_weight",
             "layers": "shadow_num_hidden_layers",
             "width": "shadow_hidden_size",
-            "heads": "shadow_num_attention_heads",
+            "attention_heads": "shadow_num_attention_heads",
             "inner_width": "shadow_intermediate_size",
         },
         fixed={"shadow_model": "mirror"},
@@ -73,7 +74,7 @@ class Shadow(Method):
 
     def check(self) -> None:
         require(isinstance(self.rank, int) and self.rank > 0, f"rank is {self.rank}; it is a whole number from 1")
-        for name in ("update_width", "layers", "width", "heads", "inner_width"):
+        for name in ("update_width", "layers", "width", "attention_heads", "inner_width"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} is {value}; it is a whole number from 1, or None")
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
@@ -116,20 +117,10 @@ def _decoder_of(model: nn.Module) -> Site:
     body = body_of(model)
     require(
         hasattr(body.layer, "embed_tokens") and bool(blocks(body.layer)),
-        f"a shadow runs beside a decoder such as Llama, whose body has embed_tokens and layers; {type(model).__name__} "
-        "has none",
+        f"a shadow runs beside a decoder with embed_tokens and layers, such as Llama; {type(model).__name__} has none",
         TargetError,
     )
     return body
-
-
-class Running:
-    """The shadow's state s_0 (B, T, W) in the call that is running.  It stays: checkpointed blocks run again later."""
-
-    state: Tensor | None = None
-
-    def __reduce__(self) -> Any:
-        return Running, ()
 
 
 class ShadowNetwork(Shared):
@@ -142,29 +133,34 @@ class ShadowNetwork(Shared):
         sizes = {
             "num_hidden_layers": method.layers or 1,
             "hidden_size": method.width,
-            "num_attention_heads": method.heads,
+            "num_attention_heads": method.attention_heads,
             "intermediate_size": method.inner_width,
         }
         self.backbone = mirror_of(body.layer, sizes, like.device).to(like.dtype)
         self.depth, width = int(config.num_hidden_layers), int(cast(Any, self.backbone).config.hidden_size)
         for module in self.backbone.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx += self.depth  # type: ignore[operator]  # in the cache its layers come behind
+                cast(Any, module).layer_idx += self.depth  # in a cache its layers come behind the base's
         self.shares = method.share_embeddings and width == config.hidden_size
         if self.shares:
             del self.backbone.embed_tokens
         self.P = body.empty(config.hidden_size, width) if width != config.hidden_size else None
         self.running = Running()
-        paths = [site.path for site in sites if not hasattr(site.layer, "get_input_embeddings")]
-        self.first, self.last = paths[0], paths[-1]
+        followed = [site for site in sites if not hasattr(site.layer, "get_input_embeddings")]
+        self.paths, u = [site.path for site in followed], method.update_width or method.rank
+        self.updates = nn.ModuleList(GatedUpdate(site, config.hidden_size, u) for site in followed[:-1])
 
     def reset(self, generator: torch.Generator | None) -> None:
         if self.P is not None:
             nn.init.kaiming_uniform_(self.P, a=math.sqrt(5), generator=generator)
+        for update in self.updates:
+            cast(GatedUpdate, update).reset(generator)
         if not next(self.backbone.parameters()).is_meta:
             fill_afresh_(self.backbone, generator)
 
-    def forward(self, embed: nn.Module, like: Tensor, ids: Tensor | None, embedded: Tensor | None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, embed: nn.Module, like: Tensor, ids: Tensor | None, embedded: Tensor | None, **kwargs: Any
+    ) -> Tensor:
         """s_0, by the base's embeddings or by those of the small model, in the dtype of `like`."""
         if embedded is None:
             embedded = (embed if self.shares else self.backbone.embed_tokens)(ids)  # type: ignore[operator]
@@ -187,8 +183,8 @@ class LossAdapter(Adapter):
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         out, labels = call(*args, **kwargs), kwargs.get("labels")
         if self.weight and self.training and labels is not None and getattr(out, "loss", None) is not None:
-            head, state = cast(Any, self.site.layer).get_output_embeddings(), cast(Any, self.shared).running.state
-            if head is not None and state is not None:
+            head, state = cast(Any, self.site.layer).get_output_embeddings(), cast(Any, self.shared).running.value
+            if head is not None:
                 logits = head(state)[:, :-1].flatten(0, 1)
                 out.loss = out.loss + self.weight * F.cross_entropy(logits.float(), labels[:, 1:].flatten())
         return out
@@ -208,7 +204,7 @@ class BodyAdapter(Adapter):
             room_in_cache(cache, shared.depth, len(cast(Any, shared.backbone).layers))
         ids = args[0] if args else kwargs.get("input_ids")
         more = {name: kwargs[name] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None}
-        shared.running.state = shared(
+        shared.running.value = shared(
             body.embed_tokens, next(body.parameters()), ids, kwargs.get("inputs_embeds"),
             past_key_values=cache, use_cache=cache is not None, **more,
         )  # fmt: skip
@@ -220,17 +216,34 @@ class BodyAdapter(Adapter):
 
 
 class BlockAdapter(Adapter):
-    """D, U, T and G at one block.  Between blocks h and s ride side by side, (B, T, 2 W), as one hidden state."""
+    """D and U at one block.  Between blocks h and s ride side by side, (B, T, 2 W), as one hidden state."""
 
     by_row = weightable = mergeable = False
 
     def __init__(self, method: Shadow, site: Site) -> None:
         super().__init__(site)
-        W, R, u = _width(site), method.rank, method.update_width or method.rank
-        self.alpha, self.dropout, self.width = method.alpha, method.dropout, W
-        self.down, self.up = site.empty(R, W), site.empty(W, R)
-        for name in "TG":
-            self.register_parameter(f"{name}_in", site.empty(u, W))
-            self.register_parameter(f"{name}_in_bias", site.empty(u))
-            self.register_parameter(f"{name}_out", site.empty(W, u))
-            self.register_parameter(f"{name}_out_bias", site.empty(W))
+        W = int(output_width(site.layer) or 0)
+        self.alpha, self.dropout = method.alpha, method.dropout
+        self.D, self.U = site.empty(method.rank, W), site.empty(W, method.rank)
+
+    def prepare(self) -> None:
+        shared = cast(ShadowNetwork, self.shared)
+        self.is_first, self.number = self.site.path == shared.paths[0], shared.paths.index(self.site.path)
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        nn.init.kaiming_uniform_(self.D, a=math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.U)
+
+    def forward(self, call: Call, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        shared, h = cast(ShadowNetwork, self.shared), hidden_states
+        if self.is_first:
+            s = cast(Tensor, shared.running.value)
+        else:
+            h, s = h.chunk(2, -1)
+        away = F.dropout(h - s, self.dropout) if self.training and self.dropout else h - s
+        correction = F.linear(F.linear(away, self.D.to(h.dtype)), self.U.to(h.dtype))
+        out = call(torch.add(h, correction.to(h.dtype), alpha=self.alpha), *args, **kwargs)
+        h = out[0] if isinstance(out, tuple) else out
+        if self.number < len(shared.updates):
+            h = torch.cat([h, shared.updates[self.number](h, s)], -1)
+        return (h, *out[1:]) if isinstance(out, tuple) else h

@@ -22,10 +22,11 @@ from ..core.adapter import Adapter, Call
 from ..core.blocks import blocks
 from ..core.disk_names import DiskNames
 from ..core.errors import AttachError, ConfigError, require
-from ..core.experts import Running, body_of, expert_at, sites_of
+from ..core.experts import body_of, expert_at, sites_of
 from ..core.layers import EmbeddingKind, LinearKind
 from ..core.method import Method, method
 from ..core.replayed_mlp import ReplayedMLP, without_checkpoints
+from ..core.running import Running
 from ..core.site import Site
 from ..core.targets import Resolution, Targets, body_layers
 
@@ -141,7 +142,7 @@ def fitted_to(method: XLoRA, model: nn.Module) -> XLoRA:
 
 
 class Classifier(ReplayedMLP):
-    """What turns hidden states into scalings; `running` is what is of the call that runs."""
+    """What turns hidden states into scalings; `running` holds these: of tokens, of all experts alike, or None."""
 
     def __init__(self, method: XLoRA, sites: tuple[Site, ...]) -> None:
         layers = [site.name for site in sites if site.kind is not None]
@@ -181,10 +182,10 @@ class XLoRABody(Adapter):
         if cache is not None and cache.get_seq_length():
             raise AttachError("X-LoRA reads the whole sequence at every step, without a cache: use_cache=False")
         first = {name: value for name, value in (("past_key_values", None), ("use_cache", False)) if name in kwargs}
-        shared.running.scalings = shared.method.pass_value * shared.method.scale or None
+        shared.running.value = shared.method.pass_value * shared.method.scale or None
         with torch.no_grad(), without_checkpoints(self.site.layer):
             hidden = call(*args, **kwargs | first)[0]
-        shared.running.scalings = shared(hidden)
+        shared.running.value = shared(hidden)
         return call(*args, **kwargs)
 
 
@@ -225,7 +226,7 @@ class XLoRAAdapter(Adapter):
             nn.init.zeros_(self.B)
 
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y, s = call(x, *args, **kwargs), cast(Classifier, self.shared).running.scalings
+        y, s = call(x, *args, **kwargs), cast(Classifier, self.shared).running.value
         if s is None:
             return y
         h = self.site.project(x, self.A)  # (B, T, K R)

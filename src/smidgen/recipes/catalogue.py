@@ -18,7 +18,11 @@ from ..core.targets import Targets
 
 _WIDE, _NARROW = 512, 256  # every default block size divides them
 # what a method has to be told where its defaults wait for data or have nothing to act on
-_NEEDED: dict[str, dict[str, Any]] = {"selective": {"by": "last"}, "trainable_tokens": {"tokens": (0,)}}
+_NEEDED: dict[str, dict[str, Any]] = {
+    "selective": {"by": "last"},
+    "trainable_tokens": {"tokens": (0,)},
+    "cpt": {"token_ids": (0,)},
+}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from ..core.errors import CheckpointError, FolderError, SmidgenError
@@ -146,12 +147,15 @@ def list_methods(console: Console, model: str | None = None) -> None:
         if body is not None:
             total = sum(parameter.numel() for parameter in body.parameters())
             try:
-                size = _trained(methods()[each.name](), body)
+                size = _trained(methods()[each.name]().fitted(body), body)
                 row += [f"{size:,}", share_text(size / total)]
             except SmidgenError as error:
                 failed[each.name] = str(error).partition("\n")[0]
                 row += ["-", "-"]
-        table.add_row(*row)
+            except NotImplementedError:  # of torch: there are no numbers to compute with
+                failed[each.name] = "how many depends on the weights, which are not loaded here"
+                row += ["-", "-"]
+        table.add_row(*map(Text, row))  # a formula's brackets are no markup
     _print(console, table)
     _say(console, {name: f"not on {model} with its own defaults: {reason}" for name, reason in failed.items()})
 

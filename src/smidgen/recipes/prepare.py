@@ -13,12 +13,12 @@ from torch import nn
 
 from ..auto.plan import Plan, choose_max_length
 from ..core.errors import DataError, ModelError, RecipeError
+from ..core.prompt_method import PromptMethod
 from ..data.columns import guess_columns
 from ..data.labels import understand_labels
 from ..data.read import read, read_splits
 from ..data.split import duplicate_groups, split, subset
 from ..data.table import Problem, Table
-from ..methods.prompt_tuning import PromptTuning
 from ..tasks.base import Examples
 from ..tasks.models import Located, locate
 from ..tasks.text_classification import TextClassification, TextClassifier
@@ -114,7 +114,7 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
     sample = subset(len(data.train), None, _SAMPLE, seed)
     limit = min(getattr(config, "max_position_embeddings", 1 << 20) or 1 << 20, tokenizer.model_max_length)
     method = recipe.method_object()
-    prompt = method.length if isinstance(method, PromptTuning) else 0  # virtual tokens take positions too
+    prompt = method.length if isinstance(method, PromptMethod) else 0  # virtual tokens take positions too
     limit -= prompt
     length, why = choose_max_length(_lengths(task, data.train, sample), int(limit), device)
     task.max_length = plan.decide("max_length", recipe.task.max_length, length, why)
