@@ -101,6 +101,10 @@ def kept_for_backward(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided:  # a sparse one: its numbers and their places
+            whole = tensor.coalesce()
+            kept[id(tensor)] = whole.values().nbytes + whole.indices().nbytes
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()

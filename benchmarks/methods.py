@@ -31,6 +31,10 @@ TOKENS, RANK = 256, 16
 SETTINGS: dict[str, dict[str, Any]] = {
     "selective": {"by": "magnitude", "budget": 0.005},
     "trainable_tokens": {"tokens": tuple(range(16)), "targets": "embed_tokens"},
+    "alora": {"invocation_tokens": (3,)},
+    "arrow": {"experts": ("one", "other"), "rank": RANK, "train_experts": True},
+    "cpt": {"token_ids": tuple(range(16))},
+    "xlora": {"experts": ("one", "other"), "rank": RANK, "train_experts": True},
     "vera": {},
     "pvera": {},
     "adalora": {"rank": RANK, "start_rank": RANK},
@@ -49,7 +53,10 @@ def made(method: type[Method], model: nn.Module) -> Method:
 
 @torch.no_grad()
 def output(model: nn.Module, ids: Tensor) -> Tensor:
-    logits: Tensor = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    theirs: Any = getattr(model, "active_peft_config", None)
+    has_tasks = hasattr(theirs, "n_tasks") or hasattr(theirs, "num_tasks")  # and they want to be told, also of one
+    tasks = {"task_ids": torch.zeros(1, dtype=torch.long)} if has_tasks else {}
+    logits: Tensor = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **tasks).logits
     return logits[:, -ids.shape[1] :]  # of the tokens; a prompt may stand in front
 
 
@@ -73,6 +80,7 @@ def measured(name: str, method: type[Method], base: nn.Module, rounds: int) -> l
     ids, x = torch.arange(3, 35)[None], torch.randn(1, TOKENS, 512, requires_grad=True)
     ours = copy.deepcopy(base)
     adapters = smidgen.attach(ours, made(method, ours), seed=0)
+    adapters.follow(torch.optim.SGD(adapters.parameters(), 0.0), 1)  # some train only so
     with torch.no_grad():
         for parameter in adapters.parameters():
             parameter += 0.02 * torch.randn_like(parameter)

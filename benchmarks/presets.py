@@ -164,8 +164,8 @@ def line(row: Row, rates: Preset | None, gain: str) -> list[Any]:
     return [row.name, *said, row.trainable, f"{row.share:.2%}", accuracy, gain, row.seconds, row.disk_bytes]
 
 
-def table(bench: Bench, names: list[str]) -> list[list[Any]]:
-    """Train every preset and judge it on the test rows."""
+def table(bench: Bench, names: list[str], rows_to: Path | None) -> list[list[Any]]:
+    """Train every preset and judge it on the test rows; each row is kept in a file as soon as it is there."""
     work, base = bench.work, bench.base
     probe = judge.row(
         "linear probe",
@@ -182,7 +182,7 @@ def table(bench: Bench, names: list[str]) -> list[list[Any]]:
         rates = preset(name)
         try:
             row, found = judged(bench, name, train(bench, name, rates))
-        except SmidgenError as error:  # it needs what this task has not: tokens to train, experts to choose among
+        except (SmidgenError, ValueError) as error:  # it needs what this task has not: tokens, experts
             lines.append([name, *[""] * 6, str(error).partition("\n")[0][:160], "", "", ""])
             print(*lines[-1], sep=" | ", flush=True)
             continue
@@ -192,6 +192,8 @@ def table(bench: Bench, names: list[str]) -> list[list[Any]]:
         gain = f"{row.value - probe.value:+.3f} ({low:+.3f} to {high:+.3f})"
         lines.append(line(row, rates if name != "full" else dataclasses.replace(rates, settings={}), gain))
         print(*lines[-1], sep=" | ", flush=True)
+        if rows_to is not None:
+            rows_to.write_text(json.dumps(plain(lines)))
     return lines
 
 
@@ -252,9 +254,8 @@ def main() -> None:
         each = [dataclasses.replace(known, learning_rate=float(r), settings=settings, **rest) for r in learning_rates]
         sweep(everything, name, each)
         return
-    rows = table(everything, names)
+    rows = table(everything, names, said.rows_to)
     if said.rows_to is not None:
-        said.rows_to.write_text(json.dumps(plain(rows)))
         return
     finish(said, rows)
 

@@ -133,5 +133,5 @@ def test_the_pages_that_show_code_are_found() -> None:
 def test_every_file_that_a_page_names_is_there(page: Path) -> None:
     named = set(re.findall(r"`((?:[a-z_]+/)+(?:[a-z_]+\.py)?)`", page.read_text()))
     absent = [name for name in named if not any((root / name).exists() for root in (ROOT, ROOT / "src" / "smidgen"))]
-    made_here = {"src/smidgen/methods/ssf.py", "tests/methods/test_ssf.py"}
+    made_here = {"src/smidgen/methods/lora_xs.py", "tests/methods/test_lora_xs.py"}
     assert set(absent) <= made_here

@@ -38,7 +38,7 @@ def test_it_trains_less_than_lora_by_the_number_of_blocks():
 
 
 def test_what_does_not_make_blocks_is_refused():
-    with pytest.raises(ConfigError, match="multiple of the 3 blocks"):
+    with pytest.raises(ConfigError, match="rank is 4; it must be a multiple of blocks, 3"):
         BDLoRA(rank=4, blocks=3)
     with pytest.raises(TargetError, match="5 output channels do not make 2 blocks"):
         attach(nn.Sequential(nn.Linear(6, 5)), BDLoRA(rank=4, blocks=2, targets="0"))

@@ -248,14 +248,14 @@ def test_dropout_leaves_indices_of_an_embedding_alone():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"rank": 0}, "rank is 0; LoRA needs a whole number of at least 1"),
+        ({"rank": 0}, "rank is 0; it must be a whole number of at least 1"),
         ({"rank": 2.5}, "rank is 2.5"),
         ({"rank_pattern": {"*": -1}}, "rank is -1"),
         ({"alpha": math.nan}, "alpha is nan; it must be a finite number"),
         ({"alpha_pattern": {"*": math.inf}}, "alpha is inf"),
         ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
         ({"dropout": -0.1}, "dropout is -0.1"),
-        ({"dropout_on": "rows"}, 'dropout_on is "rows"; it is "elements" or "features"'),
+        ({"dropout_on": "rows"}, 'dropout_on is "rows"; it is one of elements, features'),
     ],
     ids=repr,
 )

@@ -77,7 +77,7 @@ def test_peft_reads_it_as_a_plain_lora(tmp_path: Path):
 
 
 def test_it_has_a_start_of_its_own():
-    with pytest.raises(ConfigError, match='start is "pissa"; LoRA-FA has one of its own'):
+    with pytest.raises(ConfigError, match='start is "pissa"; it is one of kaiming'):
         LoRAFA(start="pissa")
 
 

@@ -246,7 +246,7 @@ def test_a_file_that_was_trained_on_is_not_cut_to_the_rows(tmp_path: Path):
         ({"rows_pattern": {"*": ((4, 2),)}}, "ascending, without overlap"),
         ({"rows_pattern": {"*": ((0, 4), (3, 5))}}, "ascending, without overlap"),
         ({"rows_pattern": {"*": ((-1, 4),)}}, "ascending, without overlap"),
-        ({"parts": "q", "start": "pissa"}, 'start is "pissa"; lora_rows has kaiming, gaussian, orthogonal'),
+        ({"parts": "q", "start": "pissa"}, 'start is "pissa"; it is one of kaiming, gaussian, orthogonal'),
         ({"parts": "q", "bias_on_B": True}, "lora_rows has no bias_on_B"),
     ],
     ids=repr,

@@ -59,7 +59,7 @@ def test_what_does_not_divide_is_refused():
         attach(model, MiSS(rank=2, variant="bat", targets="0"))
     with pytest.raises(TargetError, match="no multiple of mini_rank 2"):
         attach(model, MiSS(rank=2, variant="mini", mini_rank=2, targets="0"))
-    with pytest.raises(ConfigError, match="miss, bat and mini"):
+    with pytest.raises(ConfigError, match="it is one of miss, bat, mini"):
         MiSS(variant="bone")
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from smidgen import AdapterSet, attach
 from smidgen.adapters import load
 from smidgen.core.errors import AttachError, ConfigError, NotMergeable
+from smidgen.core.tasks import for_tasks
 from smidgen.methods.mtl_lora import MTLLoRA
-from smidgen.methods.poly import for_tasks
 
 
 class Two(nn.Module):

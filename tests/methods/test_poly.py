@@ -7,7 +7,8 @@ from torch import nn
 
 from smidgen import attach
 from smidgen.core.errors import AttachError, TargetError
-from smidgen.methods.poly import Poly, for_tasks
+from smidgen.core.tasks import for_tasks
+from smidgen.methods.poly import Poly
 
 from ..formats.both_ways import from_peft, to_peft_and_back
 from ..formats.models import llama

@@ -28,14 +28,15 @@ def flag_refusal(flags=None, settings=()):
         ("method: {name: lora,\n  dropuot: 0.1}",
          'recipe.yaml:5: "dropuot" is not a field of lora. Did you mean "dropout"? Fields: rank, alpha, '
          "rank_stabilised, dropout, dropout_on, start, bias_on_B, rank_pattern, alpha_pattern, targets, heads"),
-        ("method:\n  name: lora\n  rank: 0", "recipe.yaml:6: rank is 0; LoRA needs a whole number of at least 1"),
+        ("method:\n  name: lora\n  rank: 0", "recipe.yaml:6: rank is 0; it must be a whole number of at least 1"),
         ("method:\n  rank: 8.5", "recipe.yaml:5: method.rank is 8.5; expected a whole number"),
         ("method:\n  targets: [1]", "recipe.yaml:5: method.targets is a list; expected text or a list of text"),
         ("method:\n  targets: []", "recipe.yaml:5: Targets() names no place; say Targets"),
         ("method:\n  dropout_on: element",
          'recipe.yaml:5: method.dropout_on is "element" (text); it can be elements or features. '
          'Did you mean "elements"?'),
-        ("method: slective", 'recipe.yaml:4: there is no method "slective". Did you mean selective?'),
+        ("method: slective", 'recipe.yaml:4: there is no method "slective". Did you mean selective? List all: '
+         'smidgen methods'),
         ("train: {batch: 0}", "recipe.yaml:4: train.batch is 0; it must be at least 1"),
         ('train: {batch: "8"}', 'recipe.yaml:4: train.batch is "8" (text); expected a whole number'),
         ("train: {batch: yes}", 'recipe.yaml:4: train.batch is "yes" (text); expected a whole number'),
@@ -121,7 +122,11 @@ def test_all_mistakes_come_at_once_in_the_order_of_the_lines(tmp_path, monkeypat
     [
         ({"--learning-rate": "fast"}, [], '--learning-rate: train.learning_rate is "fast" (text); expected a number'),
         ({"--batch": "0"}, [], "--batch: train.batch is 0; it must be at least 1"),
-        ({"--method": "slective"}, [], '--method: there is no method "slective". Did you mean selective?'),
+        (
+            {"--method": "slective"},
+            [],
+            '--method: there is no method "slective". Did you mean selective? List all: smidgen methods',
+        ),
         ({"--on-bad-row": "ignore"}, [], '--on-bad-row: data.on_bad_row is "ignore" (text); it can be fail or skip'),
         (
             {"--against": ["ful"]},

@@ -77,6 +77,83 @@ def frozen_linear_low_rank(
     return _forward(x, W, b, A, B, scale, mask)[0]
 
 
+class _FrozenLinearScaled(torch.autograd.Function):
+    """As above with the change's fixed factors A and B scaled: z = ((x A^T) * d) B^T, y = x W^T + b + s u * z.
+
+    Kept: x A^T and z, and not x.
+        g  = s (dy * u) B           (N, R)
+        dd = sum_n g * (x A^T)      (R,)
+        du = s sum_n dy * z         (O,)
+        dx = dy W + (g * d) A       (N, I)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        d: Tensor,
+        u: Tensor,
+        scale: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        rows, A_cast = _factors(x, A, None if mask is None else mask.to(x.dtype))
+        h = torch.mm(rows, A_cast.T)
+        z = torch.mm(h * d.to(x.dtype), B.to(x.dtype).T)
+        y = F.linear(x, W, b)
+        y.view(z.shape).addcmul_(z, u.to(x.dtype), value=scale)
+        ctx.save_for_backward(W, A, B, d, u, h, z, mask)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        W, A, B, d, u, h, z, mask = ctx.saved_tensors
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        g = torch.mm(dy_rows * (ctx.scale * u).to(h.dtype), B.to(h.dtype))  # (N, R)
+        dd = (g * h).sum(0).to(d.dtype)
+        du = (dy_rows * z).sum(0).to(u.dtype) * ctx.scale
+        dx = None
+        if ctx.needs_input_grad[0]:
+            g, A = g.mul_(d.to(h.dtype)), A.to(h.dtype)
+            dx = torch.mm(dy_rows, W)
+            if mask is None:
+                dx.addmm_(g, A)
+            else:  # (N, I), or (I,)
+                dx.addcmul_(torch.mm(g, A), mask.to(h.dtype))
+            dx = dx.view(*dy.shape[:-1], -1)
+        return dx, None, None, None, None, dd, du, None, None
+
+
+def frozen_linear_scaled(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    d: Tensor,
+    u: Tensor,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """x W^T + b + scale u * (((x * mask) A^T * d) B^T), with gradients for x, d (R,) and u (O,) only.
+
+    A, B, mask and autocast as in `frozen_linear_low_rank`.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = compute_dtype(x)
+        x, W, b = x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return frozen_linear_scaled(x, W, b, A, B, d, u, scale, mask)
+    result: Tensor = _FrozenLinearScaled.apply(x, W, b, A, B, d, u, scale, mask)  # type: ignore[no-untyped-call]
+    return result
+
+
 def _forward(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -45,13 +45,17 @@ class LowRankAdapter(AdditiveAdapter):
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # a bare frozen Linear with nothing around it: one fused pass
         if self.plain and is_bare_linear(call) and is_frozen(self.site):
-            A, B = self.factors()
-            W, b, scale, mask = self.site.stored, self.site.bias, self.scale, None
+            scale, mask = self.scale, None
             if self.training and self.dropout:
                 shape = x.shape[-1:] if self.dropout_on == "features" else (x.numel() // x.shape[-1], x.shape[-1])
                 scale, mask = scale / (1 - self.dropout), self._mask(shape, x.device)
-            return frozen_linear_low_rank(x, W, b, A, B, scale, mask)
+            return self.fused(x, self.site.stored, self.site.bias, scale, mask)
         return super().forward(call, x, *args, **kwargs)
+
+    def fused(self, x: Tensor, W: Tensor, b: Tensor | None, scale: float, mask: Tensor | None) -> Tensor:
+        """The layer and the change in one, where the layer is a frozen linear one."""
+        A, B = self.factors()
+        return frozen_linear_low_rank(x, W, b, A, B, scale, mask)
 
     def delta(self, x: Tensor) -> Tensor:
         A, B = self.factors()

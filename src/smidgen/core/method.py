@@ -51,6 +51,8 @@ class Method:
     summary: ClassVar[str]  # one line for `smidgen methods`: the formula
     paper: ClassVar[str]  # authors, year, arXiv number
     disk: ClassVar[DiskNames]
+    reads_weight: ClassVar[bool] = False  # what it adds depends on the weight's value, which has to be plain
+    on_stacks: ClassVar[bool] = True  # it acts on stacked experts too
     faster: ClassVar[tuple[str, ...]] = ()  # an adapter's tensors that LoRA+ lets learn faster: see lora_plus.py
 
     def __post_init__(self) -> None:
@@ -68,10 +70,10 @@ class Method:
             return f"{type(site.layer).__name__} has no linear map; {self.name} acts on layers such as Linear"
         if not site.kind.low_rank:
             return f"{type(site.layer).__name__} is a diagonal map; {self.name} needs a matrix"
-        if self.by_weight(site) and not site.storage.plain:
-            return (
-                f"its weight is held as {site.storage.name}; on {type(site.layer).__name__} {self.name} has to read it"
-            )
+        if (self.reads_weight or self.by_weight(site)) and not site.storage.plain:
+            return f"its weight is held as {site.storage.name}; {type(self).__name__} has to read it"
+        if site.linear.stack > 1 and not self.on_stacks:
+            return f"it is a stack of {site.linear.stack} matrices; {type(self).__name__} acts on single ones"
         return None
 
     def auto(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
@@ -185,5 +187,5 @@ def method_named(name: str) -> type[Method]:
     if name not in known:
         near = nearest(name, known)
         mean = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise ConfigError(f'there is no method "{name}". {mean}There are: {", ".join(known)}')
+        raise ConfigError(f'there is no method "{name}". {mean}List all: smidgen methods')
     return known[name]

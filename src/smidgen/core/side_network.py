@@ -19,7 +19,8 @@ from torch import nn
 
 from .adapter import Adapter
 from .blocks import attentions, feedforward_half, feedforwards, not_recognised, output_width
-from .errors import TargetError, require
+from .checks import require_one_of, require_whole
+from .errors import TargetError
 from .layers import LinearKind, NormKind
 from .method import Method
 from .side_places import (
@@ -57,12 +58,8 @@ class SideNetworks(Method):
     drop_first: int = 0
 
     def check(self) -> None:
-        known = get_args(Placement)
-        require(self.placement in known, f'placement is "{self.placement}"; it is one of {", ".join(known)}')
-        require(
-            isinstance(self.drop_first, int) and self.drop_first >= 0,
-            f"drop_first is {self.drop_first}; it is a number of blocks",
-        )
+        require_one_of(self, "placement", get_args(Placement))
+        require_whole(self, "drop_first", least=0)
 
     def network(self, site: Site, fan_in: int, fan_out: int) -> Network:
         """a for one site, its parameters uninitialised; a width of 0 where that half lives elsewhere."""

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 
 from ..core.errors import FolderError
+from ..core.non_linearity import FUNCTIONS
 from ..core.targets import Targets
-from ..methods.bottleneck import FUNCTIONS
 from ..methods.direft import DiReFT
 from ..methods.ia3 import IA3
 from ..methods.lora import LoRA

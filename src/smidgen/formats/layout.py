@@ -39,6 +39,11 @@ class Stored:
     derived: bool = False  # written for HF PEFT; what it is made of stands in the file too, and that is read
 
 
+def zeros(key: str, shape: tuple[int, ...]) -> Stored:
+    """A tensor that HF PEFT has and we do not: zeros are written, and what is there is left aside."""
+    return Stored(key, (), lambda tensors: torch.zeros(shape), lambda tensor: ())
+
+
 def stored_tensors(disk: DiskNames, sites: Sequence[Site], tensors: Tensors) -> list[Stored]:
     """Our own layout of an adapter's tensors."""
     return [

@@ -7,32 +7,24 @@ from ..core.errors import FolderError
 from ..core.method import Method
 from ..core.site import Site
 from ..methods.alora import ALoRA
-from .layout import Modules, Stored, Tensors
+from .layers_only import LayersOnly
+from .layout import Modules
 from .lora_variants import LoRAVariantTranslation
 from .peft_fields import TASKS
 from .translation import Found, Shapes
 
 
-class ALoRATranslation(LoRAVariantTranslation):
+class ALoRATranslation(LayersOnly, LoRAVariantTranslation):
     """aLoRA on layers; the site at the model has no tensors."""
 
     field = "alora_invocation_tokens"
     needs_task = True
 
-    def settings(self, method: Method, sites: Sequence[Site]) -> dict[str, Any]:
-        return super().settings(method, _layers(sites))
-
     def obstacle(self, modules: Modules, method: Method, sites: Sequence[Site]) -> str | None:
         name = type(modules.model).__name__
         if next((task for end, task in TASKS.items() if name.endswith(end)), None) != "CAUSAL_LM":
             return f"HF PEFT has aLoRA for causal language models, and this is a {name}"
-        return super().obstacle(modules, method, _layers(sites))
-
-    def fields(self, modules: Modules, method: Method, sites: Sequence[Site]) -> dict[str, Any]:
-        return super().fields(modules, method, _layers(sites))
-
-    def stored_peft(self, method: Method, sites: Sequence[Site], tensors: Tensors) -> list[Stored]:
-        return super().stored_peft(method, _layers(sites), tensors)
+        return super().obstacle(modules, method, sites)
 
     def find(self, modules: Modules, config: Mapping[str, Any], shapes: Shapes) -> Found:
         found = super().find(modules, config, shapes)
@@ -46,7 +38,3 @@ class ALoRATranslation(LoRAVariantTranslation):
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             raise FolderError(f"{self.field} is {str(tokens)[:80]!r}, not a list of token ids")
         return {"invocation_tokens": tuple(tokens)}
-
-
-def _layers(sites: Sequence[Site]) -> list[Site]:
-    return [site for site in sites if site.path]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from ..core.errors import FolderError
 from ..core.method import Method
 from ..core.site import Site
 from .layout import PREFIX, Modules, Stored, Tensors, clean
@@ -40,6 +41,10 @@ class DeclaredTranslation(PeftTranslation):
             if not site.path or not by_weight or site.kind is None or site.kind.name not in self.disk.kinds:
                 where = site.name or "the model"
                 return f"{where}: HF PEFT has no {self.disk.peft_type} for {type(site.layer).__name__}"
+        return next(filter(None, map(self.unlike, sites)), None)
+
+    def unlike(self, site: Site) -> str | None:
+        """Why HF PEFT refuses this site, or computes something else there; or None."""
         return None
 
     def fields(self, modules: Modules, method: Method, sites: Sequence[Site]) -> dict[str, Any]:
@@ -72,6 +77,8 @@ class DeclaredTranslation(PeftTranslation):
         fixed = set(self.disk.fixed) - set(otherwise(config, self.disk.fixed))
         refuse_unknown(config, frozenset({*theirs_of.values(), *self.disk.ignored, *fixed}))
         sites = self.sites(modules, shapes)
+        if reasons := list(filter(None, map(self.unlike, sites))):
+            raise FolderError(f"cannot be followed: {'; '.join(reasons[:5])}. Train it again with smidgen")
         settings: dict[str, Any] = {}
         for name, theirs in theirs_of.items():
             if name.endswith("_pattern"):

@@ -1,16 +1,12 @@
 """GLoRA in Hugging Face PEFT's folder: the same tensors, and zeros for what is left out, where nothing is learned."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import cast
-
-import torch
-from torch import Tensor
 
 from ..core.method import Method
 from ..core.site import Site
 from ..methods.glora import GLoRA
-from .layout import PREFIX, Stored, Tensors, clean
+from .layout import PREFIX, Stored, Tensors, clean, zeros
 from .peft_declared import DeclaredTranslation
 
 
@@ -18,12 +14,12 @@ class GLoRATranslation(DeclaredTranslation):
     """A to E of linear layers."""
 
     def stored_peft(self, method: Method, sites: Sequence[Site], tensors: Tensors) -> list[Stored]:
-        zeros = [
-            Stored(f"{PREFIX}{clean(site.path)}.glora_{letter}.zeros", (), partial(_zeros, shape=shape), _nothing)
+        left_out = [
+            zeros(f"{PREFIX}{clean(site.path)}.glora_{letter}.zeros", shape)
             for site in sites
             for letter, shape in _left_out(cast(GLoRA, method), site).items()
         ]
-        return super().stored_peft(method, sites, tensors) + zeros
+        return super().stored_peft(method, sites, tensors) + left_out
 
 
 def _left_out(method: GLoRA, site: Site) -> dict[str, tuple[int, ...]]:
@@ -33,11 +29,3 @@ def _left_out(method: GLoRA, site: Site) -> dict[str, tuple[int, ...]]:
     if not biased or method.C == "none":
         left["C"] = (I, 1)
     return left if biased and method.D_E != "none" else {**left, "D": (O,), "E": (O,)}
-
-
-def _zeros(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    return torch.zeros(shape)
-
-
-def _nothing(tensor: Tensor) -> tuple[Tensor, ...]:
-    return ()

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..core.errors import FolderError
 from ..core.layers import ConvKind, EmbeddingKind
 from ..core.method import Method
 from ..core.site import Site
@@ -35,9 +34,20 @@ class HiRATranslation(DeclaredTranslation):
         for site in sites:
             if last_match(hira.rank_pattern, site, hira.rank) != hira.rank:
                 return f"{site.name}: HF PEFT gives every site of HIRA the same rank"
-            if reason := _unlike(site):
-                return reason
         return super().obstacle(modules, method, sites)
+
+    def unlike(self, site: Site) -> str | None:
+        if isinstance(site.kind, EmbeddingKind) and getattr(site.layer, "embed_scale", None) is not None:
+            return f"{site.name}: HF PEFT leaves out the scale of this embedding"
+        if isinstance(site.kind, ConvKind):
+            layer = cast(nn.Conv2d, site.layer)
+            if layer.groups > 1:
+                return f"{site.name}: HF PEFT has no HIRA for grouped convolutions"
+            if isinstance(layer, nn.Conv3d) and layer.kernel_size[:2] == (1, 1):
+                return f"{site.name}: HF PEFT takes its kernel for that of a 1 x 1 Conv2d, and fails"
+            if layer.padding_mode != "zeros":
+                return f"{site.name}: HF PEFT pads with zeros whatever the convolution does"
+        return None
 
     def stored_peft(self, method: Method, sites: Sequence[Site], tensors: Tensors) -> list[Stored]:
         found = []
@@ -53,8 +63,6 @@ class HiRATranslation(DeclaredTranslation):
 
     def find(self, modules: Modules, config: Mapping[str, Any], shapes: Shapes) -> Found:
         found = super().find(modules, config, shapes)
-        if reasons := list(filter(None, map(_unlike, found.sites))):
-            raise FolderError(f"cannot be followed: {'; '.join(reasons[:5])}")
         ranks = {site.name: shapes[self._key_of(site, "A")][0] for site in found.sites}
         return Found({**found.settings, "rank_pattern": exact_names(ranks, found.settings["rank"])}, found.sites)
 
@@ -66,21 +74,6 @@ class HiRATranslation(DeclaredTranslation):
         ends = {key: next((end for end in _ENDS if key.endswith(end)), None) for key in shapes}
         paths = dict.fromkeys(key.removeprefix(PREFIX).removesuffix(end) for key, end in ends.items() if end)
         return [modules.site(path) for path in paths if path in modules]
-
-
-def _unlike(site: Site) -> str | None:
-    """Why HF PEFT refuses this site, or computes something else there; or None."""
-    if isinstance(site.kind, EmbeddingKind) and getattr(site.layer, "embed_scale", None) is not None:
-        return f"{site.name}: HF PEFT leaves out the scale of this embedding"
-    if isinstance(site.kind, ConvKind):
-        layer = cast(nn.Conv2d, site.layer)
-        if layer.groups > 1:
-            return f"{site.name}: HF PEFT has no HIRA for grouped convolutions"
-        if isinstance(layer, nn.Conv3d) and layer.kernel_size[:2] == (1, 1):
-            return f"{site.name}: HF PEFT takes its kernel for that of a 1 x 1 Conv2d, and fails"
-        if layer.padding_mode != "zeros":
-            return f"{site.name}: HF PEFT pads with zeros whatever the convolution does"
-    return None
 
 
 def _view(tensors: Sequence[Tensor], keep: int, tail: tuple[int, ...]) -> Tensor:

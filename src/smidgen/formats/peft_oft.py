@@ -10,7 +10,6 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..core.errors import FolderError
 from ..core.layers import ConvKind, EmbeddingKind
 from ..core.method import Method
 from ..core.site import Site
@@ -23,15 +22,18 @@ from .translation import Found, Shapes
 class OFTTranslation(DeclaredTranslation):
     """OFT on linear layers, embeddings and 1 x 1 convolutions."""
 
-    def obstacle(self, modules: Modules, method: Method, sites: Sequence[Site]) -> str | None:
-        return super().obstacle(modules, method, sites) or next(
-            (f"{site.name}: HF PEFT has no right OFT for this convolution" for site in sites if _wrong(site)), None
-        )
-
     def fields(self, modules: Modules, method: Method, sites: Sequence[Site]) -> dict[str, Any]:
         if cast(OFT, method).blocks:  # one of the two has to be 0
             method = replace(cast(OFT, method), block_size=0)
         return super().fields(modules, method, sites)
+
+    def unlike(self, site: Site) -> str | None:
+        layer = site.layer
+        if not isinstance(site.kind, ConvKind):
+            return None
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
+            return None
+        return f"{site.name}: HF PEFT's OFT turns overlapping patches here, which no change of a weight does"
 
     def key(self, site: Site, name: str) -> str:
         key = super().key(site, name)
@@ -39,22 +41,9 @@ class OFTTranslation(DeclaredTranslation):
 
     def find(self, modules: Modules, config: Mapping[str, Any], shapes: Shapes) -> Found:
         found = super().find(modules, config, shapes)
-        wrong = [site.name for site in found.sites if _wrong(site)]
-        if wrong:
-            raise FolderError(
-                f"HF PEFT's OFT on convolutions of more than 1 x 1 turns overlapping patches, which no weight does: "
-                f"{', '.join(wrong[:5])} would mean something else here. Train it again with smidgen"
-            )
         if found.settings["terms"] == 3:
             found.settings["terms"] = 4
         return found
 
     def sites(self, modules: Modules, shapes: Shapes) -> list[Site]:
         return super().sites(modules, {key.replace(".oft_embedding_R.", ".oft_R."): shapes[key] for key in shapes})
-
-
-def _wrong(site: Site) -> bool:
-    if not isinstance(site.kind, ConvKind):
-        return False
-    layer = site.layer
-    return not isinstance(layer, nn.Conv2d) or layer.kernel_size != (1, 1) or layer.groups != 1

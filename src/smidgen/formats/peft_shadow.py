@@ -8,16 +8,12 @@ Their files of classifiers hold a second head for the shadow's own loss; they ar
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, cast
-
-import torch
-from torch import Tensor
 
 from ..core.method import Method
 from ..core.site import Site
 from ..methods.shadow import Shadow
-from .layout import PREFIX, Modules, Stored, Tensors, clean
+from .layout import PREFIX, Modules, Stored, Tensors, clean, zeros
 from .peft_declared import DeclaredTranslation
 from .translation import Found, Shapes, target_modules
 
@@ -53,11 +49,10 @@ class ShadowTranslation(DeclaredTranslation):
             W, u = tensors[site.name]["U"].shape[0], cast(Shadow, method).update_width or cast(Shadow, method).rank
             shapes = {"in": (u, W), "in_bias": (u,), "out": (W, u), "out_bias": (W,)}
             for ours, theirs in UPDATE.items():
-                held = ((top, f"shared.updates.{number}.{ours}"),) if number < len(followed) - 1 else ()
-                zeros = partial(_zeros, shape=shapes[ours[2:]])
-                stored.append(
-                    Stored(f"{path}.{theirs}", held) if held else Stored(f"{path}.{theirs}", (), zeros, _nothing)
-                )
+                if number < len(followed) - 1:
+                    stored.append(Stored(f"{path}.{theirs}", ((top, f"shared.updates.{number}.{ours}"),)))
+                else:
+                    stored.append(zeros(f"{path}.{theirs}", shapes[ours[2:]]))
         for name in tensors[top]:
             backbone = name.removeprefix("shared.backbone.")
             if backbone != name:
@@ -81,11 +76,3 @@ class ShadowTranslation(DeclaredTranslation):
 
 def _blocks(sites: Sequence[Site]) -> list[Site]:
     return [site for site in sites if not hasattr(site.layer, "get_input_embeddings")]
-
-
-def _zeros(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    return torch.zeros(shape)
-
-
-def _nothing(tensor: Tensor) -> tuple[Tensor, ...]:
-    return ()

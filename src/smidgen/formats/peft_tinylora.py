@@ -4,18 +4,15 @@ Linear, Conv1D     A (R, I)   B (O, R)   P (u, R, R)      the same
 Embedding          A (R, I)   B (O, R)   P (u, R, R)      tinylora_B (I, R)   tinylora_A (R, O)   tinylora_P transposed
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..core.errors import FolderError
 from ..core.layers import EmbeddingKind
 from ..core.method import Method
 from ..core.site import Site
-from .layout import Modules, Stored, Tensors
+from .layout import Stored, Tensors
 from .ordered import OrderedTranslation
-from .translation import Found, Shapes
 
 _VECTOR = "shared.v."
 
@@ -23,8 +20,9 @@ _VECTOR = "shared.v."
 class TinyLoRATranslation(OrderedTranslation):
     """TinyLoRA on every kind of layer that HF PEFT has it for."""
 
-    def obstacle(self, modules: Modules, method: Method, sites: Sequence[Site]) -> str | None:
-        return next(filter(None, map(_unlike, sites)), None) or super().obstacle(modules, method, sites)
+    def unlike(self, site: Site) -> str | None:
+        scaled = isinstance(site.kind, EmbeddingKind) and getattr(site.layer, "embed_scale", None) is not None
+        return f"{site.name}: HF PEFT leaves out the scale of this embedding" if scaled else None
 
     def key(self, site: Site, name: str) -> str:
         if name.startswith(_VECTOR):
@@ -41,18 +39,6 @@ class TinyLoRATranslation(OrderedTranslation):
             else one
             for one in super().stored_peft(method, sites, tensors)
         ]
-
-    def find(self, modules: Modules, config: Mapping[str, Any], shapes: Shapes) -> Found:
-        found = super().find(modules, config, shapes)
-        if reasons := list(filter(None, map(_unlike, found.sites))):
-            raise FolderError(f"cannot be followed: {'; '.join(reasons[:5])}")
-        return found
-
-
-def _unlike(site: Site) -> str | None:
-    """Why HF PEFT computes something else at this site, or None."""
-    scaled = isinstance(site.kind, EmbeddingKind) and getattr(site.layer, "embed_scale", None) is not None
-    return f"{site.name}: HF PEFT leaves out the scale of this embedding" if scaled else None
 
 
 def _turned(tensors: Sequence[Tensor]) -> Tensor:

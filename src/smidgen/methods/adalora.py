@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
+from ..core.checks import require_above_zero, require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import ConfigError, require
 from ..core.low_rank import LowRankAdapter
@@ -53,6 +54,7 @@ class AdaLoRA(Method):
     summary = "W' = W + s B diag(E) A, ranks by importance"
     paper = "Zhang et al. 2023, arXiv:2303.10512"
     faster = ("B",)
+    on_stacks = False
     disk = DiskNames(
         "ADALORA",
         fields={
@@ -70,20 +72,15 @@ class AdaLoRA(Method):
 
     def check(self) -> None:
         require(0 < self.rank <= self.start_rank, f"rank is {self.rank}; it is 1 to start_rank, {self.start_rank}")
-        require(self.alpha > 0, f"alpha is {self.alpha}; it must be positive")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        require(self.every > 0, f"every is {self.every}; it is a whole number of at least 1")
+        require_whole(self, "start_rank", "every")
+        require_above_zero(self, "alpha")
+        require_share(self, "dropout")
         shares = self.hold >= 0 and self.settle >= 0 and self.hold + self.settle < 1
         require(shares, f"hold and settle are {self.hold} and {self.settle}; they are shares that leave something")
         require(
             len(self.smoothing) == 2 and all(0 < beta < 1 for beta in self.smoothing),
             f"smoothing is {self.smoothing}; it is two numbers between 0 and 1",
         )
-
-    def accepts(self, site: Site) -> str | None:
-        if reason := super().accepts(site):
-            return reason
-        return "a stack of matrices; AdaLoRA gives ranks to single ones" if site.linear.stack > 1 else None
 
     def build(self, site: Site) -> "AdaLoRAAdapter":
         return AdaLoRAAdapter(self, site)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
+from ..core.checks import require_above_zero, require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import ConfigError, require
 from ..core.low_rank import LowRankAdapter
@@ -57,6 +58,7 @@ class AdaMSS(Method):
 
     summary = "[W b]'_k = [W b]_k + B_k A_k V, by clusters of outputs"
     paper = "Zheng et al. 2025, AdaMSS: Adaptive Multi-Subspace Approach, NeurIPS 2025"
+    reads_weight, on_stacks = True, False
     disk = DiskNames(
         "ADAMSS",
         fields={
@@ -81,24 +83,13 @@ class AdaMSS(Method):
         super().__post_init__()
 
     def check(self) -> None:
-        for name in ("rank", "subspaces", "subspace_rank", "every"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, f"{name} is {value}; it is a whole number of at least 1")
-        require(0 <= self.threshold < 1, f"threshold is {self.threshold}; it is at least 0 and below 1")
-        target = self.target_subspaces
-        require(target is None or target > 0, f"target_subspaces is {target}; it is at least 1, or None for all")
+        require_whole(self, "rank", "subspaces", "subspace_rank", "target_subspaces", "every")
+        require_share(self, "threshold")
+        require_above_zero(self, "exponent")
         shares = self.hold >= 0 and self.settle >= 0 and self.hold + self.settle < 1
         require(shares, f"hold and settle are {self.hold} and {self.settle}; they are shares that leave something")
-        require(self.exponent > 0, f"exponent is {self.exponent}; it must be above 0")
         betas = len(self.smoothing) == 2 and all(0 < beta < 1 for beta in self.smoothing)
         require(betas, f"smoothing is {self.smoothing}; it is two numbers between 0 and 1")
-
-    def accepts(self, site: Site) -> str | None:
-        if reason := super().accepts(site):
-            return reason
-        if not site.storage.plain:
-            return f"its weight is held as {site.storage.name}, and AdaMSS decomposes it"
-        return "AdaMSS decomposes one matrix, and this is a stack of them" if site.linear.stack > 1 else None
 
     def fitted(self, model: nn.Module) -> "AdaMSS":
         return replace(self, sizes_pattern={site.name: self._sizes(site) for site in self.resolve(model).sites})

@@ -17,8 +17,9 @@ from ..core.adapter import Call
 from ..core.attention import keys_and_values, reach_of, reads_of
 from ..core.attention_calls import per_head, with_beside
 from ..core.blocks import attentions, not_recognised
+from ..core.checks import require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import TargetError, require
+from ..core.errors import TargetError
 from ..core.method import Method, method
 from ..core.prefixes import AttentionAdapter
 from ..core.site import Site
@@ -49,8 +50,7 @@ class AdaptionPrompt(Method):
     )
 
     def check(self) -> None:
-        for name, value in (("length", self.length), ("layers", 1 if self.layers is None else self.layers)):
-            require(isinstance(value, int) and value > 0, f"{name} is {value}; it is a whole number of at least 1")
+        require_whole(self, "length", "layers")
 
     def accepts(self, site: Site) -> str | None:
         return accepts_prompt(site)

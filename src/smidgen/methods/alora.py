@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, AdditiveAdapter, Call
+from ..core.adapter import Adapter, Call
 from ..core.disk_names import DiskNames
 from ..core.errors import AttachError, TargetError, require
 from ..core.layers import ConvKind
 from ..core.method import Shared, method
 from ..core.site import Site
 from ..core.targets import Resolution
-from .lora import LoRA, LoRAAdapter
+from .lora import DRAWN, LoRA, LoRAAdapter
 
 
 @method("alora")
@@ -41,6 +41,7 @@ class ALoRA(LoRA):
 
     summary = "y' = y + s B A x from the invocation on"
     paper = "Greenewald et al. 2025, arXiv:2504.12397"
+    known_starts = DRAWN
     disk = DiskNames(
         "LORA",
         fields={**LoRA.disk.fields, "invocation_tokens": "alora_invocation_tokens"},
@@ -54,8 +55,6 @@ class ALoRA(LoRA):
         tokens = self.invocation_tokens
         ids = all(isinstance(token, int) and token >= 0 for token in tokens)
         require(ids, f"invocation_tokens is {tokens}; they are ids of tokens")
-        random = ("kaiming", "gaussian", "orthogonal")
-        require(self.start in random, f'start is "{self.start}"; aLoRA has {", ".join(random)}')
 
     def accepts(self, site: Site) -> str | None:
         if not self.invocation_tokens:
@@ -165,8 +164,9 @@ class ALoRAAdapter(LoRAAdapter):
     by_row = mergeable = False
     shared: Invocation
 
-    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return AdditiveAdapter.forward(self, call, x, *args, **kwargs)
+    def __init__(self, method: ALoRA, site: Site) -> None:
+        super().__init__(method, site)
+        self.plain = False  # some rows change and some do not, so nothing is fused
 
     def delta(self, x: Tensor) -> Tensor:
         A, B = self.factors()

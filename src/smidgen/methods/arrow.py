@@ -9,16 +9,16 @@ A_k: (R, I)   B_k: (O, R)   P: (K, I)   K experts; their own alpha / rank is par
 No trainable parameters; K R (I + O) per site with `train_experts`.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter import AdditiveAdapter
+from ..core.checks import require_above_zero, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import ConfigError, require
-from ..core.experts import expert_at, sites_of
+from ..core.errors import require
+from ..core.experts import ExpertsAdapter, expert_at, live_in, sites_of
 from ..core.layers import EmbeddingKind, LinearKind
 from ..core.method import Method, method
 from ..core.site import Site
@@ -56,8 +56,8 @@ class Arrow(Method):
         names, K = (*self.experts, *self.general), len(self.experts)
         require(K > 0 and len(set(names)) == len(names), f"experts are {', '.join(names)}; name each of them once")
         require(1 <= self.top_k <= K, f"top_k is {self.top_k}; it is 1 to {K}, the number of experts")
-        require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0")
-        require(isinstance(self.rank, int) and self.rank > 0, f"rank is {self.rank}; it is at least 1")
+        require_whole(self, "rank")
+        require_above_zero(self, "temperature")
 
     def accepts(self, site: Site) -> str | None:
         if site.parameter is not None or not isinstance(site.kind, LinearKind | EmbeddingKind):
@@ -66,14 +66,8 @@ class Arrow(Method):
 
     def fitted(self, model: nn.Module) -> "Arrow":
         names = (*self.experts, *self.general)
-        missing = [name for name in names if not sites_of(model, (name,))]
-        if len(missing) == len(names) and self.train_experts:
+        if not live_in(model, names, "Arrow", or_fresh=self.train_experts):
             return self
-        if missing:
-            raise ConfigError(
-                f"no adapter of the model is called {', '.join(missing)}. Arrow mixes adapters that live in it: "
-                'load(model, "out/math", "math"), then Arrow(experts=("math", ...)). Fresh ones: train_experts=True'
-            )
         sites = sites_of(model, self.experts)
         ranks = {len(e.factors()[0]) for site in sites_of(model, names) for n in names if (e := expert_at(site, n))}
         require(
@@ -87,56 +81,28 @@ class Arrow(Method):
         return ArrowAdapter(self, site)
 
 
-class ArrowAdapter(AdditiveAdapter):
-    """The experts of one layer: A (K R, I), B (O, K R), and P (K, I) where they are not trained."""
+class ArrowAdapter(ExpertsAdapter, AdditiveAdapter):
+    """The experts of one layer, and P (K, I) where they are not trained."""
 
-    starts_as_base = mergeable = False
-    A: Tensor
-    B: Tensor
     P: Tensor
 
     def __init__(self, method: Arrow, site: Site) -> None:
-        super().__init__(site)
-        self.method, self.is_taken = method, False
-        K, wide = len(method.experts), len(method.experts) * method.rank
-        for name, value in (("A", site.empty(wide, site.fan_in)), ("B", site.empty(site.fan_out, wide))):
-            if method.train_experts:
-                self.register_parameter(name, value)
-            else:
-                self.register_buffer(name, value.detach())
+        super().__init__(site, method.experts, method.rank, trained=method.train_experts)
+        self.method = method
         if not method.train_experts:
-            self.register_buffer("P", site.empty(K, site.fan_in).detach())
+            self.register_buffer("P", site.empty(len(method.experts), site.fan_in).detach())
 
-    @torch.no_grad()
     def prepare(self) -> None:
-        method, R = self.method, self.method.rank
-        self.is_taken = any(expert_at(self.site, name) for name in method.experts)
-        if not self.is_taken:
-            return
-        general = [self._expert(name)[:2] for name in method.general]
-        self.A.zero_(), self.B.zero_()
-        for i, name in enumerate(method.experts):
-            A, B, scale = self._expert(name)
-            for A_general, B_general in general:
-                A, B = A - A_general / len(general), B - B_general / len(general)
-            self.A[i * R : (i + 1) * R], self.B[:, i * R : (i + 1) * R] = A, scale * B
-        if not method.train_experts:
+        super().prepare()
+        if self.is_taken and not self.method.train_experts:
             self.P.copy_(self.directions())
 
-    def _expert(self, name: str) -> tuple[Tensor, Tensor, float]:
-        """A (R, I) and B (O, R) of an expert, filled up with zeros, and its scale; zeros where it has no part."""
-        R, expert = self.method.rank, expert_at(self.site, name)
-        A, B = self.A.new_zeros(R, self.A.shape[1]), self.B.new_zeros(self.B.shape[0], R)
-        found = expert.factors() if expert else (A[:0], B[:, :0])
-        rank = len(found[0])
-        if rank <= R:  # else it is another one of that name, and the file has ours
-            A[:rank], B[:, :rank] = found
-        return A, B, expert.scale if expert else 1.0
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        if not self.is_taken:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
-            nn.init.zeros_(self.B)
+    def expert(self, name: str) -> tuple[Tensor, Tensor, float]:
+        A, B, scale = super().expert(name)
+        for general in self.method.general:
+            A_general, B_general, _ = super().expert(general)
+            A, B = A - A_general / len(self.method.general), B - B_general / len(self.method.general)
+        return A, B, scale
 
     @torch.no_grad()
     def directions(self) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
 from ..core.attach import replaced
+from ..core.checks import require_one_of
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.layers import NormKind, kind_of
 from ..core.method import Method, method
 from ..core.site import Site
@@ -44,8 +44,7 @@ class BatchNormTuning(Method):
     disk = DiskNames("SMIDGEN_BATCHNORM_TUNING")
 
     def check(self) -> None:
-        known = ("frozen", "adapted")
-        require(self.statistics in known, f'statistics is "{self.statistics}"; it is one of {", ".join(known)}')
+        require_one_of(self, "statistics", ("frozen", "adapted"))
 
     def accepts(self, site: Site) -> str | None:
         if site.parameter is not None or not has_channels_second(site.layer) or not isinstance(site.kind, NormKind):

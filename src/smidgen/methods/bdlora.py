@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.checks import require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.layers import ConvKind, EmbeddingKind
@@ -46,6 +47,7 @@ class BDLoRA(LoRA):
 
     summary = "W' = W + s B A, A or B block-diagonal"
     paper = "Wang et al. 2025, arXiv:2510.23346"
+    known_starts = ("kaiming", "gaussian")
     disk = DiskNames("LORA", fields=LoRA.disk.fields, tensors=LoRA.disk.tensors, fixed={"use_bdlora": ...})
 
     def __post_init__(self) -> None:
@@ -56,12 +58,9 @@ class BDLoRA(LoRA):
 
     def check(self) -> None:
         super().check()
-        n = self.blocks
-        require(isinstance(n, int) and n > 0, f"blocks is {n}; it is a whole number of at least 1")
-        random = ("kaiming", "gaussian")
-        require(self.start in random, f'start is "{self.start}"; BD-LoRA has {" and ".join(random)}')
-        odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % n]
-        require(not odd, f"rank is {odd[:1]}; it must be a multiple of the {n} blocks")
+        require_whole(self, "blocks")
+        for rank in (self.rank, *self.rank_pattern.values()):
+            require(rank % self.blocks == 0, f"rank is {rank}; it must be a multiple of blocks, {self.blocks}")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

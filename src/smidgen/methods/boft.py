@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Call
+from ..core.checks import require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.method import Method, method
@@ -58,8 +59,8 @@ class BOFT(Method):
             f"block_size is {self.block_size} and blocks {self.blocks}; "
             "say a block_size of at least 2, or how many blocks",
         )
-        require(self.factors > 0, f"factors is {self.factors}; one is an ordinary block rotation")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it is a share below 1")
+        require_whole(self, "factors")
+        require_share(self, "dropout")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

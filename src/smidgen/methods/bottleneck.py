@@ -11,30 +11,20 @@ parallel one have s = 4.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.checks import require_above_zero, require_finite, require_one_of, require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.method import method
+from ..core.non_linearity import FUNCTIONS, NonLinearity
 from ..core.side_network import SideNetworks
 from ..core.side_places import Network
 from ..core.site import Site
-
-NonLinearity = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
 
 
 @method("bottleneck")
@@ -68,15 +58,11 @@ class Bottleneck(SideNetworks):
 
     def check(self) -> None:
         super().check()
-        require(self.reduction_factor > 0, f"reduction_factor is {self.reduction_factor}; it must be above 0")
-        require(self.width is None or self.width > 0, f"width is {self.width}; it must be at least 1")
-        require(math.isfinite(self.scale), f"scale is {self.scale}; it must be a finite number")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        known = get_args(NonLinearity)
-        require(
-            self.non_linearity in known,
-            f'non_linearity is "{self.non_linearity}"; it is one of {", ".join(known)}',
-        )
+        require_above_zero(self, "reduction_factor")
+        require_whole(self, "width")
+        require_finite(self, "scale")
+        require_share(self, "dropout")
+        require_one_of(self, "non_linearity", get_args(NonLinearity))
 
     def network(self, site: Site, fan_in: int, fan_out: int) -> "BottleneckNetwork":
         return BottleneckNetwork(self, site, fan_in, fan_out)

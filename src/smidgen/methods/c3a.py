@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import AdditiveAdapter, Call
+from ..core.checks import require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.full_weight import FullWeightAdapter
 from ..core.layers import EmbeddingKind, LinearKind
 from ..core.method import Method, method
@@ -39,19 +39,17 @@ class C3A(Method):
 
     summary = "W' = W + D / I, D circulant in blocks"
     paper = "Chen et al. 2024, arXiv:2407.19342"
+    on_stacks = False
     disk = DiskNames("C3A", tensors={"w": "c3a_kernel"}, kinds=("linear",))
 
     def check(self) -> None:
-        for size in (self.block_size, *self.block_size_pattern.values()):
-            require(isinstance(size, int) and size > 0, f"block_size is {size}; it is a whole number of at least 1")
+        require_whole(self, "block_size")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):
             return reason
         if isinstance(site.kind, EmbeddingKind):
             return "words have no order, along which a convolution could run"
-        if site.linear.stack > 1:
-            return "a stack of matrices has no blocks of its own here; C3A acts on single ones"
         size = self.block_size_at(site)
         if site.fan_in % size or site.fan_out % size:
             return f"its {site.fan_out} x {site.fan_in} weight does not divide into blocks of {size}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.attach import PLAN, VALUES, is_adapted, set_plans
 from ..core.attention import Front
+from ..core.checks import require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import TargetError, require
 from ..core.method import Shared, method
@@ -45,12 +46,9 @@ class Cartridge(PrefixMethod):
 
     def check(self) -> None:
         object.__setattr__(self, "init_ids", tuple(self.init_ids))
-        require(
-            isinstance(self.length, int) and self.length > 0,
-            f"length is {self.length}; a cartridge needs a whole number of at least 1",
-        )
-        can = isinstance(self.frozen, int) and 0 <= self.frozen < self.length
-        require(can, f"frozen is {self.frozen}; it is at least 0 and below the length, {self.length}")
+        require_whole(self, "length")
+        require_whole(self, "frozen", least=0)
+        require(self.frozen < self.length, f"frozen is {self.frozen}; it must be below the length, {self.length}")
         enough = not self.init_ids or len(self.init_ids) >= self.length
         require(enough, f"init_ids are {len(self.init_ids)} tokens; a cartridge of length {self.length} needs as many")
 

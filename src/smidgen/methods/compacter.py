@@ -10,7 +10,6 @@ T' and u start at zero, so training starts from the base model.
 Trainable parameters: n^3 once, and r (I + W) + r (W + O) + W + O per place.
 """
 
-import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -19,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.blocks import feedforward_half, output_width
+from ..core.checks import require_above_zero, require_finite, require_one_of, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.method import Shared, method
+from ..core.non_linearity import FUNCTIONS, NonLinearity
 from ..core.side_network import Placement, SideNetworks
 from ..core.side_places import Network, Together
 from ..core.site import Site
-from .bottleneck import FUNCTIONS, NonLinearity
 
 
 @method("compacter")
@@ -52,19 +52,13 @@ class Compacter(SideNetworks):
 
     def check(self) -> None:
         super().check()
-        for name in ("kronecker", "rank"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, f"{name} is {value}; it must be at least 1")
-        require(self.reduction_factor > 0, f"reduction_factor is {self.reduction_factor}; it must be above 0")
+        require_whole(self, "kronecker", "rank", "width")
+        require_above_zero(self, "reduction_factor")
+        require_finite(self, "scale")
+        require_one_of(self, "non_linearity", get_args(NonLinearity))
         require(
-            self.width is None or (self.width > 0 and self.width % self.kronecker == 0),
+            self.width is None or self.width % self.kronecker == 0,
             f"width is {self.width}; it must be a multiple of kronecker, {self.kronecker}",
-        )
-        require(math.isfinite(self.scale), f"scale is {self.scale}; it must be a finite number")
-        known = get_args(NonLinearity)
-        require(
-            self.non_linearity in known,
-            f'non_linearity is "{self.non_linearity}"; it is one of {", ".join(known)}',
         )
 
     def accepts(self, site: Site) -> str | None:

@@ -29,12 +29,13 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, AdditiveAdapter, Call
 from ..core.blocks import not_recognised
+from ..core.checks import require_above_zero, require_one_of
 from ..core.disk_names import DiskNames
-from ..core.errors import AttachError, require
+from ..core.errors import AttachError
 from ..core.method import Method, method
+from ..core.non_linearity import FUNCTIONS, NonLinearity
 from ..core.site import Site
 from ..core.targets import modules_of
-from .bottleneck import FUNCTIONS, NonLinearity
 
 ConvPlacement = Literal["convolution_parallel", "convolution_sequential", "residual_parallel", "residual_sequential"]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -60,10 +61,9 @@ class ConvAdapter(Method):
     disk = DiskNames("SMIDGEN_CONV_ADAPTER")
 
     def check(self) -> None:
-        require(self.compression > 0, f"compression is {self.compression}; it must be above 0")
-        for name, kind in (("placement", ConvPlacement), ("non_linearity", NonLinearity)):
-            value, known = getattr(self, name), get_args(kind)
-            require(value in known, f'{name} is "{value}"; it is one of {", ".join(known)}')
+        require_above_zero(self, "compression")
+        require_one_of(self, "placement", get_args(ConvPlacement))
+        require_one_of(self, "non_linearity", get_args(NonLinearity))
 
     def accepts(self, site: Site) -> str | None:
         name = type(site.layer).__name__

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
+from ..core.checks import require_above_zero
 from ..core.disk_names import DiskNames
 from ..core.errors import ConfigError, require
 from ..core.method import method
@@ -61,8 +62,7 @@ class CPT(PromptMethod):
         object.__setattr__(self, "token_types", tuple(self.token_types) or (1,) * len(self.token_ids))
         same = len(self.token_ids) == len(self.token_types)
         require(same, f"token_types are {len(self.token_types)}, token_ids {len(self.token_ids)}: one for each")
-        for name in ("epsilon", "format_epsilon"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+        require_above_zero(self, "epsilon", "format_epsilon")
         require(0 < self.decay <= 1, f"decay is {self.decay}; it is above 0 and at most 1")
 
     def resolve(self, model: nn.Module) -> Resolution:

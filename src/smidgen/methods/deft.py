@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import require_above_zero, require_one_of, require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.low_rank import LowRankAdapter
 from ..core.method import Method, method
 from ..core.site import Site
@@ -37,6 +37,7 @@ class DEFT(Method):
 
     summary = "W' = W - Q P^T W + s Q R"
     paper = "Kumar et al. 2025, arXiv:2509.22793"
+    reads_weight, on_stacks = True, False
     disk = DiskNames(
         "DEFT",
         fields={"rank": "r", "decomposition": "decomposition_method", "dropout": "deft_dropout"},
@@ -45,20 +46,10 @@ class DEFT(Method):
     )
 
     def check(self) -> None:
-        require(
-            isinstance(self.rank, int) and self.rank > 0, f"rank is {self.rank}; it is a whole number of at least 1"
-        )
-        require(self.alpha is None or self.alpha > 0, f"alpha is {self.alpha}; it is above 0, or None for no scale")
-        known = self.decomposition in ("relu", "qr")
-        require(known, f'decomposition is "{self.decomposition}"; it is "relu" or "qr"')
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
-
-    def accepts(self, site: Site) -> str | None:
-        if reason := super().accepts(site):
-            return reason
-        if not site.storage.plain:
-            return f"its weight is held as {site.storage.name}, of which no subspace can be taken"
-        return "DEFT takes a subspace of one matrix, and this is a stack of them" if site.linear.stack > 1 else None
+        require_whole(self, "rank")
+        require_above_zero(self, "alpha")
+        require_share(self, "dropout")
+        require_one_of(self, "decomposition", ("relu", "qr"))
 
     def build(self, site: Site) -> "DEFTAdapter":
         return DEFTAdapter(self, site)

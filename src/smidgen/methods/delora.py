@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import require_finite, require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.low_rank import LowRankAdapter
 from ..core.method import Method, method
 from ..core.site import Site
@@ -41,6 +41,7 @@ class DeLoRA(Method):
 
     summary = "W' = W + (l / R) B diag(1 / |a_r| |b_r|) A diag(|W_i|)"
     paper = "Bini et al. 2025, arXiv:2503.18225"
+    reads_weight = True
     disk = DiskNames(
         "DELORA",
         fields={
@@ -54,18 +55,9 @@ class DeLoRA(Method):
     )
 
     def check(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
-            require(isinstance(rank, int) and rank > 0, f"rank is {rank}; it is a whole number from 1")
-        for bound in (self.bound, *self.bound_pattern.values()):
-            require(math.isfinite(bound), f"bound is {bound}; it must be a finite number")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
-
-    def accepts(self, site: Site) -> str | None:
-        if reason := super().accepts(site):
-            return reason
-        if not site.storage.plain:
-            return f"its weight is held as {site.storage.name}; DeLoRA needs the norms of its columns"
-        return None
+        require_whole(self, "rank")
+        require_finite(self, "bound")
+        require_share(self, "dropout")
 
     def build(self, site: Site) -> "DeLoRAAdapter":
         return DeLoRAAdapter(self, site)

@@ -10,7 +10,6 @@ trained on; a saved adapter then holds them and their places.
 Trainable parameters: 2 O I per site at first; memory is that of full fine-tuning, twice.  Saved: budget * O I numbers.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, AdditiveAdapter, Call
+from ..core.checks import require_finite
 from ..core.disk_names import DiskNames
 from ..core.errors import ConfigError, require
 from ..core.method import Method, method
@@ -52,7 +52,7 @@ class DiffPruning(Method):
         require(0 < self.budget <= 1, f"budget is {self.budget}; it is a share above 0 and at most 1, such as 0.005")
         require(0 <= self.prune_after <= 1, f"prune_after is {self.prune_after}; it is a share of the steps, 0 to 1")
         require(self.l0_weight >= 0, f"l0_weight is {self.l0_weight}; it must be at least 0")
-        require(math.isfinite(self.gate_start), f"gate_start is {self.gate_start}; it must be a finite number")
+        require_finite(self, "gate_start")
 
     @property
     def learns_places(self) -> bool:

@@ -73,12 +73,12 @@ class FourierFT(Method):
         n = last_match(self.frequencies_pattern, site, self.frequencies)
         return min(n, site.fan_out * site.fan_in)
 
-    def build(self, site: Site) -> "FourierFTAdapter":
+    def build(self, site: Site) -> "SpectrumAdapter":
         return FourierFTAdapter(self, site)
 
 
-class FourierFTAdapter(FullWeightAdapter):
-    """c at one site."""
+class SpectrumAdapter(FullWeightAdapter):
+    """c at one site, and its places."""
 
     in_blocks = False
     places: Tensor
@@ -88,11 +88,7 @@ class FourierFTAdapter(FullWeightAdapter):
         self.scale, self.seed = method.scale, method.seed
         self.shape = site.fan_out, site.fan_in
         self.spectrum = site.empty(method.frequencies_at(site))
-        n = len(self.spectrum)
-        self.register_buffer("places", torch.empty(n, dtype=torch.long), persistent=False)
-        self.thin = isinstance(site.kind, LinearKind)
-        if self.thin:
-            self.forwards, self.backwards = _Paths(site.fan_in, site.fan_out, n), _Paths(site.fan_out, site.fan_in, n)
+        self.register_buffer("places", torch.empty(len(self.spectrum), dtype=torch.long), persistent=False)
 
     def reset(self, generator: torch.Generator | None) -> None:
         nn.init.zeros_(self.spectrum)
@@ -102,8 +98,22 @@ class FourierFTAdapter(FullWeightAdapter):
         generator, (O, I) = torch.Generator().manual_seed(self.seed), self.shape
         drawn = torch.randperm(O * I, generator=generator)[: len(self.spectrum)]
         self.places = drawn.to(self.spectrum.device)
+
+
+class FourierFTAdapter(SpectrumAdapter):
+    """c at one site."""
+
+    def __init__(self, method: FourierFT, site: Site) -> None:
+        super().__init__(method, site)
+        O, I, n = *self.shape, len(self.spectrum)
+        self.thin = isinstance(site.kind, LinearKind)
         if self.thin:
-            p, q = self.places // I, self.places % I
+            self.forwards, self.backwards = _Paths(I, O, n), _Paths(O, I, n)
+
+    def prepare(self) -> None:
+        super().prepare()
+        if self.thin:
+            p, q = self.places // self.shape[1], self.places % self.shape[1]
             self.forwards.prepare(q, p)
             self.backwards.prepare(p, q)
 

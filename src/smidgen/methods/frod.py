@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import AdditiveAdapter
+from ..core.checks import require_above_zero, require_share
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.layers import EmbeddingKind, LinearKind
@@ -43,6 +44,7 @@ class FRoD(Method):
 
     summary = "W' = W + U (S + diag(l - l0)) V^T, V shared"
     paper = "Wan et al. 2025, arXiv:2512.23485"
+    reads_weight, on_stacks = True, False
     disk = DiskNames(
         "FROD",
         fields={
@@ -57,17 +59,15 @@ class FRoD(Method):
 
     def check(self) -> None:
         require(0 <= self.density <= 1, f"density is {self.density}; it is a share, from 0 to 1")
-        require(self.regularisation > 0, f"regularisation is {self.regularisation}; it must be above 0")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        require_above_zero(self, "regularisation")
+        require_share(self, "dropout")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):
             return reason
-        if not site.storage.plain:
-            return f"its weight is held as {site.storage.name}, and FRoD decomposes it"
         if isinstance(site.kind, EmbeddingKind):
             return "its basis would be as wide and as high as the vocabulary"
-        return "FRoD decomposes one matrix, and this is a stack of them" if site.linear.stack > 1 else None
+        return None
 
     def entries_at(self, site: Site) -> int:
         """n at this site."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Call
+from ..core.checks import require_one_of, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.full_weight import FullWeightAdapter
 from ..core.method import Method, method
 from ..core.site import Site
@@ -41,6 +41,7 @@ class GLoRA(Method):
 
     summary = "W' = W + W * A + B, b' = b + b * D + E + W c"
     paper = "Chavan et al. 2023, arXiv:2306.07967"
+    reads_weight = True
     disk = DiskNames(
         "GLORA",
         fields={"rank": "r", "A_B": "config_A_B", "C": "config_C", "D_E": "config_D_E"},
@@ -49,18 +50,13 @@ class GLoRA(Method):
     )
 
     def check(self) -> None:
-        require(
-            isinstance(self.rank, int) and self.rank > 0, f"rank is {self.rank}; it is a whole number of at least 1"
-        )
+        require_whole(self, "rank")
         for name, forms in FORMS.items():
-            value = getattr(self, name)
-            require(value in forms, f'{name} is "{value}"; it is one of {", ".join(forms)}')
+            require_one_of(self, name, forms)
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):
             return reason
-        if not site.storage.plain:
-            return f"its weight is held as {site.storage.name}, and GLoRA multiplies with it"
         if self.A_B == "none" and (site.bias is None or self.C == self.D_E == "none"):
             return "nothing would be trained: A and B are left out, and so are C, D and E, or it has no bias"
         return None

@@ -9,13 +9,12 @@ All B start at zero, so training starts from the base model.   Trainable paramet
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import AdditiveAdapter, Call
+from ..core.checks import require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.layers import LinearKind
@@ -42,6 +41,7 @@ class GraLoRA(Method):
     summary = "W' = W + s B A in each of k x k blocks"
     paper = "Jung et al. 2025, arXiv:2505.20355"
     faster = ("B", "general_B")
+    on_stacks = False
     disk = DiskNames(
         "GRALORA",
         fields={"rank": "r", "blocks": "gralora_k", "hybrid_rank": "hybrid_r", "dropout": "gralora_dropout"},
@@ -54,19 +54,17 @@ class GraLoRA(Method):
     )
 
     def check(self) -> None:
-        require(self.blocks > 0, f"blocks is {self.blocks}; one is LoRA")
+        require_whole(self, "rank", "blocks")
+        require_whole(self, "hybrid_rank", least=0)
+        require_share(self, "dropout")
         require(
-            self.rank > 0 and self.rank % self.blocks == 0,
+            self.rank % self.blocks == 0,
             f"rank is {self.rank}; each of {self.blocks} blocks gets a share, so it is a multiple of {self.blocks}",
         )
-        require(self.hybrid_rank >= 0, f"hybrid_rank is {self.hybrid_rank}; 0 is none")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it is a share below 1")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):
             return reason
-        if site.linear.stack > 1:
-            return "a stack of matrices has no blocks of its own here; GraLoRA acts on single ones"
         if site.fan_in % self.blocks or site.fan_out % self.blocks:
             return (
                 f"its {site.fan_out} x {site.fan_in} weight does not divide into {self.blocks} x {self.blocks} blocks"
@@ -87,6 +85,7 @@ class GraLoRAAdapter(LowRankAdapter):
         self.general_A = site.empty(H, site.fan_in) if H else None
         self.general_B = site.empty(site.fan_out, H) if H else None
         self.thin = isinstance(site.kind, LinearKind)
+        self.plain &= not self.thin  # nothing is fused: blocks that are zero are not multiplied
 
     def reset(self, generator: torch.Generator | None) -> None:
         # as LoRA's A of I / k inputs
@@ -95,11 +94,6 @@ class GraLoRAAdapter(LowRankAdapter):
         if self.general_A is not None and self.general_B is not None:
             nn.init.kaiming_uniform_(self.general_A, a=math.sqrt(5), generator=generator)
             nn.init.zeros_(self.general_B)
-
-    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.thin:  # blocks that are zero are not multiplied
-            return AdditiveAdapter.forward(self, call, x, *args, **kwargs)
-        return super().forward(call, x, *args, **kwargs)
 
     def delta(self, x: Tensor) -> Tensor:
         if not self.thin:

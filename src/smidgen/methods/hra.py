@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.method import Method, method
 from ..core.rotation import RotationAdapter, turns_weight, width
 from ..core.site import Site
@@ -45,7 +45,7 @@ class HRA(Method):
     )
 
     def check(self) -> None:
-        require(self.rank > 0, f"rank is {self.rank}; it takes at least one reflection")
+        require_whole(self, "rank")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
 from ..core.blocks import blocks, not_recognised, output_width
+from ..core.checks import require_above_zero, require_one_of
 from ..core.disk_names import DiskNames
-from ..core.errors import TargetError, require
+from ..core.errors import TargetError
 from ..core.layers import EmbeddingKind, LinearKind, kind_of
 from ..core.method import Method, Shared, method
+from ..core.non_linearity import FUNCTIONS, NonLinearity
 from ..core.site import Site
 from ..core.targets import Resolution
-from .bottleneck import FUNCTIONS, NonLinearity
 
 Coupling = Literal["nice", "glow"]
 _CLAMP = 5.0
@@ -52,10 +53,9 @@ class Invertible(Method):
     disk = DiskNames("SMIDGEN_INVERTIBLE")
 
     def check(self) -> None:
-        for name, kind in (("coupling", Coupling), ("non_linearity", NonLinearity)):
-            value, known = getattr(self, name), get_args(kind)
-            require(value in known, f'{name} is "{value}"; it is one of {", ".join(known)}')
-        require(self.reduction_factor > 0, f"reduction_factor is {self.reduction_factor}; it must be above 0")
+        require_above_zero(self, "reduction_factor")
+        require_one_of(self, "coupling", get_args(Coupling))
+        require_one_of(self, "non_linearity", get_args(NonLinearity))
 
     def accepts(self, site: Site) -> str | None:
         name = type(site.layer).__name__

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, AdditiveAdapter, Call
+from ..core.checks import require_above_zero
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.method import method
 from ..core.site import Site
 from ..core.storage import OpaqueStorage
-from .lora import LoRA, LoRAAdapter
+from .lora import DRAWN, LoRA, LoRAAdapter
 
 
 @method("kasa")
@@ -39,6 +40,7 @@ class KaSA(LoRA):
 
     summary = "W' = W - N + s B diag(d) A, N of small singular values"
     paper = "Wang et al. 2024, arXiv:2412.06071"
+    known_starts = DRAWN
     disk = DiskNames(
         "LORA",
         fields=LoRA.disk.fields,
@@ -48,11 +50,9 @@ class KaSA(LoRA):
 
     def check(self) -> None:
         super().check()
-        require(self.alpha > 0, f"alpha is {self.alpha}; KaSA needs one above 0")
+        require_above_zero(self, "alpha")
         for name, value in (("beta", self.beta), ("gamma", self.gamma)):
             require(value >= 0, f"{name} is {value}; it is at least 0")
-        random = ("kaiming", "gaussian", "orthogonal")
-        require(self.start in random, f'start is "{self.start}"; KaSA has {", ".join(random)}')
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import AdditiveAdapter
+from ..core.checks import require_finite, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.layers import LinearKind
 from ..core.method import Method, Shared, method
 from ..core.site import Site
@@ -52,10 +52,9 @@ class Lily(Method):
     )
 
     def check(self) -> None:
-        for name, least in {"rank": 1, "stride": 1, "experts": 2}.items():
-            value = getattr(self, name)
-            require(isinstance(value, int) and value >= least, f"{name} is {value}; it is a whole number from {least}")
-        require(math.isfinite(self.scale), f"scale is {self.scale}; it must be a finite number")
+        require_whole(self, "rank", "stride")
+        require_whole(self, "experts", least=2)
+        require_finite(self, "scale")
 
     def kind_of(self, site: Site) -> tuple[str, int, int]:
         """What sites that share have in common: the end of their paths, O and I."""

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
+from ..core.checks import require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import NotMergeable, require
+from ..core.errors import NotMergeable
 from ..core.layers import LinearKind, NormKind, kind_of
 from ..core.method import Method, method
 from ..core.site import Site
@@ -46,12 +47,8 @@ class LLaMAAdapterV2(Method):
     disk = DiskNames("SMIDGEN_LLAMA_ADAPTER_V2")
 
     def check(self) -> None:
-        require(
-            isinstance(self.length, int) and self.length > 0,
-            f"length is {self.length}; a prompt needs a whole number of at least 1",
-        )
-        whole = self.layers is None or (isinstance(self.layers, int) and self.layers >= 0)
-        require(whole, f"layers is {self.layers}; it is None or a whole number of at least 0")
+        require_whole(self, "length")
+        require_whole(self, "layers", least=0)
 
     def accepts(self, site: Site) -> str | None:
         if site.kind is None:

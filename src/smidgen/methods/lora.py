@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import data_starts, starts
+from ..core.checks import require_finite, require_one_of, require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.layers import LinearKind
@@ -34,6 +35,7 @@ from ..core.targets import Targets, last_match
 Drawn = Literal["kaiming", "gaussian", "orthogonal"]
 OfData = Literal["eva", "corda_ipm", "corda_kpm", "lora_ga"]
 Start = Literal[Drawn, "pissa", "pissa_fast", "olora", "mica", OfData]
+DRAWN, OF_DATA = get_args(Drawn), get_args(OfData)
 SUBTRACTED = ("pissa", "pissa_fast", "olora", "corda_ipm", "corda_kpm", "lora_ga")
 
 
@@ -78,32 +80,31 @@ class LoRA(Method):
         },
         tensors={"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"},
     )
+    known_starts: ClassVar[tuple[str, ...]] = get_args(Start)
     chosen: ClassVar[Mapping[str, Factors]] = {}  # by site: what `choose` found for A and B
     of_changed_base: ClassVar[bool] = False  # A0 and B0 are not in the folder being read: they follow from the base
 
     def check(self) -> None:
+        require_whole(self, "rank")
+        require_finite(self, "alpha")
+        require_share(self, "dropout")
+        require_one_of(self, "dropout_on", ("elements", "features"))
+        require_one_of(self, "start", self.known_starts)
         for rank in (self.rank, *self.rank_pattern.values()):
-            require(isinstance(rank, int) and rank > 0, f"rank is {rank}; LoRA needs a whole number of at least 1")
             even = self.start != "orthogonal" or rank % 2 == 0
             require(even, f'rank is {rank}; start="orthogonal" halves it, so it has to be even')
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            require(math.isfinite(alpha), f"alpha is {alpha}; it must be a finite number")
             can_be = alpha > 0 or self.start not in SUBTRACTED
             require(can_be, f'alpha is {alpha}; start="{self.start}" needs one above 0')
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        on = self.dropout_on
-        require(on in ("elements", "features"), f'dropout_on is "{on}"; it is "elements" or "features"')
         has_bias = self.name in ("lora", "lora_fa")
         require(has_bias or not self.bias_on_B, f"{self.name} has no bias_on_B; set it to False")
-        known = get_args(Start)
-        require(self.start in known, f'start is "{self.start}"; it is one of {", ".join(known)}')
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):
             return reason
         if self.bias_on_B and site.parameter:
             return "bias_on_B adds to what a layer gives, and this is a parameter; set it to False"
-        if self.start in get_args(Drawn):
+        if self.start in DRAWN:
             return None
         of_inputs = self.start in ("eva", "corda_ipm", "corda_kpm")
         if of_inputs and (site.parameter or not isinstance(site.kind, LinearKind)):
@@ -134,7 +135,7 @@ class LoRA(Method):
         EVA gives every site a rank of its own, and leaves out those that get none; s stays what it was.
         Raises ConfigError, TargetError, or NonFiniteError if an input or a gradient is not finite.
         """
-        require(self.start in get_args(OfData), f'start="{self.start}" needs no data: attach the method as it is')
+        require(self.start in OF_DATA, f'start="{self.start}" needs no data: attach the method as it is')
         sites = self.resolve(model).sites
         ranks, scales = {s.name: self.rank_at(s) for s in sites}, {s.name: self.scale_at(s) for s in sites}
         found = data_starts.found(self.start, model, sites, ranks, scales, loss, batches)
@@ -153,7 +154,7 @@ class LoRA(Method):
 
     def fitted(self, model: nn.Module) -> Method:
         require(
-            self.start not in get_args(OfData) or bool(self.chosen),
+            self.start not in OF_DATA or bool(self.chosen),
             f'start="{self.start}" is found on data: attach(model, method.choose(model, loss))',
         )
         return self
@@ -209,10 +210,10 @@ class LoRAAdapter(LowRankAdapter):
             self.bias.zero_()
 
     def _started(self, generator: torch.Generator | None) -> Factors:
-        if self.start in get_args(OfData):
+        if self.start in OF_DATA:
             require(self.chosen is not None, f"nothing was chosen at {self.site.name}: choose again, for this model")
             return cast(Factors, self.chosen)
-        if self.start in get_args(Drawn):
+        if self.start in DRAWN:
             return starts.drawn(self.start, self.site, self.A, self.B, generator)
         return starts.of_weight(self.start, self.site, self.rank, self.scale, generator)
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import require
 from ..core.method import method
 from ..core.site import Site
 from .lora import LoRA, LoRAAdapter
@@ -28,10 +27,7 @@ class LoRAFA(LoRA):
 
     summary = "W' = W + s B A, A frozen"
     paper = "Zhang et al. 2023, arXiv:2308.03303"
-
-    def check(self) -> None:
-        super().check()
-        require(self.start == "kaiming", f'start is "{self.start}"; LoRA-FA has one of its own: leave it out')
+    known_starts = ("kaiming",)  # which is not looked at: it has a start of its own
 
     def build(self, site: Site) -> "LoRAFAAdapter":
         return LoRAFAAdapter(self, site)

@@ -14,7 +14,6 @@ All rows of a site share its A.  `MergedLinear` has an A for each of q, k, v: at
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from ..core.fused_attention import Ranges, fused_projections
 from ..core.method import method
 from ..core.site import Site
 from ..core.targets import Resolution, Targets, last_match
-from .lora import Drawn, LoRA, LoRAAdapter
+from .lora import DRAWN, LoRA, LoRAAdapter
 
 
 @method("lora_rows")
@@ -40,6 +39,7 @@ class LoRARows(LoRA):
     parts: str = "qv"
 
     summary = "W'[rows] = W[rows] + s B A"
+    known_starts = DRAWN
 
     def check(self) -> None:
         super().check()
@@ -55,8 +55,6 @@ class LoRARows(LoRA):
             )
         some = "".join(part for part in "qkv" if part in self.parts)
         require(sorted(self.parts) == sorted(some) != [], f'parts is "{self.parts}"; it is some of q, k and v, as "qv"')
-        starts = get_args(Drawn)
-        require(self.start in starts, f'start is "{self.start}"; {self.name} has {", ".join(starts)}')
 
     def fitted(self, model: nn.Module) -> "LoRARows":
         if self.rows_pattern:

@@ -8,9 +8,8 @@ W starts at R and b at zero, so training starts from the base model; the authors
 does an f.   Trainable parameters: 2 r D + r per block, twice that where first and last tokens have their own.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +17,15 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
 from ..core.blocks import blocks, not_recognised, output_width
+from ..core.checks import require_one_of, require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import ConfigError, TargetError, require
+from ..core.errors import ConfigError, TargetError
 from ..core.layers import EmbeddingKind, LinearKind
 from ..core.method import Method, method
+from ..core.non_linearity import FUNCTIONS, NonLinearity
 from ..core.positions import Reader, Reading, add_at, first_and_last, is_reader, readers_above
 from ..core.site import Site
 from ..core.targets import Resolution
-
-NonLinearity = Literal["relu", "gelu", "silu", "tanh"]
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +49,9 @@ class ReFT(Method):
     paper = "Wu et al. 2024, arXiv:2404.03592"
 
     def check(self) -> None:
-        require(isinstance(self.rank, int) and self.rank > 0, f"rank is {self.rank}; it must be at least 1")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        known = get_args(NonLinearity)
-        require(
-            self.non_linearity is None or self.non_linearity in known,
-            f'non_linearity is "{self.non_linearity}"; it is None or one of {", ".join(known)}',
-        )
+        require_whole(self, "rank")
+        require_share(self, "dropout")
+        require_one_of(self, "non_linearity", get_args(NonLinearity))
         try:
             first_and_last(self.positions)
         except ValueError as error:
@@ -110,7 +104,7 @@ class Unit(nn.Module):
 
     def __init__(self, method: ReFT, site: Site, width: int) -> None:
         super().__init__()
-        self.f = None if method.non_linearity is None else _FUNCTIONS[method.non_linearity]
+        self.f = None if method.non_linearity is None else FUNCTIONS[method.non_linearity]
         self.P, self.W = site.empty(method.rank, width), site.empty(method.rank, width)
         self.b = site.empty(method.rank)
 

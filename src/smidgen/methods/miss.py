@@ -9,15 +9,15 @@ D starts at zero, so training starts from the base model.   Trainable parameters
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, AdditiveAdapter, Call
+from ..core.adapter import Adapter
+from ..core.checks import require_one_of, require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.full_weight import FullWeightAdapter
 from ..core.layers import LinearKind
 from ..core.low_rank import LowRankAdapter
@@ -49,10 +49,9 @@ class MiSS(Method):
     )
 
     def check(self) -> None:
-        require(self.rank > 0, f"rank is {self.rank}; a shard is at least 1 wide")
-        require(self.mini_rank > 0, f"mini_rank is {self.mini_rank}; it is at least 1")
-        require(self.variant in ("miss", "bat", "mini"), f"variant is {self.variant!r}; there are miss, bat and mini")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it is a share below 1")
+        require_whole(self, "rank", "mini_rank")
+        require_one_of(self, "variant", ("miss", "bat", "mini"))
+        require_share(self, "dropout")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):
@@ -80,14 +79,10 @@ class MiSSAdapter(LowRankAdapter):
         self.D = site.empty(method.rank, method.mini_rank if method.variant == "mini" else outputs)
         self.repeats = outputs // self.D.shape[1]
         self.thin = isinstance(site.kind, LinearKind)
+        self.plain &= not self.thin  # nothing is fused: summing shards is cheaper than a product
 
     def reset(self, generator: torch.Generator | None) -> None:
         nn.init.zeros_(self.D)
-
-    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.thin:  # summing shards is cheaper than a product
-            return AdditiveAdapter.forward(self, call, x, *args, **kwargs)
-        return super().forward(call, x, *args, **kwargs)
 
     def delta(self, x: Tensor) -> Tensor:
         if not self.thin:

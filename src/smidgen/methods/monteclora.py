@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
+from ..core.checks import require_above_zero, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.layers import LinearKind
 from ..core.method import method
 from ..core.site import Site
-from .lora import LoRA, LoRAAdapter
+from .lora import DRAWN, LoRA, LoRAAdapter
 
 _LEAST_VARIANCE, _LEAST_LOGIT_VARIANCE = 1e-3, 1e-6  # the authors'
 
@@ -48,6 +48,7 @@ class MonteCLoRA(LoRA):
 
     summary = "W' = W + s B A, A averaged over samples in training"
     paper = "Sengupta et al. 2024, arXiv:2411.04358"
+    known_starts = DRAWN
     disk = DiskNames(
         "LORA",
         fields=LoRA.disk.fields,
@@ -63,11 +64,8 @@ class MonteCLoRA(LoRA):
 
     def check(self) -> None:
         super().check()
-        count = self.samples
-        require(isinstance(count, int) and count > 0, f"samples is {count}; it is a whole number of at least 1")
-        require(self.dirichlet_prior > 0, f"dirichlet_prior is {self.dirichlet_prior}; it is above 0")
-        random = ("kaiming", "gaussian", "orthogonal")
-        require(self.start in random, f'start is "{self.start}"; MonteCLoRA has {", ".join(random)}')
+        require_whole(self, "samples")
+        require_above_zero(self, "dirichlet_prior")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

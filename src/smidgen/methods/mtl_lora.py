@@ -7,27 +7,27 @@ A: (R, I), of all tasks   L_t: (R, R), of task t   B^1 ... B^n: (O, R), of all t
 A starts as LoRA's, L_t as the identity, w_t and B^i at zero, so training starts from the base model.
 Trainable parameters: R (I + n O) + K (R^2 + n) per site, K the number of tasks.
 
-    model(input_ids=ids, task_ids=tensor)          which task each row is; `for_tasks` for code that calls the model
+    model(input_ids=ids, task_ids=tensor)          which task each row is: core/tasks.py
     MTLLoRA(tasks=4, task=2)                       all rows are of task 2, and its change can be merged
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, AdditiveAdapter, Call
+from ..core.adapter import Adapter
+from ..core.checks import require_above_zero, require_finite, require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import AttachError, require
+from ..core.errors import require
 from ..core.layers import LinearKind
 from ..core.low_rank import LowRankAdapter
 from ..core.method import Method, method
 from ..core.site import Site
 from ..core.targets import Resolution
-from .poly import Tasks, TasksAdapter
+from ..core.tasks import Tasks, TasksAdapter
 
 
 @method("mtl_lora")
@@ -51,17 +51,16 @@ class MTLLoRA(Method):
     summary = "W_t = W + s B_t L_t A, B_t a mixture"
     paper = "Yang et al. 2024, arXiv:2410.09437"
     faster = ("B",)
+    on_stacks = False
     disk = DiskNames("SMIDGEN_MTL_LORA")
 
     def check(self) -> None:
-        for name in ("tasks", "rank", "mixtures"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, f"{name} is {value}; it is a whole number of at least 1")
+        require_whole(self, "tasks", "rank", "mixtures")
+        require_finite(self, "alpha")
+        require_share(self, "dropout")
+        require_above_zero(self, "temperature")
         known = self.task is None or 0 <= self.task < self.tasks
         require(known, f"task is {self.task}; of {self.tasks} tasks it is 0 to {self.tasks - 1}, or None")
-        require(math.isfinite(self.alpha), f"alpha is {self.alpha}; it must be a finite number")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0")
 
     @property
     def only_task(self) -> int | None:
@@ -76,7 +75,7 @@ class MTLLoRA(Method):
             return reason
         if by_row and (site.parameter is not None or not isinstance(site.kind, LinearKind)):
             return f"each row has its own matrices, which only linear layers take; this is {type(site.layer).__name__}"
-        return "a stack of matrices; MTL-LoRA acts on single ones" if site.linear.stack > 1 else None
+        return None
 
     def resolve(self, model: nn.Module) -> Resolution:
         found = super().resolve(model)
@@ -101,6 +100,7 @@ class MTLLoRAAdapter(LowRankAdapter):
         self.L = site.empty(method.tasks, method.rank, method.rank)
         self.w = site.empty(method.tasks, method.mixtures)
         if self.task is None:
+            self.plain = False  # each row has its own change, so nothing is fused
             self.by_row = self.mergeable = False  # type: ignore[misc]
 
     @torch.no_grad()
@@ -120,18 +120,10 @@ class MTLLoRAAdapter(LowRankAdapter):
         mix = torch.softmax(self.w[self.task] / self.temperature, 0)
         return self.L[self.task] @ self.A, torch.tensordot(mix, self.B, 1)
 
-    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.task is None:
-            return AdditiveAdapter.forward(self, call, x, *args, **kwargs)
-        return super().forward(call, x, *args, **kwargs)
-
     def delta(self, x: Tensor) -> Tensor:
         if self.task is not None:
             return super().delta(x)
-        tasks = cast(Tensor, cast(Tasks, self.shared).running.value).to(self.w.device)
-        if not len(x) or len(x) % len(tasks):  # they may have been repeated evenly on the way, as beam search does
-            raise AttachError(f"task_ids names {len(tasks)} rows, the batch has {len(x)} at {self.site.name}")
+        tasks, rows = cast(Tasks, self.shared).of_rows(self.dropped(x), self.site)
         A, B = self.of_tasks(tasks)
-        rows = F.dropout(x, self.dropout, self.training).reshape(len(tasks), -1, x.shape[-1])
         h = rows.bmm(A.to(x.dtype).mT).bmm(B.to(x.dtype).mT) * self.scale
         return h.view(*x.shape[:-1], -1)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import AttachError, require
 from ..core.method import method
@@ -48,9 +49,7 @@ class MultitaskPromptTuning(PromptTuning):
 
     def check(self) -> None:
         super().check()
-        for name in ("tasks", "rank"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, f"{name} is {value}; it is a whole number of at least 1")
+        require_whole(self, "tasks", "rank")
         known = self.task is None or 0 <= self.task < self.tasks
         require(known, f"task is {self.task}; of {self.tasks} tasks it is 0 to {self.tasks - 1}, or None")
 

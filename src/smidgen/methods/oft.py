@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import require_above_zero
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.method import Method, method
@@ -64,7 +65,7 @@ class OFT(Method):
             not self.cayley_neumann or self.terms >= 4,
             f"terms is {self.terms}; with fewer than 4 the series is no rotation to speak of",
         )
-        require(self.eps > 0, f"eps is {self.eps}; at 0 nothing could move")
+        require_above_zero(self, "eps")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

@@ -39,6 +39,7 @@ class OSF(Method):
 
     summary = "W' = W - U0 S0 V0 + U S V, the lesser singular directions"
     paper = "Nayak et al. 2025, arXiv:2504.07097"
+    reads_weight, on_stacks = True, False
     disk = DiskNames(
         "OSF",
         fields={"effective_rank_pattern": "rank_pattern"},
@@ -58,10 +59,6 @@ class OSF(Method):
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):
             return reason
-        if not site.storage.plain:
-            return f"its weight is held as {site.storage.name}; OSF has to read it"
-        if site.linear.stack > 1:
-            return "a stack of matrices has no singular values of its own here; OSF acts on single ones"
         kept, least = self.kept_at(site), min(site.fan_in, site.fan_out)
         if not 0 < kept < least:
             return f"{kept} of its {least} singular values would be kept; it takes some to keep and some to train"

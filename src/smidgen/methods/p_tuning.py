@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.checks import require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.method import method
@@ -47,12 +48,8 @@ class PTuning(PromptMethod):
     disk = DiskNames("P_TUNING", fields={"length": "num_virtual_tokens"})
 
     def check(self) -> None:
-        for name in ("length", "layers"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, f"{name} is {value}; it is a whole number of at least 1")
+        require_whole(self, "length", "layers", "width")
         require(self.encoder in ("mlp", "lstm", None), f'encoder is "{self.encoder}"; it is "mlp", "lstm" or None')
-        whole = self.width is None or (isinstance(self.width, int) and self.width > 0)
-        require(whole, f"width is {self.width}; it is None or a whole number of at least 1")
 
     def shared(self, sites: tuple[Site, ...]) -> Prompt:
         if self.encoder is None:

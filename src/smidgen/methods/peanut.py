@@ -10,32 +10,18 @@ Trainable parameters: 2 R O + 2 n R^2 per site.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.checks import require_finite, require_one_of, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.low_rank import LowRankAdapter
 from ..core.method import Method, method
+from ..core.non_linearity import FUNCTIONS, NonLinearity
 from ..core.site import Site
-
-NonLinearity = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "mish", "none"]
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu,
-    "mish": F.mish,
-}
 
 
 @method("peanut")
@@ -45,11 +31,12 @@ class PEANuT(Method):
 
     rank: int = 32
     depth: int = 0
-    non_linearity: NonLinearity = "relu"
+    non_linearity: NonLinearity | Literal["none"] = "relu"
     scale: float = 1.0
 
     summary = "W' = W + s B f(W^T A^T)^T"
     paper = "Zhong et al. 2024, arXiv:2410.01870"
+    reads_weight, on_stacks = True, False
     disk = DiskNames(
         "PEANUT",
         fields={"rank": "r", "non_linearity": "act_fn", "scale": "scaling"},
@@ -58,24 +45,10 @@ class PEANuT(Method):
     )
 
     def check(self) -> None:
-        require(
-            isinstance(self.rank, int) and self.rank > 0, f"rank is {self.rank}; it is a whole number of at least 1"
-        )
-        require(
-            isinstance(self.depth, int) and self.depth >= 0,
-            f"depth is {self.depth}; it is a whole number of at least 0",
-        )
-        known = get_args(NonLinearity)
-        require(
-            self.non_linearity in known, f'non_linearity is "{self.non_linearity}"; it is one of {", ".join(known)}'
-        )
-
-    def accepts(self, site: Site) -> str | None:
-        if reason := super().accepts(site):
-            return reason
-        if not site.storage.plain:
-            return f"its weight is held as {site.storage.name}, and PEANuT's network reads it"
-        return "PEANuT's network reads one matrix, and this is a stack of them" if site.linear.stack > 1 else None
+        require_whole(self, "rank")
+        require_whole(self, "depth", least=0)
+        require_finite(self, "scale")
+        require_one_of(self, "non_linearity", (*get_args(NonLinearity), "none"))
 
     def build(self, site: Site) -> "PEANuTAdapter":
         return PEANuTAdapter(self, site)
@@ -89,7 +62,7 @@ class PEANuTAdapter(LowRankAdapter):
     def __init__(self, method: PEANuT, site: Site) -> None:
         super().__init__(site, scale=method.scale)
         R, depth = method.rank, method.depth
-        self.function = _FUNCTIONS.get(method.non_linearity)
+        self.function = FUNCTIONS.get(method.non_linearity)
         self.A = site.empty(R, site.fan_out)
         self.B = site.empty(site.fan_out, R)
         self.encoders = nn.ParameterList(site.empty(R, R) for _ in range(depth))

@@ -8,29 +8,25 @@ input and output are cut into Q parts, each with proportions of its own (multi-h
 arXiv:2211.03831).   B starts at zero, so training starts from the base model.
 Trainable parameters: S R (I + O) + N Q S per site.
 
-    model(input_ids=ids, task_ids=tensor)          which task each row is, where there is more than one
-    with for_tasks(model, tensor): model.generate(...)          the same, for code that calls the model itself
+Where there is more than one task, core/tasks.py has how calls say them.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, AdditiveAdapter, Call
-from ..core.attach import held, is_adapted
+from ..core.adapter import Adapter
+from ..core.checks import require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import AttachError, require
 from ..core.layers import LinearKind
 from ..core.low_rank import LowRankAdapter
-from ..core.method import Method, Shared, method
-from ..core.running import Running
+from ..core.method import Method, method
 from ..core.site import Site
 from ..core.targets import Resolution
+from ..core.tasks import Tasks, TasksAdapter
 
 
 @method("poly")
@@ -59,9 +55,7 @@ class Poly(Method):
     )
 
     def check(self) -> None:
-        for name in ("rank", "skills", "tasks", "splits"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, f"{name} is {value}; it is a whole number of at least 1")
+        require_whole(self, "rank", "skills", "tasks", "splits")
 
     def accepts(self, site: Site) -> str | None:
         if not site.path and site.kind is None and self.tasks > 1:
@@ -83,54 +77,6 @@ class Poly(Method):
         return Tasks(self.tasks)
 
 
-@contextmanager
-def for_tasks(model: nn.Module, task_ids: Tensor) -> Iterator[None]:
-    """Within this context the rows of every batch are of these tasks (B,), unless a call says its own `task_ids`."""
-    here = held(model)._modules.values() if is_adapted(model) else ()
-    found = [cast(Tasks, part.shared) for part in here if isinstance(part, TasksAdapter)]
-    require(bool(found), f"no adapter of several tasks lives in this {type(model).__name__}", AttachError)
-    before = [shared.within for shared in found]
-    for shared in found:
-        shared.within = task_ids
-    try:
-        yield
-    finally:
-        for shared, ids in zip(found, before, strict=True):
-            shared.within = ids
-
-
-class Tasks(Shared):
-    """Which task each row is."""
-
-    def __init__(self, tasks: int) -> None:
-        super().__init__()
-        self.tasks, self.running = tasks, Running()
-        self.within: Tensor | None = None
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw."""
-
-
-class TasksAdapter(Adapter):
-    """At the model: takes `task_ids` from its call."""
-
-    by_row = weightable = mergeable = False
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw."""
-
-    def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        shared = cast(Tasks, self.shared)
-        ids = kwargs.pop("task_ids", shared.within)
-        if ids is None:
-            raise AttachError(f"which of the {shared.tasks} tasks is each row? Say model(..., task_ids=tensor)")
-        ids = torch.as_tensor(ids).long().flatten()
-        if not 0 <= int(ids.min()) <= int(ids.max()) < shared.tasks:
-            raise AttachError(f"task_ids are {sorted(set(ids.tolist()))[:8]}; the tasks are 0 to {shared.tasks - 1}")
-        shared.running.value = ids
-        return call(*args, **kwargs)
-
-
 class PolyAdapter(LowRankAdapter):
     """A (Q, S, I/Q, R), B (Q, S, R, O/Q) and l (N, Q S) at one site, in the shapes of HF PEFT."""
 
@@ -141,7 +87,9 @@ class PolyAdapter(LowRankAdapter):
         self.B = site.empty(Q, S, R, site.fan_out // Q)
         self.logits = site.empty(method.tasks, Q * S)
         self.sampled, self.by_task = method.sampled, method.tasks > 1
-        self.by_row = self.mergeable = not self.by_task  # type: ignore[misc]
+        if self.by_task:
+            self.plain = False  # each row has its own change, so nothing is fused
+            self.by_row = self.mergeable = False  # type: ignore[misc]
 
     def reset(self, generator: torch.Generator | None) -> None:
         bound = 1 / math.sqrt(self.A.shape[2])  # the authors' choice: as torch starts nn.Linear, within each split
@@ -163,19 +111,10 @@ class PolyAdapter(LowRankAdapter):
         A, B = self.mixed(self.logits)
         return A[0].T, B[0].T
 
-    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.by_task:
-            return AdditiveAdapter.forward(self, call, x, *args, **kwargs)
-        return super().forward(call, x, *args, **kwargs)
-
     def delta(self, x: Tensor) -> Tensor:
         if not self.by_task:
             return super().delta(x)
-        ids = cast(Tensor, cast(Tasks, self.shared).running.value).to(self.logits.device)
-        times, rest = divmod(len(x), len(ids))  # rows may have been repeated evenly on the way, as beam search does
-        if rest or not times:
-            raise AttachError(f"task_ids names {len(ids)} rows, the batch has {len(x)} at {self.site.name}")
-        A, B = self.mixed(self.logits[ids])
-        rows = x.reshape(len(ids), -1, x.shape[-1])
+        tasks, rows = cast(Tasks, self.shared).of_rows(x, self.site)
+        A, B = self.mixed(self.logits[tasks])
         h = rows.bmm(A.to(x.dtype)).bmm(B.to(x.dtype)) * self.scale
         return h.view(*x.shape[:-1], -1)

@@ -10,7 +10,6 @@ biases (T5) are zero towards them.
 Trainable parameters: N (Dk + Dv) per site; reparametrised N Dk + M (Dk + 1) once and (M + 1) (Dk + Dv) per site.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.attention import Front, widths_of
+from ..core.checks import require_above_zero, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.method import Shared, method
 from ..core.prefixes import PositionsAdapter, PrefixAdapter, PrefixMethod
 from ..core.site import Site
@@ -52,19 +51,8 @@ class PrefixTuning(PrefixMethod):
     disk = DiskNames("PREFIX_TUNING", fields={"length": "num_virtual_tokens"})
 
     def check(self) -> None:
-        require(
-            isinstance(self.length, int) and self.length > 0,
-            f"length is {self.length}; a prefix needs a whole number of at least 1",
-        )
-        width = self.reparametrisation
-        require(
-            width is None or (isinstance(width, int) and width > 0),
-            f"reparametrisation is {width}; it is None or the width of an MLP",
-        )
-        require(
-            math.isfinite(self.init_std) and self.init_std > 0,
-            f"init_std is {self.init_std}; it must be a positive number",
-        )
+        require_whole(self, "length", "reparametrisation")
+        require_above_zero(self, "init_std")
 
     def build(self, site: Site) -> Adapter:
         if self.shift_positions and not site.path:

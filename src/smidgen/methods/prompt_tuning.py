@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from ..core.checks import require_one_of, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.method import method
@@ -38,12 +39,8 @@ class PromptTuning(PromptMethod):
     disk = DiskNames("PROMPT_TUNING", fields={"length": "num_virtual_tokens", "init": "prompt_tuning_init"})
 
     def check(self) -> None:
-        require(
-            isinstance(self.length, int) and self.length > 0,
-            f"length is {self.length}; a prompt needs a whole number of at least 1",
-        )
-        known = ("random", "vocabulary", "text")
-        require(self.init in known, f'init is "{self.init}"; it is one of {", ".join(known)}')
+        require_whole(self, "length")
+        require_one_of(self, "init", ("random", "vocabulary", "text"))
         object.__setattr__(self, "init_ids", tuple(self.init_ids))
         with_text = self.init == "text"
         require(bool(self.init_ids) == with_text, 'init_ids are the tokens of init="text": give both or neither')

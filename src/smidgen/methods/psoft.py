@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import require_above_zero, require_one_of, require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.low_rank import LowRankAdapter
@@ -51,6 +52,7 @@ class PSOFT(Method):
 
     summary = "W' = W + B (R - I) A, R orthogonal, B A the top of W"
     paper = "Wu et al. 2025, arXiv:2505.11235"
+    reads_weight = True
     disk = DiskNames(
         "PSOFT",
         fields={
@@ -73,13 +75,13 @@ class PSOFT(Method):
     )
 
     def check(self) -> None:
-        require(self.rank > 0, f"rank is {self.rank}; the subspace has at least one dimension")
+        require_whole(self, "rank")
+        require_share(self, "dropout")
+        require_one_of(self, "sharing", ("psoft_init", "pissa_init"))
+        require_one_of(self, "svd", ("full", "lowrank"))
+        require_above_zero(self, "eps")
         require(self.rank > 1 or self.free, "rank is 1; one dimension cannot be turned: scale it, or take more")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it is a share below 1")
-        require(self.sharing in ("psoft_init", "pissa_init"), f"sharing is {self.sharing!r}; psoft_init or pissa_init")
-        require(self.svd in ("full", "lowrank"), f"svd is {self.svd!r}; it is full or lowrank")
         require(not self.cayley_neumann or self.terms >= 4, f"terms is {self.terms}; the series takes at least 4")
-        require(self.eps is None or (isinstance(self.eps, int | float) and self.eps > 0), f"eps is {self.eps!r}")
 
     @property
     def free(self) -> bool:
@@ -89,8 +91,6 @@ class PSOFT(Method):
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):
             return reason
-        if not site.storage.plain:
-            return f"its weight is held as {site.storage.name}; PSOFT has to read it"
         if self.rank > min(site.fan_in, site.fan_out):
             return f"rank {self.rank} is more than its {site.fan_out} x {site.fan_in} weight has"
         return None

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.checks import require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.layers import ConvKind, EmbeddingKind
 from ..core.method import method
 from ..core.site import Site
-from .lora import LoRA, LoRAAdapter
+from .lora import DRAWN, LoRA, LoRAAdapter
 
 
 @method("qalora")
@@ -31,6 +31,7 @@ class QALoRA(LoRA):
 
     summary = "W' = W + s B A P, P sums groups"
     paper = "Xu et al. 2023, arXiv:2309.14717"
+    known_starts = DRAWN
     disk = DiskNames(
         "LORA",
         fields={**LoRA.disk.fields, "group_size": "qalora_group_size"},
@@ -40,10 +41,7 @@ class QALoRA(LoRA):
 
     def check(self) -> None:
         super().check()
-        size = self.group_size
-        require(isinstance(size, int) and size > 0, f"group_size is {size}; it is a whole number of at least 1")
-        random = ("kaiming", "gaussian", "orthogonal")
-        require(self.start in random, f'start is "{self.start}"; QA-LoRA has {", ".join(random)}')
+        require_whole(self, "group_size")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

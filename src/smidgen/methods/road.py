@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
+from ..core.checks import require_one_of
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.layers import ConvKind
@@ -39,7 +40,7 @@ class RoAd(Method):
     disk = DiskNames("ROAD", tensors={"theta": "road_theta", "alpha": "road_alpha"}, kinds=("linear",))
 
     def check(self) -> None:
-        require(self.variant in _PER_OUTPUT, f"variant is {self.variant!r}; there are {', '.join(_PER_OUTPUT)}")
+        require_one_of(self, "variant", _PER_OUTPUT)
         require(
             self.group_size > 0 and self.group_size % 2 == 0,
             f"group_size is {self.group_size}; half a group pairs with the other half, so it is even",

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..core import importance
 from ..core.adapter import Adapter
+from ..core.checks import require_one_of
 from ..core.disk_names import DiskNames
 from ..core.errors import ConfigError, TargetError, require
 from ..core.importance import Indices, Score
@@ -66,9 +67,8 @@ class Selective(Method):
 
     def check(self) -> None:
         require(0 < self.budget <= 1, f"budget is {self.budget}; it is a share above 0 and at most 1, such as 0.005")
-        for name, kind in (("by", By), ("grain", Grain)):
-            value, known = getattr(self, name), get_args(kind)
-            require(value in known, f'{name} is "{value}"; it is one of {", ".join(known)}')
+        require_one_of(self, "by", get_args(By))
+        require_one_of(self, "grain", get_args(Grain))
 
     def accepts(self, site: Site) -> str | None:
         if site.parameter is None:

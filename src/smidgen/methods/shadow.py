@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
 from ..core.blocks import attentions, blocks, output_width
+from ..core.checks import require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import TargetError, require
 from ..core.experts import body_of
@@ -73,11 +74,8 @@ class Shadow(Method):
     )
 
     def check(self) -> None:
-        require(isinstance(self.rank, int) and self.rank > 0, f"rank is {self.rank}; it is a whole number from 1")
-        for name in ("update_width", "layers", "width", "attention_heads", "inner_width"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} is {value}; it is a whole number from 1, or None")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        require_whole(self, "rank", "update_width", "layers", "width", "attention_heads", "inner_width")
+        require_share(self, "dropout")
         require(self.auxiliary_weight >= 0, f"auxiliary_weight is {self.auxiliary_weight}; it is at least 0")
 
     def accepts(self, site: Site) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.method import Method, method
@@ -46,7 +47,7 @@ class SHiRA(Method):
     )
 
     def check(self) -> None:
-        require(isinstance(self.rank, int) and self.rank > 0, f"rank is {self.rank}; it is at least 1")
+        require_whole(self, "rank")
 
     def entries_at(self, site: Site) -> int:
         """n at this site."""
@@ -102,7 +103,8 @@ class SHiRAAdapter(SparseAdapter):
         if self.given is None:
             O, I = matrix_shape(self.site)
             drawn = torch.randperm(O * I, generator=torch.Generator().manual_seed(self.seed))[: len(self.values)]
-            self.indices.copy_(torch.stack([drawn.sort().values // I, drawn.sort().values % I]))
+            drawn = drawn.sort().values
+            self.indices.copy_(torch.stack([drawn // I, drawn % I]))
         else:
             self.indices.copy_(self.given)
         self.given = None

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import AdditiveAdapter, Call
+from ..core.checks import require_finite, require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.method import Method, method
@@ -45,6 +46,7 @@ class SuperTuning(Method):
 
     summary = "W' = W + D + s B A, D where |W| is largest"
     paper = "2026, arXiv:2607.09287"
+    reads_weight = True
     disk = DiskNames(
         "SUPERTUNING",
         fields={
@@ -64,20 +66,14 @@ class SuperTuning(Method):
     )
 
     def check(self) -> None:
-        require(0 <= self.sparsity < 1, f"sparsity is {self.sparsity}; it must be at least 0 and below 1")
-        require(
-            self.rank is None or (isinstance(self.rank, int) and self.rank > 0),
-            f"rank is {self.rank}; it is a whole number of at least 1, or None for no low-rank part",
-        )
+        require_whole(self, "rank")
+        require_finite(self, "alpha")
+        require_share(self, "sparsity", "dropout")
         require(self.alpha is None or self.rank is not None, f"alpha is {self.alpha}, but there is no rank to scale")
-        require(self.alpha is None or math.isfinite(self.alpha), f"alpha is {self.alpha}; it must be a finite number")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):
             return reason
-        if not site.storage.plain:
-            return f"its weight is held as {site.storage.name}; Super-Tuning looks for its largest entries"
         if self.entries_at(site) < 1:
             return f"a sparsity of {self.sparsity} leaves none of its {math.prod(matrix_shape(site)):,} entries"
         return None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.layers import EmbeddingKind
@@ -40,6 +41,7 @@ class TinyLoRA(Method):
 
     summary = "W' = W + B (sum_k v_k P_k) A, A and B of W's singular vectors"
     paper = "Morris et al. 2026, arXiv:2602.04118"
+    reads_weight = True
     disk = DiskNames(
         "TINYLORA",
         fields={
@@ -54,18 +56,9 @@ class TinyLoRA(Method):
     )
 
     def check(self) -> None:
-        for name in ("rank", "length"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, f"{name} is {value}; it is a whole number from 1")
+        require_whole(self, "rank", "length")
+        require_share(self, "dropout")
         require(0 <= self.weight_tying <= 1, f"weight_tying is {self.weight_tying}; it is a share from 0 to 1")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
-
-    def accepts(self, site: Site) -> str | None:
-        if reason := super().accepts(site):
-            return reason
-        if not site.storage.plain:
-            return f"its weight is held as {site.storage.name}; TinyLoRA needs its singular vectors"
-        return None
 
     def shared(self, sites: tuple[Site, ...]) -> "Vectors":
         return Vectors(self, sites)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import MissingDependency, require
+from ..core.errors import MissingDependency
 from ..core.low_rank import LowRankAdapter
 from ..core.method import Method, Shared, method
 from ..core.site import Site
@@ -59,10 +60,8 @@ class UniLoRA(Method):
     )
 
     def check(self) -> None:
-        for name in ("rank", "length"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, f"{name} is {value}; it is a whole number from 1")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        require_whole(self, "rank", "length")
+        require_share(self, "dropout")
 
     def shared(self, sites: tuple[Site, ...]) -> "OneVector":
         return OneVector(self, sites)
@@ -85,9 +84,8 @@ class OneVector(Shared):
     def prepare(self) -> None:
         sizes = [A + B for A, B in self.sizes.values()]
         places = _places(sum(sizes), len(self.vector), self.seed)
-        scales = (
-            torch.bincount(places, minlength=len(self.vector)).double().rsqrt()[places]
-        )  # those with n_k = 0 unused
+        n = torch.bincount(places, minlength=len(self.vector))
+        scales = n[places].double().rsqrt()
         parts = zip(torch.split(places, sizes), torch.split(scales, sizes), strict=True)
         self.drawn = dict(zip(self.sizes, parts, strict=True))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import ConfigError, FolderError, require
 from ..core.low_rank import LowRankAdapter
@@ -43,6 +44,7 @@ class VBLoRA(Method):
 
     summary = "W' = W + B A, pieces of A and B mixed from a shared bank of vectors"
     paper = "Li et al. 2024, arXiv:2405.15179"
+    on_stacks = False
     disk = DiskNames(
         "VBLORA",
         fields={
@@ -66,11 +68,9 @@ class VBLoRA(Method):
     )
 
     def check(self) -> None:
-        for name in ("rank", "vectors", "vector_length", "top_k"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, f"{name} is {value}; it is a whole number from 1")
+        require_whole(self, "rank", "vectors", "vector_length", "top_k")
+        require_share(self, "dropout")
         require(self.top_k <= self.vectors, f"top_k is {self.top_k}, of {self.vectors} vectors")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):
@@ -80,7 +80,7 @@ class VBLoRA(Method):
                 f"its fan-in {site.fan_in} and fan-out {site.fan_out} are not both multiples of "
                 f"vector_length = {self.vector_length}"
             )
-        return "VB-LoRA's pieces make up one matrix, not a stack of them" if site.linear.stack > 1 else None
+        return None
 
     def with_tensors(self, tensors: Mapping[Site, Mapping[str, Tensor]]) -> "VBLoRA":
         for site, named in tensors.items():

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.adapter import AdditiveAdapter, Call
+from ..core.checks import require_above_zero, require_one_of, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.layers import LinearKind
 from ..core.method import method
 from ..core.site import Site, compute_dtype
@@ -52,10 +52,9 @@ class VeLoRA(LoRA):
 
     def check(self) -> None:
         super().check()
-        groups, known = self.groups, get_args(Projection)
-        require(isinstance(groups, int) and groups > 0, f"groups is {groups}; it is a whole number of at least 1")
-        require(self.projection in known, f'projection is "{self.projection}"; it is one of {", ".join(known)}')
-        require(self.gradient_scale > 0, f"gradient_scale is {self.gradient_scale}; it is above 0")
+        require_whole(self, "groups")
+        require_one_of(self, "projection", get_args(Projection))
+        require_above_zero(self, "gradient_scale")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.disk_names import DiskNames
 from ..core.errors import require
+from ..core.kernels import frozen_linear_scaled
 from ..core.large_rank import LargeRankAdapter, scaled
 from ..core.method import Method, Shared, method
 from ..core.site import Site
@@ -88,6 +89,7 @@ class Projections(Shared):
 class VeRAAdapter(LargeRankAdapter):
     """d and b at one site."""
 
+    products = 2.0
     shared: Projections
 
     def __init__(self, method: VeRA, site: Site) -> None:
@@ -101,8 +103,16 @@ class VeRAAdapter(LargeRankAdapter):
         nn.init.constant_(self.lambda_d, self.d_initial)
         nn.init.zeros_(self.lambda_b)
 
+    def fused(self, x: Tensor, W: Tensor, b: Tensor | None, scale: float, mask: Tensor | None) -> Tensor:
+        return frozen_linear_scaled(x, W, b, *self._projections(), self.lambda_d, self.lambda_b, scale, mask)
+
     def factors(self) -> tuple[Tensor, Tensor]:
-        A, B = (M.to(self.lambda_d.device) for M in (self.shared.A[:, : self.I], self.shared.B[: self.O]))
+        A, B = self._projections()
         # d stands at B as well: A then needs no gradient, a sixth of what training adds
         B = scaled(B, self.lambda_b.view(self.stack, -1, 1), self.lambda_d.view(self.stack, 1, -1))  # (E, O, R)
         return A if self.stack == 1 else A.repeat(self.stack, 1), B.flatten(0, 1)
+
+    def _projections(self) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B (O, R) of this site."""
+        device = self.lambda_d.device
+        return self.shared.A[:, : self.I].to(device), self.shared.B[: self.O].to(device)

@@ -19,8 +19,9 @@ from torch import nn
 
 from ..core.adapter import Adapter, Call
 from ..core.blocks import attentions, feedforwards, output_width
+from ..core.checks import require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import TargetError, require
+from ..core.errors import TargetError
 from ..core.method import Method, Shared, method
 from ..core.site import Site
 from ..core.targets import Resolution, modules_of
@@ -44,10 +45,7 @@ class VisualPromptTuning(Method):
     disk = DiskNames("SMIDGEN_VPT")
 
     def check(self) -> None:
-        require(
-            isinstance(self.length, int) and self.length > 0,
-            f"length is {self.length}; prompts need a whole number of at least 1",
-        )
+        require_whole(self, "length")
 
     def accepts(self, site: Site) -> str | None:
         if site.parameter is not None or site.kind is not None or not _is_block(site.layer):

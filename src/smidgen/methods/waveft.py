@@ -17,7 +17,7 @@ from ..core.errors import require
 from ..core.method import Method, method
 from ..core.site import Site
 from ..core.wavelets import FAMILIES, filters
-from .fourierft import FourierFT, FourierFTAdapter
+from .fourierft import FourierFT, SpectrumAdapter
 
 
 @method("waveft")
@@ -68,7 +68,7 @@ class WaveFT(FourierFT):
         return WaveFTAdapter(self, site)
 
 
-class WaveFTAdapter(FourierFTAdapter):
+class WaveFTAdapter(SpectrumAdapter):
     """c at one site.  Coefficient k adds c_k times a wavelet, the product of two filters: L rows by L columns."""
 
     rows: Tensor

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
 from ..core.blocks import blocks
+from ..core.checks import require_above_zero, require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import AttachError, ConfigError, require
-from ..core.experts import body_of, expert_at, sites_of
+from ..core.errors import AttachError, require
+from ..core.experts import ExpertsAdapter, body_of, expert_at, live_in, sites_of
 from ..core.layers import EmbeddingKind, LinearKind
 from ..core.method import Method, method
 from ..core.replayed_mlp import ReplayedMLP, without_checkpoints
@@ -85,11 +86,9 @@ class XLoRA(Method):
     def check(self) -> None:
         K = len(self.experts)
         require(K > 0 and len(set(self.experts)) == K, f"experts are {self.experts}; name each of them once")
-        for name in ("rank", "depth", "width"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, f"{name} is {value}; it is a whole number of at least 1")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0")
+        require_whole(self, "rank", "depth", "width")
+        require_share(self, "dropout")
+        require_above_zero(self, "temperature")
         require(self.top_k is None or 1 <= self.top_k <= K, f"top_k is {self.top_k}; it is 1 to {K}, or None")
         require(not self.softmax_top_k or self.top_k is not None, "softmax_top_k needs top_k")
         require(
@@ -105,15 +104,8 @@ class XLoRA(Method):
         return None
 
     def fitted(self, model: nn.Module) -> "XLoRA":
-        missing = [name for name in self.experts if not sites_of(model, (name,))]
-        if len(missing) == len(self.experts) and self.train_experts:
-            return self
-        if missing:
-            raise ConfigError(
-                f"no adapter of the model is called {', '.join(missing)}. X-LoRA mixes adapters that live in it: "
-                'load(model, "out/math", "math"), then XLoRA(experts=("math", ...)). Fresh ones: train_experts=True'
-            )
-        return fitted_to(self, model)
+        fresh = not live_in(model, self.experts, "XLoRA", or_fresh=self.train_experts)
+        return self if fresh else fitted_to(self, model)
 
     def auto(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
         paths, left_out = body_layers(model)
@@ -189,41 +181,17 @@ class XLoRABody(Adapter):
         return call(*args, **kwargs)
 
 
-class XLoRAAdapter(Adapter):
-    """The experts of one layer: A (K R, I), B (O, K R)."""
+class XLoRAAdapter(ExpertsAdapter):
+    """The experts of one layer."""
 
-    by_row = weightable = mergeable = starts_as_base = False
-    A: Tensor
-    B: Tensor
+    by_row = weightable = False
 
     def __init__(self, method: XLoRA, site: Site) -> None:
-        super().__init__(site)
-        self.experts, self.rank, self.is_taken = method.experts, method.rank, False
-        wide = len(method.experts) * method.rank
-        for name, value in (("A", site.empty(wide, site.fan_in)), ("B", site.empty(site.fan_out, wide))):
-            if method.train_experts:
-                self.register_parameter(name, value)
-            else:
-                self.register_buffer(name, value.detach())
+        super().__init__(site, method.experts, method.rank, trained=method.train_experts)
 
-    @torch.no_grad()
     def prepare(self) -> None:
-        found = [expert_at(self.site, name) for name in self.experts]
+        super().prepare()
         self.number = cast(Classifier, self.shared).number[self.site.name]
-        self.is_taken = any(found)
-        if not self.is_taken:
-            return
-        self.A.zero_(), self.B.zero_()
-        for i, expert in enumerate(found):
-            A, B = expert.factors() if expert else (self.A[:0], self.B[:, :0])
-            if len(A) <= self.rank:  # else it is another one of that name, and the file has ours
-                own = slice(i * self.rank, i * self.rank + len(A))
-                self.A[own], self.B[:, own] = A, B * (expert.scale if expert else 1.0)
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        if not self.is_taken:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
-            nn.init.zeros_(self.B)
 
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y, s = call(x, *args, **kwargs), cast(Classifier, self.shared).running.value

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..core.method import Method
 from ..core.targets import Targets
 from ..data.batches import LengthBucketedBatches
 from ..evaluate.report import Row
-from ..methods.lora import LoRA, OfData
+from ..methods.lora import OF_DATA, LoRA
 from ..methods.selective import Selective
 from ..tasks.text_classification import TextClassifier
 from ..training.loop import Group, Loop, Settings, predict
@@ -39,7 +39,7 @@ def attach_used(method: Method, work: Work, chosen: Chosen, plan: Plan) -> Adapt
         if idle:
             method = dataclasses.replace(method, targets=Targets.at([site for site in sites if site.path in used]))
             plan.decide("left out", None, ", ".join(idle), "layers that this task does not use")
-    if isinstance(method, Selective) or (isinstance(method, LoRA) and method.start in get_args(OfData)):
+    if isinstance(method, Selective) or (isinstance(method, LoRA) and method.start in OF_DATA):
         method = method.choose(body, *_loss_of_rows(work, chosen))
     adapters = attach(body, method, seed=chosen.seed)
     plan.decide("sites", None, str(len(adapters.sites("default"))), adapters.report().splitlines()[0])
