@@ -40,7 +40,7 @@ from smidgen.training.progress import Progress
 
 SEED, BATCH, PRECISION = 0, 32, "bf16"
 COLUMNS = ["method", "settings", "learning rate", "head's", "weight decay", "trained", "share"]
-COLUMNS += ["accuracy", "over the probe", "CPU seconds", "bytes"]
+COLUMNS += ["accuracy", "over the probe", "valid loss", "CPU seconds", "bytes"]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,13 @@ def size_bytes(trained: Trained) -> int:
     return tensors + sum(p.numel() * p.element_size() for p in model.head.parameters())
 
 
-def line(row: Row, rates: Preset | None, gain: str) -> list[Any]:
+def losses(trained: Trained) -> str:
+    """On the validation rows, at the start and at the end."""
+    (_, start), *_, (_, end) = trained.loop.history["curves"]["valid loss"]
+    return f"{start:.3f} to {end:.3f}"
+
+
+def line(row: Row, rates: Preset | None, gain: str, loss: str = "") -> list[Any]:
     """One line of the table."""
     said = [""] * 4
     if rates is not None:
@@ -161,10 +167,10 @@ def line(row: Row, rates: Preset | None, gain: str) -> list[Any]:
         numbers = (rates.learning_rate, rates.head_learning_rate, rates.weight_decay)
         said = [settings, *(f"{number:g}" for number in numbers)]
     accuracy = f"{row.value:.3f} ({row.low:.3f} to {row.high:.3f})"
-    return [row.name, *said, row.trainable, f"{row.share:.2%}", accuracy, gain, row.seconds, row.disk_bytes]
+    return [row.name, *said, row.trainable, f"{row.share:.2%}", accuracy, gain, loss, row.seconds, row.disk_bytes]
 
 
-def table(bench: Bench, names: list[str], rows_to: Path | None) -> list[list[Any]]:
+def table(bench: Bench, names: list[str], rows_to: Path | None, at_the_end: bool) -> list[list[Any]]:
     """Train every preset and judge it on the test rows; each row is kept in a file as soon as it is there."""
     work, base = bench.work, bench.base
     probe = judge.row(
@@ -181,16 +187,18 @@ def table(bench: Bench, names: list[str], rows_to: Path | None) -> list[list[Any
     for name in names:
         rates = preset(name)
         try:
-            row, found = judged(bench, name, train(bench, name, rates))
+            trained = train(bench, name, rates, at_the_end=at_the_end)
+            row, found = judged(bench, name, trained)
         except (SmidgenError, ValueError) as error:  # it needs what this task has not: tokens, experts
-            lines.append([name, *[""] * 6, str(error).partition("\n")[0][:160], "", "", ""])
+            lines.append([name, *[""] * 6, str(error).partition("\n")[0][:160], *[""] * 4])
             print(*lines[-1], sep=" | ", flush=True)
             continue
         low, high = paired_difference_interval(
             lambda p, t: float((p == t).float().mean()), found, base.answers.test, work.test.targets, seed=SEED
         )
         gain = f"{row.value - probe.value:+.3f} ({low:+.3f} to {high:+.3f})"
-        lines.append(line(row, rates if name != "full" else dataclasses.replace(rates, settings={}), gain))
+        shown = rates if name != "full" else dataclasses.replace(rates, settings={})
+        lines.append(line(row, shown, gain, losses(trained)))
         print(*lines[-1], sep=" | ", flush=True)
         if rows_to is not None:
             rows_to.write_text(json.dumps(plain(lines)))
@@ -237,6 +245,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the method, in the sweep")
     parser.add_argument("--head", type=float, help="the head's learning rate, in the sweep")
     parser.add_argument("--decay", type=float, help="the weight decay, in the sweep")
+    parser.add_argument("--once", action="store_true", help="evaluate after the last step alone, and not on the way")
     parser.add_argument("--processes", type=int, default=1, help="how many methods at a time")
     parser.add_argument("--rows-to", type=Path, help=argparse.SUPPRESS)
     said = parser.parse_args()
@@ -254,7 +263,7 @@ def main() -> None:
         each = [dataclasses.replace(known, learning_rate=float(r), settings=settings, **rest) for r in learning_rates]
         sweep(everything, name, each)
         return
-    rows = table(everything, names, said.rows_to)
+    rows = table(everything, names, said.rows_to, said.once)
     if said.rows_to is not None:
         return
     finish(said, rows)

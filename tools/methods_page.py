@@ -20,18 +20,19 @@ from smidgen.recipes.catalogue import Facts, catalogue, layers_text, merges_text
 ROOT = Path(__file__).parent.parent
 README, PAGE, RESULTS = ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "benchmarks" / "results"
 RECIPES = ROOT / "docs" / "recipes.md"
+_FOLDERS = {"arrow": "those of its experts", "qalora": "read", "xlora": "read"}  # HF PEFT's, where not both ways
 INTRODUCTION = """# Methods
 
 *Made by `tools/methods_page.py` from the methods themselves and `benchmarks/results/`. Change those, not this page.*
 
 Each method is one file in `src/smidgen/methods/`, which opens with its formula, its letters and its paper. `smidgen
 methods --model MODEL` says how many parameters each would train on your model; `smidgen tune --method NAME` takes its
-[preset](recipes.md#presets). A folder of any of them can be rewritten for Hugging Face PEFT, or as a plain LoRA where
-the method changes weights: `smidgen convert`.
+[preset](recipes.md#presets). `smidgen convert` rewrites a folder as a plain LoRA where the method changes weights.
 
 "on" is where it acts. linear: Linear and GPT-2's transposed Conv1D; conv: 1-d to 3-d, strided, dilated, grouped and
 depthwise; norm: LayerNorm, RMSNorm, BatchNorm, GroupNorm; recurrent: weights of LSTM, GRU, RNN; experts: stacks of
-matrices in one parameter. "merges": it can become part of the weights, and then costs nothing. "lines": of its file.
+matrices in one parameter. "merges": it can become part of the weights, and then costs nothing. "HF PEFT": its type of
+that name, whose [folders](folder.md#hugging-face-peft-both-ways) are read and written. "lines": of its file.
 """
 
 
@@ -83,12 +84,13 @@ def _readme_table(facts: Sequence[Facts]) -> str:
             f"`{each.name}`",
             _formula(each),
             merges_text(each),
-            "both ways" if each.hf else "it has none",
+            _FOLDERS.get(each.name, "both ways") if each.hf else "it has none",
             _linked(each.paper),
         ]
         for each in facts
     ]
-    return _table(["method", "formula", "merges", "HF PEFT's folders", "paper"], rows)
+    table = _table(["method", "formula", "merges", "HF PEFT's folders", "paper"], rows)
+    return f"<details><summary>All {len(facts)} methods</summary>\n\n{table}\n\n</details>"
 
 
 def _page(facts: Sequence[Facts]) -> str:

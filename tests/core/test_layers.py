@@ -121,7 +121,7 @@ def test_norms_of_other_libraries_count_by_name_and_shape_and_others_do_not():
     assert kind_of(NormedLinear()) is None
     assert kind_of(nn.BatchNorm1d(4, affine=False)) is None
     assert kind_of(nn.ReLU()) is None
-    assert kind_of(nn.ConvTranspose2d(2, 2, 2)) is None
+    assert kind_of(nn.Bilinear(2, 2, 2)) is None
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,8 @@ def test_training_without_following_an_optimiser_is_refused():
 
 def test_a_copy_follows_nothing():
     model, _ = trained(AdaLoRA(rank=2, start_rank=4, targets=ALL))
-    copy.deepcopy(model)
+    with pytest.raises(ConfigError, match=r"adapters.follow\(optimizer, steps=...\)"):
+        copy.deepcopy(model).train()(torch.randn(2, 6))
 
 
 @pytest.mark.parametrize(

@@ -124,5 +124,5 @@ def test_a_file_whose_clusters_are_others_than_those_computed_here_is_refused():
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="subspaces is 0"):
         AdaMSS(subspaces=0)
-    with pytest.raises(ConfigError, match="shares that leave something"):
+    with pytest.raises(ConfigError, match="shares of the steps that leave some"):
         AdaMSS(hold=0.5, settle=0.6)

@@ -54,9 +54,13 @@ class Adapter(nn.Module):
     def filled(self) -> None:
         """A saved adapter's tensors are filled in: compute what follows from these.  Most have nothing."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "followed"}  # a copy follows nothing
+
     def reset(self, generator: torch.Generator | None) -> None:
-        """Initialise all parameters, with random numbers from `generator` alone."""
-        raise NotImplementedError
+        """Initialise all parameters, with random numbers from `generator` alone.  Without any nothing is to do."""
+        if any(True for _ in self.parameters(recurse=False)):
+            raise NotImplementedError
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         """The rule: what becomes of the call."""

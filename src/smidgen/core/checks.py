@@ -36,6 +36,15 @@ def require_share(settings: object, *names: str) -> None:
         require(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1{or_none}")
 
 
+def require_schedule(settings: Any) -> None:
+    """`hold` and `settle`, shares of the steps at the start and at the end, leave some; `smoothing` is two numbers."""
+    hold, settle, smoothing = settings.hold, settings.settle, settings.smoothing
+    some = hold >= 0 and settle >= 0 and hold + settle < 1
+    require(some, f"hold and settle are {hold} and {settle}; they must be shares of the steps that leave some between")
+    betas = len(smoothing) == 2 and all(0 < beta < 1 for beta in smoothing)
+    require(betas, f"smoothing is {smoothing}; it must be two numbers between 0 and 1")
+
+
 def require_one_of(settings: object, name: str, known: Iterable[str]) -> None:
     """One of these words."""
     known = tuple(known)

@@ -351,10 +351,5 @@ def register_kind(kind: LayerKind) -> None:
     _KINDS.insert(0, kind)
 
 
-def kind_names() -> list[str]:
-    """The names of all families, for messages."""
-    return [kind.name for kind in _KINDS]
-
-
 def _base_class(layer: nn.Module) -> type[nn.Module]:
     return cast("type[nn.Module]", getattr(type(layer), "base_class", type(layer)))

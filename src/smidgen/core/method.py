@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .disk_names import DiskNames
 from .errors import ConfigError, nearest
+from .layers import LinearKind
 from .site import Site
 from .targets import Resolution, Targets, body_layers
 
@@ -27,8 +28,9 @@ class Shared(nn.Module):
         """`Adapter.prepare`, before that of the adapters."""
 
     def reset(self, generator: torch.Generator | None) -> None:
-        """Initialise all parameters, with random numbers from `generator` alone."""
-        raise NotImplementedError
+        """Initialise all parameters, with random numbers from `generator` alone.  Without any nothing is to do."""
+        if any(True for _ in self.parameters(recurse=False)):
+            raise NotImplementedError
 
 
 Builder = TypeVar("Builder", bound="type[Method]")
@@ -53,6 +55,7 @@ class Method:
     disk: ClassVar[DiskNames]
     reads_weight: ClassVar[bool] = False  # what it adds depends on the weight's value, which has to be plain
     on_stacks: ClassVar[bool] = True  # it acts on stacked experts too
+    on_linear_calls: ClassVar[bool] = False  # on these alone: no convolutions, embeddings or parameters
     faster: ClassVar[tuple[str, ...]] = ()  # an adapter's tensors that LoRA+ lets learn faster: see lora_plus.py
 
     def __post_init__(self) -> None:
@@ -70,6 +73,9 @@ class Method:
             return f"{type(site.layer).__name__} has no linear map; {self.name} acts on layers such as Linear"
         if not site.kind.low_rank:
             return f"{type(site.layer).__name__} is a diagonal map; {self.name} needs a matrix"
+        if self.on_linear_calls and (site.parameter is not None or not isinstance(site.kind, LinearKind)):
+            what = "parameters" if site.parameter is not None else f"layers of kind {site.kind.name}"
+            return f"{type(self).__name__} acts on calls of linear layers, not on {what}"
         if (self.reads_weight or self.by_weight(site)) and not site.storage.plain:
             return f"its weight is held as {site.storage.name}; {type(self).__name__} has to read it"
         if site.linear.stack > 1 and not self.on_stacks:

@@ -68,9 +68,6 @@ class Reading(Shared):
         self.seen: dict[str, Seen] = {}
         self.labels: Tensor | None = None
 
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw: it has no parameters."""
-
 
 class Reader(Adapter):
     """At a module that reads a mask, or labels: passes the call on and keeps what it says of the rows."""
@@ -87,9 +84,6 @@ class Reader(Adapter):
     def prepare(self) -> None:
         if self.site.path in self.shared.reader_of.values():
             self.mask = next(name for name in _MASKS if name in self.names)
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw: it has no parameters."""
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.names, args, strict=False)) | kwargs

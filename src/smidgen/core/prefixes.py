@@ -112,9 +112,6 @@ class PositionsAdapter(Adapter):
         self.length = length
         self.names = tuple(inspect.signature(site.layer.forward).parameters)
 
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw."""
-
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(self.names, args, strict=False))
         positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")

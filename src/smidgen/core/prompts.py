@@ -47,9 +47,6 @@ class PromptVectors(Adapter):
     by_row = starts_as_base = weightable = mergeable = False
     shared: Prompt
 
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw: P is shared."""
-
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
 
@@ -95,9 +92,6 @@ class PromptTokens(Adapter):
         self.length = length
         self.names = tuple(inspect.signature(site.layer.forward).parameters)
         self.is_encoder = site.path != ""  # of a model whose decoder reads all that comes out
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw: P is shared."""
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(self.names, args, strict=False))
@@ -181,9 +175,6 @@ class PromptMask(Adapter):
         super().__init__(site)
         self.length = length
         self.names = tuple(inspect.signature(site.layer.forward).parameters)
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw: P is shared."""
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(self.names, args, strict=False))

@@ -53,9 +53,6 @@ class Together(Shared):
         self.most = self.left_out = drop_first
         self.draws, self.drawn = sites[0].name, -1  # the site that is called first draws for all
 
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw: it has no parameters."""
-
     def leaves_out(self, part: "SideAdapter") -> bool:
         """True if this part has nothing to do in this call."""
         if not self.most and not self.left_out:

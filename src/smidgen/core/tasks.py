@@ -45,9 +45,6 @@ class Tasks(Shared):
         self.tasks, self.running = tasks, Running()
         self.within: Tensor | None = None
 
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw."""
-
     def of_rows(self, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
         """The tasks (B,) of the call that runs, and x as its rows (B, T, I).
 
@@ -63,9 +60,6 @@ class TasksAdapter(Adapter):
     """At the model: takes `task_ids` from its call."""
 
     by_row = weightable = mergeable = False
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw."""
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         shared = cast(Tasks, self.shared)

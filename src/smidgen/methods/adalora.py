@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
-from ..core.checks import require_above_zero, require_share, require_whole
+from ..core.checks import require_above_zero, require_schedule, require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import ConfigError, require
 from ..core.low_rank import LowRankAdapter
@@ -75,12 +75,7 @@ class AdaLoRA(Method):
         require_whole(self, "start_rank", "every")
         require_above_zero(self, "alpha")
         require_share(self, "dropout")
-        shares = self.hold >= 0 and self.settle >= 0 and self.hold + self.settle < 1
-        require(shares, f"hold and settle are {self.hold} and {self.settle}; they are shares that leave something")
-        require(
-            len(self.smoothing) == 2 and all(0 < beta < 1 for beta in self.smoothing),
-            f"smoothing is {self.smoothing}; it is two numbers between 0 and 1",
-        )
+        require_schedule(self)
 
     def build(self, site: Site) -> "AdaLoRAAdapter":
         return AdaLoRAAdapter(self, site)
@@ -128,7 +123,8 @@ class AdaLoRAAdapter(LowRankAdapter):
     kept: Tensor
 
     def __init__(self, method: AdaLoRA, site: Site) -> None:
-        super().__init__(site, scale=method.alpha / (method.start_rank + 1e-5), dropout=method.dropout)
+        scale = method.alpha / (method.start_rank + 1e-5)  # the authors' and HF PEFT's, so that folders mean the same
+        super().__init__(site, scale=scale, dropout=method.dropout)
         rank = last_match(method.rank_pattern, site, method.start_rank)
         self.allocates = method.rank < method.start_rank and not method.rank_pattern
         self.A, self.E, self.B = site.empty(rank, site.fan_in), site.empty(rank, 1), site.empty(site.fan_out, rank)

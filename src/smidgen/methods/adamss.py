@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call
-from ..core.checks import require_above_zero, require_share, require_whole
+from ..core.checks import require_above_zero, require_schedule, require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import ConfigError, require
+from ..core.errors import ConfigError
 from ..core.low_rank import LowRankAdapter
 from ..core.method import Method, method
 from ..core.site import Site
@@ -86,10 +86,7 @@ class AdaMSS(Method):
         require_whole(self, "rank", "subspaces", "subspace_rank", "target_subspaces", "every")
         require_share(self, "threshold")
         require_above_zero(self, "exponent")
-        shares = self.hold >= 0 and self.settle >= 0 and self.hold + self.settle < 1
-        require(shares, f"hold and settle are {self.hold} and {self.settle}; they are shares that leave something")
-        betas = len(self.smoothing) == 2 and all(0 < beta < 1 for beta in self.smoothing)
-        require(betas, f"smoothing is {self.smoothing}; it is two numbers between 0 and 1")
+        require_schedule(self)
 
     def fitted(self, model: nn.Module) -> "AdaMSS":
         return replace(self, sizes_pattern={site.name: self._sizes(site) for site in self.resolve(model).sites})

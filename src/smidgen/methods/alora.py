@@ -39,7 +39,7 @@ class ALoRA(LoRA):
 
     invocation_tokens: tuple[int, ...] = ()
 
-    summary = "y' = y + s B A x from the invocation on"
+    summary = "y' = y + s B A x, from the invocation on"
     paper = "Greenewald et al. 2025, arXiv:2504.12397"
     known_starts = DRAWN
     disk = DiskNames(
@@ -93,9 +93,6 @@ class Invocation(Shared):
         self.acting: dict[str, Tensor] = {}  # "rows": (B,)
         self.of_cache: list[weakref.ref[Any]] = []  # the key/value cache of that call, if it had one
 
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw: it has no parameters."""
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "acting": {}, "of_cache": []}  # a copy has made no call
 
@@ -145,9 +142,6 @@ class InvocationReader(Adapter):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.names = tuple(inspect.signature(site.layer.forward).parameters)
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw: it has no parameters."""
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.names, args, strict=False)) | kwargs

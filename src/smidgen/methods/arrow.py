@@ -43,7 +43,7 @@ class Arrow(Method):
     rank: int = 8
     train_experts: bool = False
 
-    summary = "y' = W x + sum_k c_k B_k A_k x, c by direction"
+    summary = "y' = W x + sum_k c_k B_k A_k x, c by where x points"
     paper = "Ostapenko et al. 2024, arXiv:2405.11157"
     disk = DiskNames("LORA", fixed={"arrow_config": ...})
 

@@ -24,7 +24,7 @@ from .bitfit import BitFitAdapter
 class BEFT(Method):
     """Train what is added to the values of each attention.  So few numbers want a learning rate of about 1e-2."""
 
-    summary = "v' = v + c"
+    summary = "v' = v + c, of attention's values"
     paper = "Huang et al. 2025, arXiv:2509.15974"
     disk = DiskNames("BEFT", tensors={"change": "beft_bias"}, kinds=("linear",))
 

@@ -12,7 +12,6 @@ parallel one have s = 4.
 
 import math
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +61,7 @@ class Bottleneck(SideNetworks):
         require_whole(self, "width")
         require_finite(self, "scale")
         require_share(self, "dropout")
-        require_one_of(self, "non_linearity", get_args(NonLinearity))
+        require_one_of(self, "non_linearity", FUNCTIONS)
 
     def network(self, site: Site, fan_in: int, fan_out: int) -> "BottleneckNetwork":
         return BottleneckNetwork(self, site, fan_in, fan_out)

@@ -40,7 +40,7 @@ class Cartridge(PrefixMethod):
     init_ids: tuple[int, ...] = ()
 
     shift_positions = True
-    summary = "softmax(q [K; k]^T) [V; v], from a text's cache"
+    summary = "softmax(q [K; k]^T) [V; v], K and V from a text's cache"
     paper = "Eyuboglu et al. 2025, arXiv:2506.06266"
     disk = DiskNames("CARTRIDGE", fields={"length": "num_virtual_tokens", "frozen": "num_frozen_tokens"})
 
@@ -105,9 +105,6 @@ class Prefill(Shared):
         self.ids, self.model = method.init_ids, [whole.layer]  # in a list: the model is no part of this
         self.paths = [site.path for site in attentions]
         self.caches: list[Front] = []
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw."""
 
     def of(self, site: Site) -> Front:
         """K and V (T, D) of the whole text at one attention.  The last one asked for empties what is held."""

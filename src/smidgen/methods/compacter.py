@@ -11,7 +11,6 @@ Trainable parameters: n^3 once, and r (I + W) + r (W + O) + W + O per place.
 """
 
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +45,7 @@ class Compacter(SideNetworks):
     non_linearity: NonLinearity = "gelu"
     scale: float = 1.0
 
-    summary = "y' = y + s (f(y H) H'), H = sum_i A_i (x) (S_i T_i)"
+    summary = "y' = y + s (f(y H) H'), H = sum_i kron(A_i, S_i T_i)"
     paper = "Mahabadi et al. 2021, arXiv:2106.04647"
     disk = DiskNames("SMIDGEN_COMPACTER")
 
@@ -55,7 +54,7 @@ class Compacter(SideNetworks):
         require_whole(self, "kronecker", "rank", "width")
         require_above_zero(self, "reduction_factor")
         require_finite(self, "scale")
-        require_one_of(self, "non_linearity", get_args(NonLinearity))
+        require_one_of(self, "non_linearity", FUNCTIONS)
         require(
             self.width is None or self.width % self.kronecker == 0,
             f"width is {self.width}; it must be a multiple of kronecker, {self.kronecker}",

@@ -56,14 +56,14 @@ class ConvAdapter(Method):
     placement: ConvPlacement = "convolution_parallel"
     non_linearity: NonLinearity = "relu"
 
-    summary = "y' = y + s * (U f(D * x))"
+    summary = "y' = y + s * (U f(D * x)), D a small convolution"
     paper = "Chen et al. 2022, arXiv:2208.07463"
     disk = DiskNames("SMIDGEN_CONV_ADAPTER")
 
     def check(self) -> None:
         require_above_zero(self, "compression")
         require_one_of(self, "placement", get_args(ConvPlacement))
-        require_one_of(self, "non_linearity", get_args(NonLinearity))
+        require_one_of(self, "non_linearity", FUNCTIONS)
 
     def accepts(self, site: Site) -> str | None:
         name = type(site.layer).__name__

@@ -145,9 +145,6 @@ class Bases(Shared):
                 row, column = drawn // (I - 1), drawn % (I - 1)
                 places.copy_(torch.stack([row, column + (column >= row)]))  # the diagonal left out
 
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing is trained here."""
-
 
 def _block(path: str, fallback: int) -> int:
     """The number of the block that a layer is in: after "layers", else the first number of its path."""

@@ -55,7 +55,7 @@ class Invertible(Method):
     def check(self) -> None:
         require_above_zero(self, "reduction_factor")
         require_one_of(self, "coupling", get_args(Coupling))
-        require_one_of(self, "non_linearity", get_args(NonLinearity))
+        require_one_of(self, "non_linearity", FUNCTIONS)
 
     def accepts(self, site: Site) -> str | None:
         name = type(site.layer).__name__
@@ -168,9 +168,6 @@ class Done(Adapter):
 
     weightable = mergeable = False
     shared: Couplings
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw: the couplings are shared."""
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         x = call(*args, **kwargs)

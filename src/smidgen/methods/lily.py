@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from ..core.adapter import AdditiveAdapter
 from ..core.checks import require_finite, require_whole
 from ..core.disk_names import DiskNames
-from ..core.layers import LinearKind
 from ..core.method import Method, Shared, method
 from ..core.site import Site
 
@@ -44,6 +43,7 @@ class Lily(Method):
 
     summary = "y' = y + s (sum_e p_e B_e) A x, A and B shared across layers"
     paper = "Zhong et al. 2024, arXiv:2407.09946"
+    on_linear_calls = True
     disk = DiskNames(
         "LILY",
         fields={"rank": "r", "stride": "stride_A", "experts": "num_B", "scale": "scaling"},
@@ -60,13 +60,6 @@ class Lily(Method):
         """What sites that share have in common: the end of their paths, O and I."""
         ends = [end for end in self.kinds if site.path.endswith(end)]
         return max(ends, key=len) if ends else site.path.rpartition(".")[2], site.fan_out, site.fan_in
-
-    def accepts(self, site: Site) -> str | None:
-        if reason := super().accepts(site):
-            return reason
-        if site.parameter or not isinstance(site.kind, LinearKind):
-            return "Lily's router needs the tokens that a linear layer is called with"
-        return None
 
     def shared(self, sites: tuple[Site, ...]) -> "Halves":
         return Halves(self, sites)

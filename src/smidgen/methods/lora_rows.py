@@ -38,7 +38,7 @@ class LoRARows(LoRA):
     rows_pattern: Mapping[str, Ranges] = field(default_factory=dict)
     parts: str = "qv"
 
-    summary = "W'[rows] = W[rows] + s B A"
+    summary = "W'[rows] = W[rows] + s B A, such as q of a packed projection"
     known_starts = DRAWN
 
     def check(self) -> None:

@@ -9,7 +9,7 @@ does an f.   Trainable parameters: 2 r D + r per block, twice that where first a
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast, get_args
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ class ReFT(Method):
     def check(self) -> None:
         require_whole(self, "rank")
         require_share(self, "dropout")
-        require_one_of(self, "non_linearity", get_args(NonLinearity))
+        require_one_of(self, "non_linearity", FUNCTIONS)
         try:
             first_and_last(self.positions)
         except ValueError as error:

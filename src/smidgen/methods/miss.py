@@ -39,7 +39,7 @@ class MiSS(Method):
     mini_rank: int = 1
     dropout: float = 0.0
 
-    summary = "y' = W x + b + D^T (sum of the shards of x)"
+    summary = "y' = W x + b + D^T sum_k x_k, the shards of x"
     paper = "Kang and Yin 2024, arXiv:2409.15371"
     disk = DiskNames(
         "MISS",

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.checks import require_above_zero, require_whole
 from ..core.disk_names import DiskNames
-from ..core.layers import LinearKind
 from ..core.method import method
 from ..core.site import Site
 from .lora import DRAWN, LoRA, LoRAAdapter
@@ -49,6 +48,7 @@ class MonteCLoRA(LoRA):
     summary = "W' = W + s B A, A averaged over samples in training"
     paper = "Sengupta et al. 2024, arXiv:2411.04358"
     known_starts = DRAWN
+    on_linear_calls = True
     disk = DiskNames(
         "LORA",
         fields=LoRA.disk.fields,
@@ -66,14 +66,6 @@ class MonteCLoRA(LoRA):
         super().check()
         require_whole(self, "samples")
         require_above_zero(self, "dirichlet_prior")
-
-    def accepts(self, site: Site) -> str | None:
-        if reason := super().accepts(site):
-            return reason
-        if site.parameter or not isinstance(site.kind, LinearKind):
-            what = "a parameter" if site.parameter else f"a {site.linear.name}"
-            return f"MonteCLoRA is for linear layers, and this is {what}"
-        return None
 
     def build(self, site: Site) -> "MonteCLoRAAdapter":
         return MonteCLoRAAdapter(self, site)

@@ -48,7 +48,7 @@ class MTLLoRA(Method):
     mixtures: int = 3
     temperature: float = 0.5
 
-    summary = "W_t = W + s B_t L_t A, B_t a mixture"
+    summary = "W_t = W + s B_t L_t A, B_t mixed by task"
     paper = "Yang et al. 2024, arXiv:2410.09437"
     faster = ("B",)
     on_stacks = False

@@ -43,7 +43,7 @@ class PTuning(PromptMethod):
     width: int | None = None
     layers: int = 2
 
-    summary = "model([mlp(Z); embed(tokens)])"
+    summary = "model([encoder(Z); embed(tokens)])"
     paper = "Liu et al. 2021, arXiv:2103.10385"
     disk = DiskNames("P_TUNING", fields={"length": "num_virtual_tokens"})
 

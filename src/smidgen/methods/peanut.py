@@ -11,7 +11,7 @@ Trainable parameters: 2 R O + 2 n R^2 per site.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class PEANuT(Method):
         require_whole(self, "rank")
         require_whole(self, "depth", least=0)
         require_finite(self, "scale")
-        require_one_of(self, "non_linearity", (*get_args(NonLinearity), "none"))
+        require_one_of(self, "non_linearity", (*FUNCTIONS, "none"))
 
     def build(self, site: Site) -> "PEANuTAdapter":
         return PEANuTAdapter(self, site)

@@ -55,7 +55,7 @@ class Shadow(Method):
     inner_width: int | None = None
     share_embeddings: bool = True
 
-    summary = "h' = h + a U D (h - s), s of a small model beside"
+    summary = "h' = h + a U D (h - s), s from a small model beside it"
     paper = "ShadowPEFT, 2026, arXiv:2604.19254"
     disk = DiskNames(
         "SHADOW",
@@ -175,9 +175,6 @@ class LossAdapter(Adapter):
         super().__init__(site)
         self.weight = method.auxiliary_weight
 
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing of its own."""
-
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         out, labels = call(*args, **kwargs), kwargs.get("labels")
         if self.weight and self.training and labels is not None and getattr(out, "loss", None) is not None:
@@ -192,9 +189,6 @@ class BodyAdapter(Adapter):
     """At the decoder: runs the small model first."""
 
     by_row = weightable = mergeable = False
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing of its own."""
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         shared, body, cache = cast(ShadowNetwork, self.shared), self.site.layer, kwargs.get("past_key_values")

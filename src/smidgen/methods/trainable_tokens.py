@@ -151,9 +151,6 @@ class TrainableTokensAdapter(AdditiveAdapter):
         self.tokens = torch.tensor(self.named, device=self.site.stored.device)
         self.sorted, self.order = self.tokens.sort()
 
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing of its own: the rows are shared."""
-
     def change(self) -> Tensor:
         """r - E of the tokens' rows: (n, D)."""
         r: Tensor = cast(TokenRows, self.shared).rows[self.number]

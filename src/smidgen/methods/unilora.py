@@ -134,9 +134,6 @@ class UniLoRAAdapter(LowRankAdapter):
             setattr(self, f"indices_{name}", places[part].view(like.shape).to(like.device, copy=True))
             setattr(self, f"scales_{name}", scales[part].view(like.shape).to(like, copy=True))
 
-    def reset(self, generator: torch.Generator | None) -> None:
-        """What is trained is shared."""
-
     def factors(self) -> tuple[Tensor, Tensor]:
         vector = self.shared.vector.to(self.scales_A.device)
         A = vector.index_select(0, self.indices_A.flatten()).view(self.scales_A.shape) * self.scales_A

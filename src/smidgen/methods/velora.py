@@ -19,7 +19,6 @@ from torch import Tensor
 from ..core.adapter import AdditiveAdapter, Call
 from ..core.checks import require_above_zero, require_one_of, require_whole
 from ..core.disk_names import DiskNames
-from ..core.layers import LinearKind
 from ..core.method import method
 from ..core.site import Site, compute_dtype
 from .lora import LoRA, LoRAAdapter
@@ -41,8 +40,9 @@ class VeLoRA(LoRA):
     projection: Projection = "batch_average"
     gradient_scale: float = 1.0
 
-    summary = "W' = W + s B A, compressed for backward"
+    summary = "W' = W + s B A, x kept compressed for backward"
     paper = "Miles et al. 2024, arXiv:2405.17991"
+    on_linear_calls = True
     disk = DiskNames(
         "LORA",
         fields=LoRA.disk.fields,
@@ -55,14 +55,6 @@ class VeLoRA(LoRA):
         require_whole(self, "groups")
         require_one_of(self, "projection", get_args(Projection))
         require_above_zero(self, "gradient_scale")
-
-    def accepts(self, site: Site) -> str | None:
-        if reason := super().accepts(site):
-            return reason
-        if site.parameter or not isinstance(site.kind, LinearKind):
-            what = "a parameter" if site.parameter else f"a {site.linear.name}"
-            return f"VeLoRA compresses what a linear layer reads, and this is {what}"
-        return None
 
     def build(self, site: Site) -> "VeLoRAAdapter":
         return VeLoRAAdapter(self, site)

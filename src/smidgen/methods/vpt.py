@@ -40,7 +40,7 @@ class VisualPromptTuning(Method):
     length: int = 10
     deep: bool = True
 
-    summary = "block([x, P])"
+    summary = "[x, P] through the blocks, without P after the last"
     paper = "Jia et al. 2022, arXiv:2203.12119"
     disk = DiskNames("SMIDGEN_VPT")
 
@@ -95,9 +95,6 @@ class PromptedBlock(Adapter):
     def prepare(self) -> None:
         self.number = self.shared.paths.index(self.site.path)
         self.is_last = self.number == len(self.shared.paths) - 1
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing to draw: the prompts are shared."""
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         x, *others = args if args else (kwargs.pop(self.name),)  # (B, T, D), and N more after the first block

@@ -166,9 +166,6 @@ class XLoRABody(Adapter):
 
     by_row = weightable = mergeable = starts_as_base = False
 
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing of its own: the classifier is shared."""
-
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         shared, cache = cast(Classifier, self.shared), kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
