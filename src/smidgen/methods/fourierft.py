@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import AdditiveAdapter, Call
+from ..core.checks import require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.full_weight import FullWeightAdapter
 from ..core.layers import LinearKind
 from ..core.method import Method, method
@@ -58,8 +58,7 @@ class FourierFT(Method):
     )
 
     def check(self) -> None:
-        for count in (self.frequencies, *self.frequencies_pattern.values()):
-            require(isinstance(count, int) and count > 0, f"frequencies is {count}; it is a whole number of at least 1")
+        require_whole(self, "frequencies")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import AdditiveAdapter, Call
+from ..core.checks import require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.full_weight import FullWeightAdapter, Gradients, Pullback
 from ..core.layers import EmbeddingKind
 from ..core.method import Method, method
@@ -50,9 +50,8 @@ class HiRA(Method):
     )
 
     def check(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
-            require(isinstance(rank, int) and rank > 0, f"rank is {rank}; it is a whole number from 1")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        require_whole(self, "rank")
+        require_share(self, "dropout")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

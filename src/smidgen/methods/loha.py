@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import AdditiveAdapter, Call
+from ..core.checks import require_finite, require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.full_weight import FullWeightAdapter, Gradients, Pullback
 from ..core.layers import ConvKind, EmbeddingKind
 from ..core.low_rank import LowRankAdapter
@@ -49,13 +49,9 @@ class Lycoris(Method):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
-            require(isinstance(rank, int) and rank > 0, f"rank is {rank}; it is a whole number of at least 1")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            require(math.isfinite(alpha), f"alpha is {alpha}; it must be a finite number")
-        for name in ("rank_dropout", "module_dropout"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1")
+        require_whole(self, "rank")
+        require_finite(self, "alpha")
+        require_share(self, "rank_dropout", "module_dropout")
 
     def rank_at(self, site: Site) -> int:
         """R at this site."""

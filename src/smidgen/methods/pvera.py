@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import AdditiveAdapter, Call
+from ..core.checks import require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.low_rank import LowRankAdapter
 from ..core.method import Method, method
 from ..core.site import Site
@@ -54,8 +54,8 @@ class PVeRA(Method):
     )
 
     def check(self) -> None:
-        require(isinstance(self.rank, int) and self.rank > 0, f"rank is {self.rank}; it is a whole number from 1")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        require_whole(self, "rank")
+        require_share(self, "dropout")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

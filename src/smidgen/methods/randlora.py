@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import require_finite, require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.large_rank import LargeRankAdapter, scaled
 from ..core.method import Method, Shared, method
 from ..core.site import Site
@@ -63,9 +63,9 @@ class RandLoRA(Method):
     )
 
     def check(self) -> None:
-        require(isinstance(self.rank, int) and self.rank > 0, f"rank is {self.rank}; it is a whole number from 1")
-        require(math.isfinite(self.alpha), f"alpha is {self.alpha}; it must be a finite number")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        require_whole(self, "rank")
+        require_finite(self, "alpha")
+        require_share(self, "dropout")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import require_share, require_whole
 from ..core.disk_names import DiskNames
-from ..core.errors import require
 from ..core.kernels import frozen_linear_scaled
 from ..core.large_rank import LargeRankAdapter, scaled
 from ..core.method import Method, Shared, method
@@ -52,8 +52,8 @@ class VeRA(Method):
     )
 
     def check(self) -> None:
-        require(isinstance(self.rank, int) and self.rank > 0, f"rank is {self.rank}; it is a whole number from 1")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        require_whole(self, "rank")
+        require_share(self, "dropout")
 
     def shared(self, sites: tuple[Site, ...]) -> "Projections":
         return Projections(sites, self.rank, self.rank, self.seed, save=self.save_projection)
