@@ -343,9 +343,10 @@ class AdapterSet:
     def follow(self, optimizer: torch.optim.Optimizer, steps: int, *, done: int = 0) -> None:
         """Let methods that change while training (a rank budget, a penalty) see every step of this optimiser.
 
-        Once, before the first of `steps`; `done` are behind already.  Other methods need no such call, and those that
-        do refuse to train without it.
+        Once, before the first of `steps`; `done` are behind already.   optimizer: torch's, or accelerate's around it.
+        Methods whose ranks or masks change refuse to train without; a penalty is left out then.  Others need no call.
         """
+        optimizer = getattr(optimizer, "optimizer", optimizer)
         for handle in self._following:
             handle.remove()
         self._done, self._steps = done, steps

@@ -254,7 +254,10 @@ class EmbeddingKind(LayerKind):
 
     def _scaled(self, layer: nn.Module, h: Tensor) -> Tensor:
         scale = getattr(layer, "embed_scale", None)  # transformers' scaled word embeddings multiply their output
-        return h if scale is None else h * scale
+        if scale is None:
+            return h
+        weight = cast(nn.Embedding, layer).weight
+        return h * (scale.to(weight.dtype) if isinstance(scale, Tensor) else scale)  # rounded, as the layer does
 
     def input_channels(self, layer: nn.Module) -> int:
         return 0  # its input is indices: there is nothing to scale
