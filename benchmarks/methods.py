@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "selective": {"by": "magnitude", "budget": 0.005},
     "trainable_tokens": {"tokens": tuple(range(16)), "targets": "embed_tokens"},
     "alora": {"invocation_tokens": (3,)},
-    "arrow": {"experts": ("one", "other"), "rank": RANK, "train_experts": True},
+    "arrow": {"experts": ("one", "other"), "top_k": 2, "rank": RANK, "train_experts": True},
     "cpt": {"token_ids": tuple(range(16))},
     "xlora": {"experts": ("one", "other"), "rank": RANK, "train_experts": True},
     "vera": {},
