@@ -24,6 +24,20 @@ def test_the_output_has_the_dtype_of_the_base_and_parameters_are_masters(stored_
         assert p.grad.dtype == p.dtype, name
 
 
+def test_a_backward_within_autocast_gives_the_gradients_of_one_without(typical_case: Case):
+    found = []
+    for within in (False, True):
+        model, adapters = typical_case.attached()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(typical_case.run(model))
+            with torch.autocast("cpu", enabled=within):
+                loss.backward()
+        found.append([p.grad for p in adapters.parameters("a")])
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, rtol=0.05, atol=0.1 * float(one.abs().max()) + 1e-6)
+
+
 def test_autocast_stays_near_full_precision(typical_case: Case):
     model, _ = typical_case.attached()
     expected = typical_case.run(model)

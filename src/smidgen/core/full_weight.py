@@ -108,6 +108,11 @@ class _LinearOfChange(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
+        with torch.autocast(dy.device.type, enabled=False):  # as the forward was
+            return _LinearOfChange._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx: Any, dy: Tensor) -> Any:
         x, W, *_ = ctx.saved_tensors  # and looked whether the parameters have changed since
         adapter: FullWeightAdapter = ctx.adapter
         x_rows, dy_rows, dx = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), None
