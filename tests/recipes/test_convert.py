@@ -15,6 +15,7 @@ from smidgen import LoRA, Targets, attach, load
 from smidgen.core.errors import RecipeError
 from smidgen.methods.fourierft import FourierFT
 from smidgen.recipes.convert import convert
+from smidgen.recipes.use import predict
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # HF PEFT's own
 IDS = torch.arange(3, 13)[None]
@@ -49,6 +50,18 @@ def test_an_adapter_of_ours_becomes_a_lora_that_hf_peft_runs(bert: Path, tmp_pat
     assert "4 sites as LoRA" in text
     theirs = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(bert), str(tmp_path / "lora"))
     torch.testing.assert_close(outputs(theirs), outputs(model), rtol=0, atol=1e-5)
+
+
+def test_a_converted_result_predicts_as_before(start, bert: Path, tmp_path: Path):
+    result = start(method={"name": "ia3"}, model={"path": str(bert)}).out
+    console = [Console(file=io.StringIO(), width=200) for _ in range(2)]
+    convert(result, tmp_path / "same", model=str(bert), to="same", rank=None, console=console[0])
+    for folder, each in zip((result, tmp_path / "same"), console, strict=True):
+        each.file = io.StringIO()
+        predict(folder, None, model=str(bert), text=["a lovely film"], out=None, console=each)
+    said = [each.file.getvalue() for each in console]  # type: ignore[attr-defined]
+    assert said[0] == said[1]
+    assert "prediction" in said[0]
 
 
 def test_a_causal_model_of_hf_pefts_is_loaded_with_its_head(llama: Path, tmp_path: Path):

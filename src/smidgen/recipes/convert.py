@@ -1,5 +1,6 @@
 """Rewrite an adapter folder: in Hugging Face PEFT's layout where that can hold it, or as a plain LoRA."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from ..formats.note import NOTE
 from ..formats.read import read_extra
 from ..tasks.models import Located, locate
 from .prepare import load_body
+from .save import HEAD
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +41,8 @@ def convert(folder: Path, out: Path, *, model: str, to: str, rank: int | None, c
         adapters.rename(name, "default")
         adapters.save(out, base_model=model, extra=extra)
         console.print(str(report), highlight=False, markup=False)
+    if (folder / HEAD).is_file():  # of a result of `smidgen tune`, which predicts with it
+        shutil.copyfile(folder / HEAD, out / HEAD)
     notes = [read_json(path) for path in (out / NOTE, *sorted(out.glob(f"*/{NOTE}"))) if path.is_file()]
     obstacle = next((note["not_peft"] for note in notes if note.get("not_peft")), None)
     reads = f"HF PEFT cannot read it: {obstacle}" if obstacle else "HF PEFT reads it too"
