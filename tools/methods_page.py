@@ -118,7 +118,8 @@ def _results(name: str) -> str:
         return ""
     result: dict[str, Any] = json.loads(path.read_text())
     tables = "\n\n".join(
-        _table(each["columns"], [[_figure(cell) for cell in row] for row in each["rows"]]) for each in result["tables"]
+        f"*{each['title']}*\n\n" + _table(each["columns"], [[_figure(cell) for cell in row] for row in each["rows"]])
+        for each in result["tables"]
     )
     machine = result["machine"]
     where = f"*{machine['processor']}, {machine['cores']} cores, one thread; peft {result['versions']['peft']}*"

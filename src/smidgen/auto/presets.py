@@ -59,7 +59,7 @@ PRESETS: dict[str, Preset] = {
     "lora_fa": Preset(
         learning_rate=1e-3,
         settings={"rank": 8, "alpha": 16.0},
-        why="5e-3 gained nothing over the probe in 100 steps, 1e-3 a point and a half",
+        why="5e-3 gained nothing over the probe in 100 steps, 1e-3 a point in one run",
     ),
     "lora_rows": Preset(
         learning_rate=2e-3,
@@ -261,7 +261,7 @@ PRESETS: dict[str, Preset] = {
     "delora": Preset(
         learning_rate=1e-3,
         settings={"bound": 4.0},
-        why="5e-3 gained nothing over the probe in 100 steps, 1e-3 two points and a half",
+        why="5e-3 gained nothing over the probe in 100 steps, 1e-3 two points in one run",
     ),
     "hira": Preset(
         learning_rate=1e-2,
