@@ -19,10 +19,10 @@ from .core.merge import MergeReport, merge_into_base
 from .core.method import Method
 from .core.rows_apart import run_apart
 from .core.site import Site
-from .core.targets import Resolution, Targets
+from .core.targets import Resolution
 from .formats.read import read_folder
 from .formats.write import About, Placed, write_folder
-from .methods.head import Head, leaves
+from .methods.head import Head, head_sites
 
 _SET = "_smidgen_set"
 
@@ -58,8 +58,6 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
             adapters._put(loaded.method, loaded.name, loaded.resolution, None, fresh=False)
             added.append(loaded.name)
             loaded.fill(adapters.parts(loaded.name))
-            for part in adapters.parts(loaded.name).values():
-                part.filled()
     except BaseException:
         for done in added:
             adapters.delete(done)
@@ -450,23 +448,7 @@ class AdapterSet:
     def _head_sites(self, method: Method) -> list[Site]:
         if not method.heads:
             return []
-        modules = dict(self.model.named_modules())
-        own = [name for name, _ in self._base_parameters()]
-        whole, single = [], []
-        for head in method.heads:
-            pattern = Targets(head)
-            parameters = [name for name in own if pattern.matches(name, self.model)]
-            if not parameters:
-                pattern.resolve(self.model, lambda site: None)  # a head that matches nothing is an error
-                whole += [path for path in modules if pattern.matches(path, modules[path]) and path]
-            single += parameters
-        found = list(dict.fromkeys(whole))
-        outermost = [
-            p for p in found if not any(p.startswith(other + ".") for other in found) and HELD not in p.split(".")
-        ]
-        sites = [Site.at(path, modules[path]) for path in leaves(self.model, outermost)]
-        for path, _, name in (name.rpartition(".") for name in dict.fromkeys(single)):
-            sites.append(Site.at(path, modules[path], name))
+        sites = head_sites(self.model, method.heads, [name for name, _ in self._base_parameters()])
         refused = [f"{site.name}: {reason}" for site in sites if (reason := Head().accepts(site))]
         if refused:
             raise TargetError(f"heads={method.heads} cannot be trained. {'; '.join(refused[:5])}")

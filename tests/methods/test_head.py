@@ -218,3 +218,9 @@ def test_a_single_parameter_can_be_a_head_beside_another_method():
     running = model(x)
     adapters.merge()
     assert torch.allclose(model(x), running, atol=1e-6)
+
+
+def test_a_pattern_that_names_modules_trains_these_whole_and_not_their_parameters_one_by_one():
+    model = nn.ModuleDict({"body": nn.Linear(3, 5), "classifier": nn.Linear(5, 2)})
+    adapters = attach(model, LoRA(rank=2, targets="body", heads=("classifier*",)))
+    assert [site.name for site in adapters.sites("default")] == ["body", "classifier"]

@@ -53,6 +53,8 @@ class Loaded:
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             else:
                 parameter.data = value.to(parameter.device)
+        for part in parts.values():
+            part.filled()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from ..core.disk_names import DiskNames
 from ..core.method import Method, method
 from ..core.site import Site
 from ..core.storage import master_dtype, storage_of
-from ..core.targets import head_modules
+from ..core.targets import Targets, head_modules
 
 
 @method("head")
@@ -48,6 +48,29 @@ class Head(Method):
         if site.parameter is not None:
             return ParameterHeadAdapter(site)
         return HeadAdapter(site) if site.kind else ModuleHeadAdapter(site)
+
+
+def head_sites(model: nn.Module, heads: tuple[str, ...], parameters: list[str]) -> list[Site]:
+    """The modules that these patterns name, down to those that have parameters; else the single parameters they name.
+
+    parameters: names of the base model's.   Raises TargetError on a pattern that matches neither.
+    """
+    modules = {path: module for path, module in model.named_modules() if path and HELD not in path.split(".")}
+    whole: dict[str, None] = {}
+    single: dict[str, None] = {}
+    for head in heads:
+        pattern = Targets(head)
+        found = [path for path, module in modules.items() if pattern.matches(path, module)]
+        named = [] if found else [name for name in parameters if pattern.matches(name, model)]
+        if not found and not named:
+            pattern.resolve(model, lambda site: None)  # says what is near
+        whole |= dict.fromkeys(found)
+        single |= dict.fromkeys(named)
+    outermost = [path for path in whole if not any(path.startswith(f"{other}.") for other in whole)]
+    sites = [Site.at(path, modules[path]) for path in leaves(model, outermost)]
+    for path, _, name in (name.rpartition(".") for name in single):
+        sites.append(Site.at(path, model.get_submodule(path), name))
+    return sites
 
 
 def leaves(model: nn.Module, paths: list[str]) -> list[str]:
