@@ -12,6 +12,7 @@ Hu et al. 2021, arXiv:2106.09685, equation 3.  B A is never formed.
 Dropout's mask m stands at x in (m x) A^T; one that all rows share, (I,), may as well stand at the columns of A.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,12 +66,8 @@ def frozen_linear_low_rank(
     What is kept is not scaled up: that is the caller's, in `scale`.
     Under autocast everything runs in its dtype, as the frozen layer alone would.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = compute_dtype(x)
-        x, W, b = x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
-        with torch.autocast(device, enabled=False):
-            return frozen_linear_low_rank(x, W, b, A, B, scale, mask)
+    if torch.is_autocast_enabled(x.device.type):
+        return _outside_autocast(frozen_linear_low_rank, x, W, b, A, B, scale, mask)
     if torch.is_grad_enabled():
         result: Tensor = _FrozenLinearLowRank.apply(x, W, b, A, B, scale, mask)  # type: ignore[no-untyped-call]
         return result
@@ -144,14 +141,17 @@ def frozen_linear_scaled(
 
     A, B, mask and autocast as in `frozen_linear_low_rank`.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = compute_dtype(x)
-        x, W, b = x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
-        with torch.autocast(device, enabled=False):
-            return frozen_linear_scaled(x, W, b, A, B, d, u, scale, mask)
+    if torch.is_autocast_enabled(x.device.type):
+        return _outside_autocast(frozen_linear_scaled, x, W, b, A, B, d, u, scale, mask)
     result: Tensor = _FrozenLinearScaled.apply(x, W, b, A, B, d, u, scale, mask)  # type: ignore[no-untyped-call]
     return result
+
+
+def _outside_autocast(run: Callable[..., Tensor], x: Tensor, W: Tensor, b: Tensor | None, *rest: Any) -> Tensor:
+    """The same with autocast off, in the dtype that the frozen layer alone would compute in."""
+    dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x.to(dtype), W.to(dtype), None if b is None else b.to(dtype), *rest)
 
 
 def _forward(

@@ -15,29 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import AdditiveAdapter, Call
-from ..core.checks import require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.low_rank import LowRankAdapter
-from ..core.method import Method, method
+from ..core.method import method
 from ..core.site import Site
-from .vera import Projections
+from .vera import Projections, VeRA
 
 
 @method("pvera")
 @dataclass(frozen=True, kw_only=True)
-class PVeRA(Method):
-    """Scales of shared random matrices, with noise of a learned size while training.
-
-    rank: R.   d_initial: where d starts.   dropout: probability of dropping an entry of the adapter's input while
-    training.   seed: of A and B; the noise comes from torch's own generator.
-    save_projection: write A and B as well; else whoever reads the folder draws them again from the seed.
-    """
-
-    rank: int = 256
-    d_initial: float = 0.1
-    dropout: float = 0.0
-    seed: int = 0
-    save_projection: bool = True
+class PVeRA(VeRA):
+    """VeRA's settings; while training h has noise of a learned size, from torch's own generator."""
 
     summary = "y' = y + diag(b) B h, h ~ N(m, exp v), m and v from diag(d) A x"
     paper = "Fillioux et al. 2025, arXiv:2512.07703"
@@ -52,10 +40,6 @@ class PVeRA(Method):
         },
         ignored=("generator_seed",),
     )
-
-    def check(self) -> None:
-        require_whole(self, "rank")
-        require_share(self, "dropout")
 
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):

@@ -106,9 +106,6 @@ class Bases(Shared):
             B = torch.cat([_drawn((M, 1, R), generator) for _ in range(n)], dim=1)
         self.A, self.B = (A / A.std()).to(self.A), (B / B.std()).to(self.B)
 
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing is trained here."""
-
 
 def _drawn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     # bf16, and divided by its deviation in bf16: as HF PEFT has it

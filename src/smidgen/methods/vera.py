@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.adapter import Adapter
 from ..core.checks import require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.kernels import frozen_linear_scaled
@@ -58,7 +59,7 @@ class VeRA(Method):
     def shared(self, sites: tuple[Site, ...]) -> "Projections":
         return Projections(sites, self.rank, self.rank, self.seed, save=self.save_projection)
 
-    def build(self, site: Site) -> "VeRAAdapter":
+    def build(self, site: Site) -> Adapter:
         return VeRAAdapter(self, site)
 
 
@@ -81,9 +82,6 @@ class Projections(Shared):
         generator = torch.Generator().manual_seed(self.seed)
         self.A = nn.init.kaiming_uniform_(torch.empty(self.A.shape), generator=generator).to(self.A)
         self.B = nn.init.kaiming_uniform_(torch.empty(self.B.shape), generator=generator).to(self.B)
-
-    def reset(self, generator: torch.Generator | None) -> None:
-        """Nothing is trained here."""
 
 
 class VeRAAdapter(LargeRankAdapter):
