@@ -3,6 +3,7 @@
 Every method of the field can be written as `forward(call, x)`, where `call` is what the module would have done.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -97,6 +98,18 @@ class AdditiveAdapter(Adapter):
 
     def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
         return W + self.weight_delta(rows).to(W.dtype), b
+
+
+class ByName(Adapter):
+    """An adapter that reads the arguments of the call by their names: one at a model or a block."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.names = tuple(inspect.signature(site.layer.forward).parameters)
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a call, those given by place too."""
+        return dict(zip(self.names, args, strict=False)) | kwargs
 
 
 class Held(nn.Module):

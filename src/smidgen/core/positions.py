@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Call
+from .adapter import ByName, Call
 from .blocks import blocks
 from .errors import AttachError
 from .method import Shared
@@ -69,7 +69,7 @@ class Reading(Shared):
         self.labels: Tensor | None = None
 
 
-class Reader(Adapter):
+class Reader(ByName):
     """At a module that reads a mask, or labels: passes the call on and keeps what it says of the rows."""
 
     by_row = mergeable = False
@@ -78,7 +78,6 @@ class Reader(Adapter):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self.names = tuple(inspect.signature(site.layer.forward).parameters)
         self.mask: str | None = None
 
     def prepare(self) -> None:
@@ -86,7 +85,7 @@ class Reader(Adapter):
             self.mask = next(name for name in _MASKS if name in self.names)
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(self.names, args, strict=False)) | kwargs
+        given = self.named(args, kwargs)
         if self.mask is not None:
             self.shared.seen[self.site.path] = self._seen(given, self.mask)
         if given.get("labels") is None:

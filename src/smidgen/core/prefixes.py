@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import Adapter, Call
+from .adapter import Adapter, ByName, Call
 from .attention import Front, reach_of, widths_of
 from .attention_calls import register, with_in_front
 from .errors import TargetError
@@ -102,7 +102,7 @@ class PrefixAdapter(AttentionAdapter):
         return with_in_front(self.site.layer, self.site.name, self.reach, self.front(), call, *args, **kwargs)
 
 
-class PositionsAdapter(Adapter):
+class PositionsAdapter(ByName):
     """At the model: real tokens stand at positions N, N + 1, ...; it has no parameters."""
 
     by_row = starts_as_base = weightable = mergeable = False
@@ -110,10 +110,9 @@ class PositionsAdapter(Adapter):
     def __init__(self, length: int, site: Site) -> None:
         super().__init__(site)
         self.length = length
-        self.names = tuple(inspect.signature(site.layer.forward).parameters)
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        kwargs.update(zip(self.names, args, strict=False))
+        kwargs = self.named(args, kwargs)
         positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
         if positions is None:
             tokens = kwargs.get("input_ids")

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Call
+from .adapter import Adapter, ByName, Call
 from .attach import PLAN
 from .composition import Plan
 from .errors import AttachError
@@ -78,7 +78,7 @@ class Marked:
         return torch.where(own[..., None], learned.to(vectors.dtype), vectors)
 
 
-class PromptTokens(Adapter):
+class PromptTokens(ByName):
     """At the model, or at the encoder of an encoder-decoder: N ids in front, and all that counts tokens made longer.
 
     A call whose key/value cache holds something is a later step of generation: the prompt is in the cache already.
@@ -90,11 +90,10 @@ class PromptTokens(Adapter):
     def __init__(self, length: int, site: Site) -> None:
         super().__init__(site)
         self.length = length
-        self.names = tuple(inspect.signature(site.layer.forward).parameters)
         self.is_encoder = site.path != ""  # of a model whose decoder reads all that comes out
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        kwargs.update(zip(self.names, args, strict=False))
+        kwargs = self.named(args, kwargs)
         if not self.is_encoder:
             self.shared.take(kwargs)
         cache = kwargs.get("past_key_values")
@@ -165,7 +164,7 @@ class PromptTokens(Adapter):
         kwargs["attention_mask"] = _in_front(1, self.length, mask)
 
 
-class PromptMask(Adapter):
+class PromptMask(ByName):
     """At an encoder-decoder: the decoder sees the prompt in the encoder's output, so its mask of that is longer."""
 
     by_row = starts_as_base = weightable = mergeable = False
@@ -174,10 +173,9 @@ class PromptMask(Adapter):
     def __init__(self, length: int, site: Site) -> None:
         super().__init__(site)
         self.length = length
-        self.names = tuple(inspect.signature(site.layer.forward).parameters)
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        kwargs.update(zip(self.names, args, strict=False))
+        kwargs = self.named(args, kwargs)
         self.shared.take(kwargs)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = _in_front(1, self.length, kwargs["attention_mask"])

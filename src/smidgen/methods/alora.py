@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, Call
+from ..core.adapter import Adapter, ByName, Call
 from ..core.disk_names import DiskNames
 from ..core.errors import AttachError, TargetError, require
 from ..core.layers import ConvKind
@@ -132,19 +132,15 @@ class Invocation(Shared):
         return (torch.arange(T, device=h.device) >= T - rows[:, None])[..., None].to(h.dtype)
 
 
-class InvocationReader(Adapter):
+class InvocationReader(ByName):
     """At the model: finds the invocation and passes the call on."""
 
     by_row = mergeable = False
     observes = True
     shared: Invocation
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        self.names = tuple(inspect.signature(site.layer.forward).parameters)
-
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(self.names, args, strict=False)) | kwargs
+        given = self.named(args, kwargs)
         ids = given.get("input_ids")
         if ids is None:
             raise AttachError("aLoRA finds its invocation in input_ids, and the call has none: give them")

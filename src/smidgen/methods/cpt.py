@@ -133,7 +133,7 @@ class ContextTokens(PromptTokens):
         self.ids, self.types, self.decay = method.token_ids, method.token_types, method.decay
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        kwargs.update(zip(self.names, args, strict=False))
+        kwargs = self.named(args, kwargs)
         labels, types = kwargs.pop("labels", None), kwargs.pop("input_type_mask", None)
         if labels is None:
             return super().forward(call, **kwargs)
