@@ -1,6 +1,7 @@
 # One command each, from a fresh clone with Python 3.11 or newer and pip:
 #
 #   make demo     tune a small model on real reviews and show what it learned
+#   make example NAME=chat   one of examples/: fetch its model and data, tune, and show what it learned
 #   make test     all tests, two processes
 #   make check    formatter, linter, types, import directions, links and code in the docs
 #   make fix      format, and mend what the linter can mend
@@ -15,10 +16,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 SENTENCES := .cache/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: demo test check fix bench
+.PHONY: demo example test check fix bench
 
 demo: $(VENV)/.stamp-text $(SENTENCES)
 	$(BIN)/python -m smidgen demo
+
+example: $(VENV)/.stamp-text
+	@test -f 'examples/$(NAME)/recipe.yaml' || { echo "Say which: make example NAME=..., one of: $$(ls examples | tr '\n' ' ')"; exit 2; }
+	$(PIP) install --quiet --no-deps --requirement examples/$(NAME)/requirements.txt
+	$(BIN)/python examples/$(NAME)/prepare.py
+	$(BIN)/python -m smidgen tune examples/$(NAME)/recipe.yaml --fresh
 
 test: $(VENV)/.stamp-dev $(SENTENCES)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

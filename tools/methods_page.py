@@ -1,4 +1,4 @@
-"""Write docs/methods.md, the README's table of methods, and docs/recipes.md's of presets.
+"""Write docs/methods.md, the README's table of methods, and docs/recipes.md's of tasks and presets.
 
     python tools/methods_page.py [--check]
 
@@ -10,12 +10,14 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from smidgen.auto.presets import PRESETS, preset
 from smidgen.core.method import methods
 from smidgen.recipes.catalogue import Facts, catalogue, layers_text, merges_text
+from smidgen.tasks.registry import tasks
 
 ROOT = Path(__file__).parent.parent
 README, PAGE, RESULTS = ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "benchmarks" / "results"
@@ -39,8 +41,8 @@ that name, whose [folders](folder.md#hugging-face-peft-both-ways) are read and w
 def main() -> None:
     facts = catalogue()
     pages = {
-        README: _with(README, "methods", _readme_table(facts)),
-        RECIPES: _with(RECIPES, "presets", _presets_table()),
+        README: _with(README.read_text(), "methods", _readme_table(facts)),
+        RECIPES: _with(_with(RECIPES.read_text(), "tasks", _tasks_table()), "presets", _presets_table()),
         PAGE: _page(facts),
     }
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
@@ -53,11 +55,32 @@ def main() -> None:
         print(f"written: {path.relative_to(ROOT)}")
 
 
-def _with(page: Path, name: str, table: str) -> str:
+def _with(page: str, name: str, table: str) -> str:
     """The page with this table between its two marks."""
     begin, end = f"<!-- {name}: made by tools/methods_page.py -->", f"<!-- end of {name} -->"
-    before, rest = page.read_text().split(begin)
+    before, rest = page.split(begin)
     return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+
+
+def _tasks_table() -> str:
+    rows = []
+    for name, task in tasks().items():
+        hints = get_type_hints(task.Settings)
+        keys = [f"`{field.name}`{_choices(hints[field.name])}{_default(field)}" for field in fields(task.Settings)]
+        rows.append(
+            [f"`{name}`", task.summary, ", ".join(keys) or "none", ", ".join(f"`{role}`" for role in task.roles)]
+        )
+    return _table(["task", "what", "keys under `task:`", "roles under `data.columns:`"], rows)
+
+
+def _choices(hint: Any) -> str:
+    """The words that a key may be, if it is one of a few."""
+    words = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
+    return f" ({', '.join(words)})" if words else ""
+
+
+def _default(field: Any) -> str:
+    return "" if field.default is None else f" = {json.dumps(field.default)}"
 
 
 def _presets_table() -> str:

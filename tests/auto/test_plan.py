@@ -1,11 +1,9 @@
 """The plan fills in what nobody said, and says why."""
 
-import pytest
 import torch
 
 from smidgen.auto.plan import (
     Plan,
-    choose_max_length,
     choose_precision,
     choose_steps,
     evaluation_interval,
@@ -21,26 +19,6 @@ def test_what_is_said_stands_and_what_is_not_is_chosen_with_a_reason():
     assert plan.decide("seed", None, 0, "the usual") == 0
     plan.replace("batch", 4, "halved")
     assert plan.entries == [("batch", "4", "halved"), ("seed", "0", "the usual")]
-
-
-@pytest.mark.parametrize(
-    ("lengths", "limit", "expected"),
-    [
-        ([10] * 100, 512, 16),  # never below 16
-        ([30] * 95 + [100] * 5, 512, 96),  # the 95th percentile lies in between, rounded up to a multiple of 8
-        ([400] * 100, 512, 128),  # what pays on a CPU
-        ([400] * 100, 64, 64),  # the model's limit
-        ([7], 512, 16),
-    ],
-)
-def test_the_length_cuts_few_texts_within_the_limits(lengths, limit, expected):
-    length, why = choose_max_length(lengths, limit, CPU)
-    assert length == expected
-    assert why
-
-
-def test_the_reason_says_how_many_texts_are_cut():
-    assert "100% of the training texts are longer" in choose_max_length([400] * 10, 512, CPU)[1]
 
 
 def test_sixteen_bit_is_chosen_only_where_it_is_measured_faster():

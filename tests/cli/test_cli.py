@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from smidgen.cli.app import app
 from smidgen.cli.tune import tune
 from smidgen.core import errors
-from smidgen.recipes.load import FLAGS
+from smidgen.recipes.load import FLAGS, PAIRS
 
 runner = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1"})
 
@@ -68,7 +68,7 @@ def test_flags_become_a_recipe(calls):
 
 def test_every_flag_of_tune_is_a_key_of_a_recipe():
     names = {f"--{name.replace('_', '-')}" for name in inspect.signature(tune).parameters}
-    assert names - {"--recipe", "--settings", "--resume", "--fresh", "--shift"} == set(FLAGS)
+    assert names - {"--recipe", "--settings", "--resume", "--fresh"} == FLAGS.keys() | PAIRS.keys()
 
 
 def test_each_flag_reaches_its_key(calls):
@@ -81,7 +81,7 @@ def test_each_flag_reaches_its_key(calls):
         assert done.exit_code == 0, f"{flag}: {done.output}"
         value = calls.made[-1][1][0]
         for part in key.split("."):
-            value = getattr(value, part)
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
         assert value not in (None, (), "x", False), flag
 
 
@@ -124,7 +124,7 @@ def test_resume_and_fresh_exclude_each_other(calls):
 def test_the_other_verbs_pass_on_what_they_were_told(calls):
     for line in (
         "demo --out o --seed 3",
-        "predict a --data d.csv --out p.csv --model m",
+        "predict a --data d.csv --out p.csv --model m --task t.py:T",
         "predict a --text one --text two",
         "evaluate a --data d.csv --json",
         "merge a o --max-error 0.2 --dtype bfloat16",
@@ -133,11 +133,11 @@ def test_the_other_verbs_pass_on_what_they_were_told(calls):
         assert runner.invoke(app, line.split()).exit_code == 0, line
     assert calls.made == [
         ("demo", (Path("o"),), {"seed": 3}),
-        ("predict", (Path("a"), "d.csv"), {"model": "m", "text": [], "out": Path("p.csv")}),
-        ("predict", (Path("a"), None), {"model": None, "text": ["one", "two"], "out": None}),
-        ("evaluate", (Path("a"), "d.csv"), {"model": None, "as_json": True}),
-        ("merge", (Path("a"), Path("o")), {"model": None, "max_error": 0.2, "dtype": "bfloat16"}),
-        ("merge", (Path("a"), Path("o")), {"model": None, "max_error": 0.05, "dtype": None}),
+        ("predict", (Path("a"), "d.csv"), {"model": "m", "text": [], "out": Path("p.csv"), "task_file": "t.py:T"}),
+        ("predict", (Path("a"), None), {"model": None, "text": ["one", "two"], "out": None, "task_file": None}),
+        ("evaluate", (Path("a"), "d.csv"), {"model": None, "as_json": True, "task_file": None}),
+        ("merge", (Path("a"), Path("o")), {"model": None, "max_error": 0.2, "dtype": "bfloat16", "task_file": None}),
+        ("merge", (Path("a"), Path("o")), {"model": None, "max_error": 0.05, "dtype": None, "task_file": None}),
     ]
 
 

@@ -9,12 +9,22 @@ from transformers.pytorch_utils import Conv1D
 from smidgen.core.layers import MatrixKind, kind_of
 from smidgen.core.site import Site
 
+
+class SamePadded(nn.Conv2d):
+    """As timm's Conv2dSame: it pads in its own forward, more to the right."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(x, [0, 1, 0, 1])
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding=self.padding, groups=self.groups)
+
+
 LAYERS = {
     "linear": nn.Linear(3, 5),
     "transposed": Conv1D(5, 3),
     "conv1d": nn.Conv1d(3, 5, 3, stride=2, padding=1),
     "conv2d": nn.Conv2d(3, 5, (2, 3), dilation=(1, 2), padding=(1, 2), padding_mode="replicate"),
     "conv2d_grouped": nn.Conv2d(4, 6, 3, groups=2),
+    "conv2d_padding_itself": SamePadded(4, 6, 3, stride=2, groups=2),
     "conv3d": nn.Conv3d(2, 3, 2),
     "embedding": nn.Embedding(7, 5),
 }
@@ -24,6 +34,7 @@ FANS = {
     "conv1d": (5, 3 * 3),
     "conv2d": (5, 3 * 2 * 3),
     "conv2d_grouped": (6, 2 * 3 * 3),
+    "conv2d_padding_itself": (6, 2 * 3 * 3),
     "conv3d": (3, 2 * 2 * 2 * 2),
     "embedding": (5, 7),
 }

@@ -332,3 +332,18 @@ def test_no_weight_is_needed_to_resolve():
         model = Model()
     assert len(LoRA().resolve(model).sites) == 36
     assert isinstance(model.lm_head.weight, Tensor)
+
+
+def test_a_text_names_parameters_behind_a_colon():
+    model = nn.ModuleDict({"lstm": nn.LSTM(3, 4), "up": nn.Linear(4, 5), "out": nn.Linear(5, 2)})
+    said = Targets.of(["lstm:weight_ih_l0", "lstm:weight_hh_l0", "up"])
+    assert [site.name for site in said.resolve(model, anywhere).sites] == [
+        "lstm.weight_ih_l0",
+        "lstm.weight_hh_l0",
+        "up",
+    ]
+    assert [site.name for site in LoRA(targets="lstm:weight_hh_l0").resolve(model).sites] == ["lstm.weight_hh_l0"]
+    with pytest.raises(TargetError, match=r"lstm \(LSTM\) has no parameter weight_hh_l1"):
+        LoRA(targets="lstm:weight_hh_l1").resolve(model)
+    with pytest.raises(TargetError, match='"lstn" matches none'):
+        LoRA(targets=["lstn:weight_hh_l0"]).resolve(model)

@@ -313,6 +313,17 @@ def test_named_classes_of_a_saved_data_set_come_as_names(tmp_path: Path) -> None
     assert several["valid"].where(0) == "several/validation row 1"
 
 
+def test_lists_of_named_classes_come_as_lists_of_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    tags = datasets.List(datasets.ClassLabel(names=["O", "B-PER"]))
+    features = datasets.Features(tokens=datasets.List(datasets.Value("string")), ner_tags=tags)
+    data = datasets.Dataset.from_dict({"tokens": [["Ann", "sat"], []], "ner_tags": [[1, 0], []]}, features=features)
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "one")
+    for name in ("a.parquet", "one"):
+        assert read(tmp_path / name)[0].column("ner_tags") == [["B-PER", "O"], []]
+
+
 def test_a_damaged_saved_data_set_is_one_clear_error(tmp_path: Path) -> None:
     write(tmp_path / "state.json", "{}")
     with pytest.raises(DataError, match="is a saved data set that cannot be read"):

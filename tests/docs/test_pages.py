@@ -5,7 +5,7 @@
     python raises       raises what the `text` block after it says
     console             "$ smidgen ..." says what stands below it, where errors go
     console sketch      is not run
-    yaml NAME, csv NAME the file of this name
+    yaml NAME.yaml ...  the file of this name: a recipe, a table, a Python file
 
 In what is said, "..." stands for anything.  The folder holds what every user has: models/minilm, a model, and
 reviews.csv, texts with labels.
@@ -24,6 +24,7 @@ import pytest
 
 from smidgen import SmidgenError
 from smidgen.core.method import methods
+from smidgen.tasks.registry import tasks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import reviews, tiny_bert, write_csv
@@ -49,7 +50,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 def is_run(block: Block) -> bool:
     """True if the block does something when the page is run."""
-    return block.kind in ("console", "python") and block.note != "sketch"
+    return block.kind in ("console", "python") and block.note != "sketch" and "." not in block.note
 
 
 PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if any(map(is_run, blocks_of(p)))]
@@ -81,10 +82,12 @@ def test_every_block_of_a_page_runs(page: Path, start: Path, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr("smidgen.core.method._METHODS", methods())  # a page may add one
+    monkeypatch.setattr("smidgen.tasks.registry._TASKS", tasks())
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a file's folder is added
     names: dict[str, Any] = {"__name__": page.stem}
     blocks = blocks_of(page)
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-        if block.kind in ("yaml", "csv") and block.note:
+        if "." in block.note:
             Path(block.note).write_text(block.text)
         elif not is_run(block):
             continue
@@ -133,5 +136,8 @@ def test_the_pages_that_show_code_are_found() -> None:
 def test_every_file_that_a_page_names_is_there(page: Path) -> None:
     named = set(re.findall(r"`((?:[a-z_]+/)+(?:[a-z_]+\.py)?)`", page.read_text()))
     absent = [name for name in named if not any((root / name).exists() for root in (ROOT, ROOT / "src" / "smidgen"))]
-    made_here = {"src/smidgen/methods/lora_xs.py", "tests/methods/test_lora_xs.py"}
+    made_here = {
+        *("src/smidgen/methods/lora_xs.py", "tests/methods/test_lora_xs.py"),
+        "src/smidgen/tasks/ordinal.py",
+    }
     assert set(absent) <= made_here

@@ -11,7 +11,7 @@ pytest.importorskip("pydantic")
 
 from smidgen.auto.presets import PRESETS
 from smidgen.core.method import methods
-from smidgen.recipes.load import FLAGS, load_recipe
+from smidgen.recipes.load import FLAGS, PAIRS, load_recipe
 from smidgen.recipes.schema import PARTS, Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -26,11 +26,15 @@ def table(heading: str) -> list[list[str]]:
 
 
 def keys() -> list[str]:
-    """All keys of a recipe, in its order; of a method the name alone."""
+    """All keys of a recipe, in its order; of what a task or a method has for itself, those with a flag."""
     found = []
     for name in Recipe.model_fields:
-        inner = ["name"] if name == "method" else PARTS[name].model_fields if name in PARTS else []
-        found += [f"{name}.{key}" for key in inner] or [name]
+        known = [
+            f"{name}.{key}"
+            for key in (["name"] if name == "method" else PARTS[name].model_fields if name in PARTS else [])
+        ]
+        found += [key for at in known for key in (at, *(k for k in FLAGS.values() if k.startswith(f"{at}.")))] or [name]
+        found += [k for k in FLAGS.values() if k.startswith(f"{name}.") and k not in found]
     return found
 
 
@@ -40,7 +44,7 @@ def test_every_key_of_a_recipe_is_in_the_table_and_no_other():
 
 def test_every_flag_is_beside_its_key():
     shown = {flag.split()[0]: key for key, flag, *_ in table("Keys") if flag}
-    assert shown == {**FLAGS, "--shift": "data.shift"}
+    assert shown == {**FLAGS, **{flag: key for flag, (key, *_) in PAIRS.items()}}
 
 
 def test_what_is_needed_is_said_so_and_nothing_else_is():

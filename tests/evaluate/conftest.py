@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from smidgen.evaluate.report import Estimate, Example, Report, Row, ShiftRow
+from smidgen.evaluate.report import Estimate, Report, Row, ShiftRow
+from smidgen.tasks.base import Example
 
 MODEL = 11_171_074  # parameters
 

@@ -10,7 +10,8 @@ import pytest
 from smidgen.evaluate.charts import ticks
 from smidgen.evaluate.markup import element
 from smidgen.evaluate.page import page
-from smidgen.evaluate.report import Example, Report
+from smidgen.evaluate.report import Report
+from smidgen.tasks.base import Example
 
 HOSTILE = "</td><script>alert('1')</script>\"&amp;\x00\ud800"
 

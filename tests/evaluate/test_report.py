@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from smidgen.core.errors import ConfigError
-from smidgen.evaluate.report import Estimate, Example, Report
+from smidgen.evaluate.report import Estimate, Report
 from smidgen.evaluate.verdict import findings, verdict
+from smidgen.tasks.base import Example
 
 
 def test_saving_writes_both_files_and_leaves_nothing_else(binary: Report, tmp_path: Path) -> None:

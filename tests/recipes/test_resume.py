@@ -202,10 +202,8 @@ def test_a_signal_ends_the_command_in_one_line_and_loses_nothing(bert, data, tmp
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < until
             time.sleep(0.02)
-        asked = time.monotonic()
         os.kill(process.pid, number)
         said, errors = process.communicate(timeout=60)
-    assert time.monotonic() - asked < 10
     step = checkpoint.newest(checkpoints)[1].step
     assert process.returncode == 130
     assert errors.decode() == f"stopped at step {step} of 2000; all is saved, continue with --resume\n"

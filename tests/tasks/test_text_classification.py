@@ -1,6 +1,6 @@
 """Text classification: encoding, losses and metrics against scikit-learn and scipy-free formulas."""
 
-import math
+import json
 import sys
 from pathlib import Path
 
@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from smidgen.core.errors import ModelError
+from smidgen.auto.plan import Plan
+from smidgen.core.errors import ModelError, RecipeError
 from smidgen.data.columns import Columns
 from smidgen.data.labels import Labels
 from smidgen.data.table import Table
-from smidgen.tasks.text_classification import TextClassification, TextClassifier, pooling_for
+from smidgen.tasks.base import Asked
+from smidgen.tasks.loading import pooling_for
+from smidgen.tasks.models import locate
+from smidgen.tasks.text_classification import TextClassification, TextClassifier
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import tiny_bert, tiny_llama
@@ -79,30 +83,31 @@ def test_losses_are_sums_and_counts(folder):
 
 def test_metrics_equal_scikit_learns(folder):
     task = task_of(folder, "multiclass", ("a", "b", "c"))
-    targets, predictions = torch.randint(3, (60,)), torch.randint(3, (60,))
-    scores = task.score(predictions, targets)
+    targets, answers = torch.randint(3, (60,)), torch.randn(60, 3)
+    predictions, scores = answers.argmax(1), task.score(answers, targets)
     assert scores["accuracy"] == pytest.approx(accuracy_score(targets, predictions))
     assert scores["macro_f1"] == pytest.approx(f1_score(targets, predictions, average="macro"))
     assert scores["mcc"] == pytest.approx(matthews_corrcoef(targets, predictions), abs=1e-6)
     several = task_of(folder, "multilabel", ("a", "b", "c"))
-    targets, predictions = torch.randint(2, (60, 3)), torch.randint(2, (60, 3))
-    scores = several.score(predictions, targets)
+    targets, answers = torch.randint(2, (60, 3)), torch.randn(60, 3)
+    predictions, scores = (answers > 0).long(), several.score(answers, targets)
     assert scores["macro_f1"] == pytest.approx(f1_score(targets, predictions, average="macro"))
     assert scores["exact_match"] == pytest.approx(accuracy_score(targets, predictions))
 
 
 def test_a_constant_prediction_ranks_nothing(folder):
     task = task_of(folder, "regression", ())
-    scores = task.score(torch.ones(4), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    scores = task.score(torch.ones(4, 1), torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert scores["spearman"] == 0.0
     assert scores["mae"] == pytest.approx(1.5)
-    exact = task.score(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 40.0]))
+    exact = task.score(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([10.0, 20.0, 40.0]))
     assert exact["spearman"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_what_is_described_is_read_back(folder):
     task = task_of(folder, "multiclass", ("a", "b", "c"), pair="other")
-    again = TextClassification.from_description(task.describe(), task.tokenizer)
+    asked = Asked(model=locate(str(folder)), plan=Plan(), device=torch.device("cpu"), seed=0)
+    again = TextClassification.from_description(json.loads(json.dumps(task.describe())), asked)
     assert again.describe() == task.describe()
 
 
@@ -147,9 +152,30 @@ def test_an_encoder_decoder_is_refused():
 
 
 def test_the_usual_answer_is_the_majority_or_the_mean(folder):
-    assert task_of(folder).constant(torch.tensor([1, 1, 0]), 2).tolist() == [1, 1]
+    name, answers = task_of(folder).constant(torch.tensor([1, 1, 0]), 2)
+    assert (name, task_of(folder).predictions(answers).tolist()) == ("majority", [1, 1])
     several = task_of(folder, "multilabel", ("a", "b"))
-    assert several.constant(torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]]), 1).tolist() == [[1, 0]]
-    mean = task_of(folder, "regression", ()).constant(torch.tensor([1.0, 2.0]), 2)
-    assert mean.tolist() == [1.5, 1.5]
-    assert math.isfinite(task_of(folder, "regression", ()).score(mean, torch.tensor([1.0, 2.0]))["mae"])
+    _, answers = several.constant(torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]]), 1)
+    assert several.predictions(answers).tolist() == [[1, 0]]
+    number = task_of(folder, "regression", ())
+    number.centre, number.spread = 5.0, 2.0
+    name, answers = number.constant(torch.tensor([1.0, 2.0]), 2)
+    assert (name, number.predictions(answers).tolist()) == ("mean", [1.5, 1.5])
+    assert number.score(answers, torch.tensor([1.0, 2.0]))["mae"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"), [("multiclass", "accuracy"), ("multilabel", "exact_match"), ("regression", "mae")]
+)
+def test_the_parts_of_a_metric_make_the_metric(folder, kind, metric):
+    task = task_of(folder, kind, () if kind == "regression" else ("a", "b", "c"))
+    task.judge_by(metric)
+    answers = torch.randn(40, task.outputs)
+    targets = torch.randn(40) if kind == "regression" else torch.randint(2, (40,) if kind == "multiclass" else (40, 3))
+    made = float(task.value_of(task.parts(answers, targets).double().sum(0)))
+    assert made == pytest.approx(task.score(answers, targets)[metric], abs=1e-6)
+
+
+def test_a_metric_that_does_not_fit_is_refused(folder):
+    with pytest.raises(RecipeError, match='"mae" is no metric of binary; there are: accuracy, macro_f1, mcc'):
+        task_of(folder).judge_by("mae")

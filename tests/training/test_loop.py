@@ -53,16 +53,17 @@ class Scripted(Means):
     """Says these values one after the other."""
 
     def __init__(self, values, higher_is_better=True):
-        self.values, self.higher_is_better = list(values), higher_is_better
+        self.values = list(values)
+        self.metrics_below = frozenset() if higher_is_better else frozenset({"accuracy"})
         self.judged = 0
 
     def loss(self, outputs, batch):
-        if set(batch) != {"targets"}:
+        if torch.is_grad_enabled():
             return super().loss(outputs, batch)
         self.judged += 1
         return torch.tensor(float(self.judged)), 1  # of the validation rows: always rising, so that the values decide
 
-    def measure(self, outputs, targets):
+    def score(self, answers, targets):
         return {"accuracy": self.values.pop(0)}
 
 
@@ -125,15 +126,15 @@ def test_a_run_asked_to_stop_at_its_last_step_is_finished(tmp_path):
 class Peaked(Means):
     """Judged by how sure the model is, which rises and falls again: the best is neither the first nor the last."""
 
-    def measure(self, outputs, targets):
-        return {"accuracy": float(outputs.abs().mean())}
+    def score(self, answers, targets):
+        return {"accuracy": float(answers.abs().mean())}
 
 
 def test_of_equal_values_the_one_with_the_lower_loss_is_better():
     class Falling(Scripted):
         def loss(self, outputs, batch):
             total, count = super().loss(outputs, batch)
-            return (-total, count) if set(batch) == {"targets"} else (total, count)
+            return (total, count) if torch.is_grad_enabled() else (-total, count)
 
     outcome = loop(task=Falling([0.5, 0.5, 0.5, 0.4]), steps=12, evaluate_every=4, patience=1).run(At())
     assert (outcome.stopped, outcome.best_step) == ("finished", 8)  # a falling loss is progress: patience is not over

@@ -28,8 +28,15 @@ from smidgen.training.progress import Progress
 class Means(Task):
     name, metric = "means", "accuracy"
 
+    @classmethod
+    def understand(cls, tables, settings, asked):
+        raise NotImplementedError
+
     def check(self, table):
         return {}
+
+    def build(self, asked):
+        raise NotImplementedError
 
     def encode(self, table):
         raise NotImplementedError
@@ -44,11 +51,18 @@ class Means(Task):
     def loss(self, outputs, batch):
         return F.cross_entropy(outputs.float(), batch["targets"], reduction="sum"), len(batch["targets"])
 
-    def measure(self, outputs, targets):
-        return {"accuracy": float((outputs.argmax(1) == targets).float().mean())}
+    def score(self, answers, targets):
+        return {"accuracy": float((answers.argmax(1) == targets).float().mean())}
 
     def describe(self):
         return {}
+
+    @classmethod
+    def from_description(cls, description, asked):
+        raise NotImplementedError
+
+    def predicted(self, table, answers):
+        raise NotImplementedError
 
 
 class Body(nn.Module):

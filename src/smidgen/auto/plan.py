@@ -6,9 +6,8 @@ should.
 """
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -18,7 +17,6 @@ import torch
 T = TypeVar("T")
 
 DEFAULT_MINUTES_ON_CPU = 3.0
-_LONGEST_ON_CPU, _LONGEST = 128, 512
 _PRECISION_GAIN = 0.9  # 16 bit has to be faster by so much to be worth its rounding
 _MEASURED_S = 0.5  # at least three turns of each; where they are short, as many as fit
 _EVALUATIONS = 8
@@ -42,21 +40,6 @@ class Plan:
     def replace(self, name: str, value: object, why: str) -> None:
         """Change a setting that was decided before."""
         self.entries = [(name, _text(value), why) if entry[0] == name else entry for entry in self.entries]
-
-
-def choose_max_length(lengths: Sequence[int], model_limit: int, device: torch.device) -> tuple[int, str]:
-    """A length that cuts few texts and wastes little time: the 95th percentile of the training texts, within limits.
-
-    lengths: of the training texts in tokens, uncut.   model_limit: positions the model has.
-    """
-    at_most = min(model_limit, _LONGEST_ON_CPU if device.type == "cpu" else _LONGEST)
-    wanted = int(statistics.quantiles(lengths, n=20)[-1]) if len(lengths) > 1 else lengths[0]
-    wanted = max(16, math.ceil(wanted / 8) * 8)
-    if wanted <= at_most:
-        return wanted, f"19 of 20 training texts are no longer (the longest: {max(lengths)})"
-    cut = sum(n > at_most for n in lengths) / len(lengths)
-    limit = "the model's limit" if at_most == model_limit else f"the most that pays on a {device.type.upper()}"
-    return at_most, f"{limit}; {cut:.0%} of the training texts are longer and are cut"
 
 
 def choose_precision(run: Callable[[str], Any], device: torch.device) -> tuple[str, str, float | None]:

@@ -5,6 +5,7 @@ gradient in either never will; one that gets none only at the start (LoRA's A wh
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,21 +65,22 @@ def preflight(
 def _starts_as_base(model: nn.Module, adapters: AdapterSet, batch: Batch) -> str:
     active = adapters.active
     model.eval()
-    with_adapter = model(batch)
+    with_adapter = _tensors(model(batch))
     adapters.activate(None)
-    base = model(batch)
+    base = _tensors(model(batch))
     adapters.activate(active)
     model.train()
-    if not torch.isfinite(base).all():
+    if not all(torch.isfinite(tensor).all() for tensor in base):
         raise PreflightError(
             "the base model's output is not finite on the first batch: load it in float32, or check its weights"
         )
-    if not torch.isfinite(with_adapter).all():
+    if not all(torch.isfinite(tensor).all() for tensor in with_adapter):
         raise PreflightError("the adapted model's output is not finite on the first batch, before any step")
-    gap = float((with_adapter - base).abs().max())
+    size = max(1.0, *(float(tensor.abs().max()) for tensor in base))
+    gap = max(float((a - b).abs().max()) for a, b in zip(with_adapter, base, strict=True))
     parts = [part for name in adapters.names for part in adapters.parts(name).values()]
     if all(part.starts_as_base for part in parts):
-        tolerance = 1e-4 * max(1.0, float(base.abs().max()))
+        tolerance = 1e-4 * size
         if gap > tolerance:
             raise PreflightError(
                 f"a fresh adapter should leave the output as it was, and changes it by {gap:.1e} "
@@ -86,6 +88,14 @@ def _starts_as_base(model: nn.Module, adapters: AdapterSet, batch: Batch) -> str
             )
         return f"the fresh adapter leaves the output as it was (largest change {gap:.0e})"
     return f"this method does not start as the base model: the fresh adapter changes the output by up to {gap:.1e}"
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """The floating-point tensors in a model's outputs, however they are nested."""
+    if isinstance(outputs, Tensor):
+        return [outputs] if outputs.is_floating_point() and outputs.numel() else []
+    inside = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple | list) else ()
+    return [tensor for item in inside for tensor in _tensors(item)]
 
 
 def _gradients(model: nn.Module, trained: Mapping[str, nn.Parameter], task: Task, batch: Batch) -> set[str]:

@@ -1,5 +1,7 @@
 """The verbs.  Each is a page of help and one call; what a call needs is imported when it is made."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +50,11 @@ Model = Annotated[
     typer.Option(metavar="NAME", help="The base model, where it is not the one that the adapter names."),
 ]
 
+TaskFile = Annotated[
+    str | None,
+    typer.Option("--task", metavar="FILE.py:NAME", help="Your own task, if it was tuned for one; the file is run."),
+]
+
 app.command("tune", rich_help_panel="Tune")(tune)
 
 
@@ -69,13 +76,41 @@ def predict(
     text: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A text to predict; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the predictions here, not on screen.")] = None,
     model: Model = None,
+    task: TaskFile = None,
 ) -> None:
     """Predict with a tuned model, for rows of a file or for texts on the command line."""
     if (data is None) == (not text):
         raise RecipeError('say what to predict, and one of both: --data PATH, or --text "..."')
     from ..recipes.use import predict as run
 
-    run(adapter, data, model=model, text=text or [], out=out, console=Console())
+    run(adapter, data, model=model, text=text or [], out=out, console=Console(), task_file=task)
+
+
+@app.command("chat", rich_help_panel="Use")
+def chat(
+    adapter: Adapter,
+    base: Annotated[
+        bool, typer.Option("--base", metavar="", help="Let the base model answer too, for comparison.")
+    ] = False,
+    model: Model = None,
+) -> None:
+    """Talk to a tuned language model."""
+    from ..recipes.chat import chat as run
+
+    run(adapter, model=model, base=base, console=Console(), lines=_Lines())
+
+
+class _Lines:
+    """What is typed, line by line, or what comes through a pipe; asked again after Ctrl-C."""
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            raise StopIteration from None
 
 
 @app.command("evaluate", rich_help_panel="Use")
@@ -84,11 +119,12 @@ def evaluate(
     data: Annotated[str, typer.Option(metavar="PATH", help="Rows with labels: a file or folder.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON for a program to read.")] = False,
     model: Model = None,
+    task: TaskFile = None,
 ) -> None:
     """Measure a tuned model on rows with labels."""
     from ..recipes.use import evaluate as run
 
-    run(adapter, data, model=model, console=Console(), as_json=json)
+    run(adapter, data, model=model, console=Console(), as_json=json, task_file=task)
 
 
 @app.command("merge", rich_help_panel="Use")
@@ -104,11 +140,12 @@ def merge(
         typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16.", show_default="that of the base model"),
     ] = None,
     model: Model = None,
+    task: TaskFile = None,
 ) -> None:
     """Write the base model with the adapter merged into its weights, as a model of its own."""
     from ..recipes.use import merge as run
 
-    run(adapter, out, model=model, max_error=max_error, dtype=dtype, console=Console())
+    run(adapter, out, model=model, max_error=max_error, dtype=dtype, console=Console(), task_file=task)
 
 
 @app.command("convert", rich_help_panel="Use")

@@ -40,10 +40,15 @@ def tune(
         list[str] | None,
         _option("NAME=PATH", "Data from elsewhere, to see how far the result carries; may be repeated.", _WHAT),
     ] = None,
-    task: Annotated[str | None, _option("NAME", "What to learn.", _WHAT, "text_classification")] = None,
+    task: Annotated[
+        str | None, _option("NAME", "What to learn: a task, or FILE.py:NAME of your own.", _WHAT, "text_classification")
+    ] = None,
     text_column: Annotated[str | None, _option("NAME", "The column with the text.", _WHAT, _GUESSED)] = None,
     text_pair_column: Annotated[str | None, _option("NAME", "The second text of a pair.", _WHAT, _GUESSED)] = None,
     label_column: Annotated[str | None, _option("NAME", "The column with the label.", _WHAT, _GUESSED)] = None,
+    column: Annotated[
+        list[str] | None, _option("ROLE=NAME", "The column for another role of the task; may be repeated.", _WHAT)
+    ] = None,
     on_bad_row: Annotated[
         str | None, _option("fail|skip", "What to do about rows that cannot be used.", _WHAT, "fail, naming them all")
     ] = None,
@@ -97,6 +102,7 @@ def tune(
         "--text-column": text_column,
         "--text-pair-column": text_pair_column,
         "--label-column": label_column,
+        "--column": column,
         "--on-bad-row": on_bad_row,
         "--method": method,
         "--max-length": max_length,
@@ -111,7 +117,7 @@ def tune(
         "--dry-run": dry_run or None,
     }
     flags = {flag: value for flag, value in said.items() if value is not None and value != []}
-    if recipe is None and not settings and "--model" not in flags and "--data" not in flags:
+    if recipe is None and not settings and not flags.keys() & {"--model", "--data", "--task"}:
         raise RecipeError(_USAGE)
     if resume and fresh:
         raise RecipeError("--resume continues a run and --fresh starts anew; say one of them")

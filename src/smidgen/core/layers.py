@@ -14,6 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -148,8 +149,7 @@ class ConvKind(LayerKind):
         A = A.view(A.shape[0], layer.in_channels // layer.groups, *layer.kernel_size)
         if layer.groups > 1:
             A = A.repeat(layer.groups, *[1] * (A.ndim - 1))  # (groups R, C/groups, *kernel)
-        # stride, padding mode, dilation and groups of the layer itself
-        return cast(Tensor, layer._conv_forward(x, A, None))
+        return _convolved(layer, x, A)
 
     def expand(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
         layer = cast(nn.Conv2d, layer)
@@ -158,7 +158,7 @@ class ConvKind(LayerKind):
 
     def apply(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
         layer = cast(nn.Conv2d, layer)
-        return cast(Tensor, layer._conv_forward(x, M.view(layer.weight.shape), None))
+        return _convolved(layer, x, M.view(layer.weight.shape))
 
     def channels(self, layer: nn.Module, v: Tensor, like: Tensor) -> Tensor:
         return v.view(-1, *[1] * len(cast(nn.Conv2d, layer).kernel_size))
@@ -183,6 +183,29 @@ class ConvKind(LayerKind):
         size = [dilation * (k - 1) + 3 for k, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
         x = torch.randn(2, layer.in_channels, *size, generator=generator)
         return x.to(layer.weight.device, layer.weight.dtype)
+
+
+def _convolved(layer: Any, x: Tensor, kernel: Tensor) -> Tensor:
+    """x by a kernel the layer's way: stride, padding mode, dilation and groups, and what a subclass does before."""
+    own = getattr(type(layer), "base_class", type(layer)).forward  # without adapters
+    if own in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+        return cast(Tensor, layer._conv_forward(x, kernel, None))
+    with _WithKernel(kernel):  # timm's Conv2dSame and its like pad in a forward of their own
+        return cast(Tensor, own(layer, x))
+
+
+class _WithKernel(TorchFunctionMode):
+    """Whatever convolves does so with this kernel and without bias."""
+
+    def __init__(self, kernel: Tensor) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function not in (torch.conv1d, torch.conv2d, torch.conv3d):
+            return function(*args, **(kwargs or {}))
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        return function(**dict(zip(names, args, strict=False)) | (kwargs or {}) | {"weight": self.kernel, "bias": None})
 
 
 class TransposedConvKind(ConvKind):

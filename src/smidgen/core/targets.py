@@ -5,10 +5,12 @@ Targets("model.layers.{0-11}.mlp.*_proj")            {0-11} a range of numbers, 
 Targets.of_type(nn.Linear) & ~Targets("lm_head")     types, and, or, not
 Targets(lambda path, module: ...)                    anything
 Targets("*.self_attn").parameter("in_proj_weight")   a parameter of the module as the site
+                                                     in recipes: "*.self_attn:in_proj_weight"
 Targets.auto()                                       all linear layers of the body, not the head; a CNN's convolutions
 """
 
 import functools
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,12 +78,21 @@ class Targets:
 
     @staticmethod
     def of(what: "Targets | str | Sequence[str]") -> "Targets":
-        """Targets from what a recipe or a keyword says: "auto", a pattern, or a list of patterns."""
+        """Targets from what a recipe or a keyword says: "auto", a pattern, or a list of patterns.
+
+        MODULES:PARAMETER is `Targets(MODULES).parameter(PARAMETER)`.
+        """
         if isinstance(what, Targets):
             return what
         if what == "auto":
             return Targets.auto()
-        return Targets(what) if isinstance(what, str) else Targets(*what)
+        patterns = [what] if isinstance(what, str) else list(what)
+        if not any(":" in pattern for pattern in patterns):
+            return Targets(*patterns)
+        split = [pattern.partition(":") for pattern in patterns]
+        return functools.reduce(
+            operator.or_, (Targets(module).parameter(name) if name else Targets(module) for module, _, name in split)
+        )
 
     def parameter(self, *names: str) -> "Targets":
         """The named parameters of these modules as the sites, for code that reads a weight without calling forward."""

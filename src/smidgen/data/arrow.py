@@ -85,13 +85,32 @@ def from_dataset(dataset: Any, name: str) -> Table:
 
 
 def _table(columns: dict[str, list[Any]], features: dict[str, Any], name: str) -> Table:
-    for column, feature in features.items():
-        if column in columns and isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            names = feature["names"]
-            # -1 is how `datasets` writes a missing class
-            columns[column] = [names[v] if v is not None and 0 <= v < len(names) else None for v in columns[column]]
+    for column in features.keys() & columns.keys():
+        inner, names = _class_names(features[column])
+        if names is not None:
+            values = columns[column]
+            columns[column] = (
+                [[_named(v, names) for v in row or ()] for row in values]
+                if inner
+                else [_named(v, names) for v in values]
+            )
     count = max(map(len, columns.values()), default=0)
     return Table(columns, [f"{name} row {row}" for row in range(1, count + 1)])
+
+
+def _class_names(feature: Any) -> tuple[bool, list[str] | None]:
+    """Whether a column holds lists, and the names of the classes that its numbers stand for; None for no classes."""
+    if not isinstance(feature, dict):
+        return False, None
+    inner = feature.get("feature")
+    if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+        return True, inner["names"]
+    return False, feature["names"] if feature.get("_type") == "ClassLabel" else None
+
+
+def _named(value: int | None, names: list[str]) -> str | None:
+    """The class of a number; -1 is how `datasets` writes a missing one."""
+    return names[value] if value is not None and 0 <= value < len(names) else None
 
 
 def _in_one_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from smidgen.evaluate.report import Estimate, Report
+from smidgen.evaluate.report import Estimate, Report, cut, sample_texts
 from smidgen.evaluate.units import (
     NONE,
     bytes_text,
@@ -23,6 +23,7 @@ PIPELINE_TAGS = {  # task of ours -> pipeline of the hub
     "text_classification": "text-classification",
     "token_classification": "token-classification",
     "causal_lm": "text-generation",
+    "embeddings": "sentence-similarity",
     "image_classification": "image-classification",
     "object_detection": "object-detection",
 }
@@ -47,6 +48,7 @@ def model_card(report: Report, *, base_model: str, library_versions: Mapping[str
         "## Results",
         _results(report),
         "Brackets are 95 % bootstrap intervals over the test examples.",
+        _samples(report),
         "## How to use",
         usage.strip(),
         "## Training",
@@ -92,6 +94,11 @@ def _results(report: Report) -> str:
         for row in report.rows
     ]
     return _table(names, rows)
+
+
+def _samples(report: Report) -> str:
+    rows = [[cut(text) for text in sample_texts(sample)] for sample in report.samples]
+    return _table(["prompt", "truth", "base", "tuned"], rows) if rows else ""
 
 
 def _shift(report: Report) -> str:

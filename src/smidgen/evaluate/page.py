@@ -9,7 +9,7 @@ from functools import partial
 
 from smidgen.evaluate.charts import Curve, confusion_matrix, interval_bar, learning_curves
 from smidgen.evaluate.markup import Markup, element, join
-from smidgen.evaluate.report import KINDS, Estimate, Example, Report, Row, ShiftRow, cut
+from smidgen.evaluate.report import KINDS, Estimate, Report, Row, ShiftRow, cut, sample_texts
 from smidgen.evaluate.style import STYLE
 from smidgen.evaluate.units import (
     NONE,
@@ -20,7 +20,8 @@ from smidgen.evaluate.units import (
     seconds_text,
     share_text,
 )
-from smidgen.evaluate.verdict import described, findings, outcome_of, verdict
+from smidgen.evaluate.verdict import CONSTANT, described, findings, outcome_of, verdict
+from smidgen.tasks.base import Example
 
 MOST_CLASSES = 30  # in a drawn confusion matrix; above, the most confused pairs are listed
 MOST_PAIRS = 20
@@ -46,6 +47,7 @@ def page(report: Report) -> str:
         _curves(report),
         _shift(report),
         _confusion(report.confusion, report.labels),
+        _samples(report),
         _examples(report),
         _plan(report),
         _provenance(report),
@@ -73,7 +75,7 @@ def _notes(notes: Sequence[str]) -> Markup:
 
 
 def _results(report: Report) -> Markup:
-    judged = [row for row in report.rows if row.name not in ("majority", "mean")]  # these would squeeze the others
+    judged = [row for row in report.rows if row.name not in CONSTANT]  # these would squeeze the others
     ends = [end for row in judged for end in (row.low, row.high) if math.isfinite(end)] or [0.0]
     start, end = min(ends), max(ends)
     others = list(dict.fromkeys(name for row in report.rows for name in row.others))
@@ -167,6 +169,16 @@ def _confusion(counts: Sequence[Sequence[int]] | None, labels: Sequence[str]) ->
     table = _table(["truth", "predicted as", "examples", "of"], rows)
     about = f"The most confused pairs of {len(labels)} labels."
     return element("section", _title("Confusion"), element("p", about, class_="soft small"), table)
+
+
+def _samples(report: Report) -> Markup:
+    if not report.samples:
+        return Markup("")
+    rows = [
+        ("", [(kind, cut(text)) for kind, text in zip(("long", "", "", ""), sample_texts(sample), strict=True)])
+        for sample in report.samples
+    ]
+    return element("section", _title("What they say"), _table(["prompt", "truth", "base", "tuned"], rows))
 
 
 def _examples(report: Report) -> Markup:

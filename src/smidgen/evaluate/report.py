@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from smidgen.core.errors import require
 from smidgen.core.files import atomic_write
+from smidgen.tasks.base import Example, Sample
 
 FORMAT = 1
 KINDS: tuple[Literal["tuned"], Literal["base"]] = ("tuned", "base")  # of examples: who is right
@@ -56,17 +57,6 @@ class ShiftRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
-    """A test example on which tuned and base differ, and who is right."""
-
-    text: str
-    truth: str
-    base: str
-    tuned: str
-    better: Literal["base", "tuned"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Report:
     """What a run came to. Raises ConfigError where the parts do not fit each other."""
 
@@ -88,6 +78,7 @@ class Report:
     notes: Sequence[str]  # what the figures cannot say: skipped rows, stopped early ...
     examples: Sequence[Example]
     versions: Mapping[str, str]  # package -> version
+    samples: Sequence[Sample] = ()  # what a model that generates says to a few test prompts
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
@@ -147,6 +138,7 @@ class Report:
             "plan": [{"setting": setting, "value": value, "why": why} for setting, value, why in self.plan],
             "notes": [*findings(self), *self.notes],
             "examples": examples,
+            "samples": [asdict(sample) for sample in self.samples],
             "versions": self.versions,
         }
         return {key: _plain(value) for key, value in fields.items()}
@@ -159,6 +151,11 @@ class Report:
         drawn = page(self)  # both are made before either is written
         atomic_write(Path(folder) / "report.json", figures.encode())
         atomic_write(Path(folder) / "report.html", drawn.encode())
+
+
+def sample_texts(sample: Sample) -> tuple[str, str, str, str]:
+    """Prompt, truth, what the base says, what the tuned model says."""
+    return sample.prompt, sample.truth, sample.base, sample.tuned
 
 
 def cut(text: str) -> str:

@@ -5,7 +5,7 @@ Ways of answering are columns and figures are rows, so four ways with all their 
 
 from typing import TYPE_CHECKING
 
-from smidgen.evaluate.report import Estimate, Report
+from smidgen.evaluate.report import Estimate, Report, cut, sample_texts
 from smidgen.evaluate.units import (
     NONE,
     bytes_text,
@@ -35,6 +35,15 @@ def show(report: Report, console: "Console") -> None:
     console.print(Text(f"{'; '.join(named)}. Brackets are 95 % intervals.", style="dim"))
     if report.shift:
         console.print(_shift(report))
+    for sample in report.samples:
+        parts = zip(("prompt", "truth", "base", "tuned"), sample_texts(sample), strict=True)
+        shown = _table(headed=False)
+        shown.add_column(no_wrap=True, style="dim")
+        shown.add_column(overflow="fold")
+        for name, text in parts:
+            shown.add_row(name, Text(cut(text)))
+        console.print(shown)
+        console.print()
     console.print(Text(said.headline, style=f"bold {COLOURS[said.outcome]}".strip()))
     console.print(Text(f"Cost: {said.cost}."))
     if said.full is not None:

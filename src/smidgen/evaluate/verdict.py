@@ -88,9 +88,16 @@ def findings(report: Report) -> list[str]:
     return found
 
 
+CONSTANT = {  # rows of those who know only the training targets
+    "majority": "most frequent label",
+    "mean": "mean of the targets",
+    "popularity": "the most popular first",
+}
+
+
 def described(report: Report, name: str) -> str:
     """What a row of the results is, in a few words."""
-    known = {"majority": "most frequent label", "mean": "mean of the targets", "full": "full fine-tuning"}
+    known = {"full": "full fine-tuning", **CONSTANT}
     return {**known, "base": report.base_name, "tuned": report.method}.get(name, "")
 
 

@@ -16,7 +16,7 @@ from ..data.batches import LengthBucketedBatches
 from ..evaluate.report import Row
 from ..methods.lora import OF_DATA, LoRA
 from ..methods.selective import Selective
-from ..tasks.text_classification import TextClassifier
+from ..tasks.base import TaskModel
 from ..training.loop import Group, Loop, Settings, predict
 from ..training.memory import peak_memory
 from ..training.progress import Progress
@@ -33,12 +33,16 @@ if TYPE_CHECKING:
 def attach_used(method: Method, work: Work, chosen: Chosen, plan: Plan) -> AdapterSet:
     """Attach to the layers that the task really uses, after looking at rows where the method does."""
     body = work.model.body
+    if work.model.heads:
+        method = dataclasses.replace(method, heads=tuple(dict.fromkeys([*method.heads, *work.model.heads])))
     if method.targets.is_auto and not isinstance(method, Selective):
         sites, used = method.resolve(body).sites, used_modules(work, chosen)
+        heads = {id(module) for module in work.model.head.modules()}  # they train whole, and may stand in the body
+        used -= {path for path, module in body.named_modules() if id(module) in heads}
         idle = [site.name for site in sites if site.path not in used]
         if idle:
             method = dataclasses.replace(method, targets=Targets.at([site for site in sites if site.path in used]))
-            plan.decide("left out", None, ", ".join(idle), "layers that this task does not use")
+            plan.decide("left out", None, ", ".join(idle), "layers that this task does not use, or that train whole")
     if isinstance(method, Selective) or (isinstance(method, LoRA) and method.start in OF_DATA):
         method = method.choose(body, *_loss_of_rows(work, chosen))
     adapters = attach(body, method, seed=chosen.seed)
@@ -49,16 +53,20 @@ def attach_used(method: Method, work: Work, chosen: Chosen, plan: Plan) -> Adapt
 def used_modules(work: Work, chosen: Chosen) -> set[str]:
     """Paths in the body of the modules that the task's loss depends on.
 
-    A zero that requires a gradient is added to each module's output; one that gets none belongs to a module in vain.
+    A zero that requires a gradient is added to each module's output, which tells whether its gradient is all zero: then
+    the module is there in vain, as is the part of a detector for sizes that the images do not have.
     """
-    zeros: dict[str, Tensor] = {}
+    zeros: list[Tensor] = []
 
     def hook(path: str) -> Callable[[nn.Module, Any, Any], Any]:
         def add_zero(module: nn.Module, args: Any, output: Any) -> Any:
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 used.add(path)
                 return None
-            return output + zeros.setdefault(path, torch.zeros((), requires_grad=True)).to(output)
+            zeros.append(torch.zeros((), requires_grad=True))
+            output = output + zeros[-1].to(output)
+            output.register_hook(lambda gradient: used.add(path) if gradient.any() else None)
+            return output
 
         return add_zero
 
@@ -70,11 +78,11 @@ def used_modules(work: Work, chosen: Chosen) -> set[str]:
     finally:
         for handle in hooks:
             handle.remove()
-    gradients = torch.autograd.grad(loss, list(zeros.values()), allow_unused=True)
-    return used | {path for path, gradient in zip(zeros, gradients, strict=True) if gradient is not None}
+    torch.autograd.grad(loss, zeros, allow_unused=True)
+    return used
 
 
-def groups_of(adapters: AdapterSet, model: TextClassifier, chosen: Chosen) -> list[Group]:
+def groups_of(adapters: AdapterSet, model: TaskModel, chosen: Chosen) -> list[Group]:
     """The adapter's parameters, in two by LoRA+ where it was asked for, and the head's."""
     own, rate, decay = adapter_parameters(adapters), chosen.learning_rate, chosen.weight_decay
     head = Group(
@@ -101,7 +109,7 @@ def adapter_parameters(adapters: AdapterSet) -> dict[str, nn.Parameter]:
     return dict(adapters.named_parameters())
 
 
-def head_parameters(model: TextClassifier) -> dict[str, nn.Parameter]:
+def head_parameters(model: TaskModel) -> dict[str, nn.Parameter]:
     return {f"head.{name}": p for name, p in model.head.named_parameters()}
 
 
@@ -112,11 +120,9 @@ def settings_of(chosen: Chosen, fingerprint: str) -> Settings:
 
 def full_row(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator", console: "Console | None") -> Row:
     """Full fine-tuning of a fresh copy of the model: same start of the head, same steps, its own learning rate."""
-    from .prepare import load_body
-
-    recipe, rates = work.recipe, preset("full")
-    body = load_body(work.located, recipe.model.dtype, recipe.model.revision).to(accelerator.device)
-    model = TextClassifier(body, work.task.outputs).to(accelerator.device)
+    rates = preset("full")
+    model = work.task.build(work.asked).to(accelerator.device)
+    body = model.body
     base.start(model)
     full = dataclasses.replace(work, model=model)
     reached = used_modules(full, chosen)
@@ -134,7 +140,7 @@ def full_row(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator",
         outcome = loop.run(bar)
     if outcome.stopped == "interrupted":
         raise KeyboardInterrupt("stopped while training the model to compare with; continue with --resume")
-    found = work.task.predictions(predict(model, work.task, work.test, accelerator, 2 * chosen.batch))
+    found = predict(model, work.task, work.test, accelerator, 2 * chosen.batch).answers
     other = sum(p.nbytes for p in work.model.parameters())  # the tuned model, in memory all the while
     return judge.row(
         "full",

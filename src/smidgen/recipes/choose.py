@@ -3,9 +3,10 @@
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from torch import Tensor, nn
 
 from ..auto.plan import (
     DEFAULT_MINUTES_ON_CPU,
@@ -45,7 +46,7 @@ class Chosen:
     patience: int
     epochs: float
     minutes: float | None
-    max_length: int
+    max_length: int | None  # None: rows have no length
     seed: int
     lora_plus: float | None = None
     steps: int = 0
@@ -68,9 +69,10 @@ def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) ->
     """Everything but the number of steps, which needs a measurement."""
     device = next(work.model.parameters()).device
     rows = len(work.train)
-    fitting = 32 if rows >= 4000 else 16 if rows >= 200 else 8
+    most = work.task.largest_batch
+    fitting = min(most, 32 if rows >= 4000 else 16 if rows >= 200 else 8) if most <= 32 else min(most, rows)
     batch = plan.decide(
-        "batch", said.batch, fitting, "at most 32: adapters learn worse from larger ones; fewer for few rows"
+        "batch", said.batch, fitting, f"at most {most}: adapters learn worse from larger ones; fewer for few rows"
     )
     measured: tuple[str, str, float | None] = (said.precision or "", "", None)
     if said.precision is None:
@@ -80,19 +82,17 @@ def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) ->
     default = DEFAULT_MINUTES_ON_CPU if device.type == "cpu" and said.epochs is None and said.steps is None else None
     why = "a first answer soon; more with --minutes or --epochs" if default else "no limit"
     minutes = plan.decide("minutes", said.minutes, default, why)
-    if minutes is not None and seconds is not None and work.recipe.task.max_length is None:
+    if minutes is not None and seconds is not None and "max_length" not in work.recipe.task.settings:
         _shorten(work, plan, seconds, minutes)
+    rate, why_rate = rates.learning_rate, rates.why
+    if work.task.rate_factor != 1:
+        rate, why_rate = rate * work.task.rate_factor, f"{work.task.rate_factor:g} times the preset's, for this task"
     return Chosen(
         precision=precision,
         batch=batch,
         accumulate=plan.decide("accumulate", said.accumulate, 1, "a batch fits"),
-        learning_rate=plan.decide("learning_rate", said.learning_rate, rates.learning_rate, rates.why),
-        head_learning_rate=plan.decide(
-            "head_learning_rate",
-            said.head_learning_rate,
-            rates.head_learning_rate,
-            "the head starts from the linear probe",
-        ),
+        learning_rate=plan.decide("learning_rate", said.learning_rate, rate, why_rate),
+        head_learning_rate=_head_rate(said, rates, work, plan),
         weight_decay=plan.decide(
             "weight_decay", said.weight_decay, rates.weight_decay, "a little, against overfitting"
         ),
@@ -108,6 +108,14 @@ def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) ->
         seed=seed,
         lora_plus=said.lora_plus and plan.decide("lora_plus", said.lora_plus, said.lora_plus, ""),
     )
+
+
+def _head_rate(said: TrainPart, rates: Preset, work: Work, plan: Plan) -> float:
+    """The learning rate of what the task adds; nothing is said of it where it adds nothing."""
+    if not any(True for _ in work.model.head.parameters()):
+        return rates.head_learning_rate
+    why = "the head starts from the linear probe" if work.task.probed else rates.why
+    return plan.decide("head_learning_rate", said.head_learning_rate, rates.head_learning_rate, why)
 
 
 def choose_steps_for(
@@ -153,6 +161,8 @@ def agreed(value: T) -> T:
 
 def _shorten(work: Work, plan: Plan, seconds: float, minutes: float) -> None:
     """Cut texts shorter where not even one epoch of them would fit the time."""
+    if work.task.max_length is None:
+        return
     per_token = seconds / (len(_TRIAL) * max(work.train.lengths[i] for i in _trial_rows(work)))
     length = shorter_length(work.task.max_length, sum(work.train.lengths), per_token, minutes)
     if length < work.task.max_length:
@@ -166,14 +176,27 @@ def _trial_rows(work: Work) -> list[int]:
 
 
 def _trial(work: Work, precision: str) -> None:
-    """One forward and backward through the frozen model, to see what it costs."""
-    rows = work.task.collate(work.train, _trial_rows(work))
-    embedding = work.model.body.get_input_embeddings()  # type: ignore[operator]
-    inputs = {name: value for name, value in rows.items() if name not in ("targets", "input_ids")}
-    x = embedding(rows["input_ids"]).detach().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        out = work.model.body(inputs_embeds=x, **inputs).last_hidden_state
-    torch.autograd.grad(out.float().sum(), x)
+    """One forward and backward through the frozen model, to see what it costs.
+
+    The gradient goes down to the first module that gives numbers, as it does with adapters in the lowest layer.
+    """
+    batch = work.task.collate(work.train, _trial_rows(work))
+    zeros: list[Tensor] = []
+
+    def add_zero(module: nn.Module, args: Any, output: Any) -> Any:
+        if zeros or not isinstance(output, Tensor) or not output.is_floating_point():
+            return None
+        zeros.append(torch.zeros((), requires_grad=True))
+        return output + zeros[0].to(output)
+
+    hooks = [module.register_forward_hook(add_zero) for module in work.model.body.modules()]
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss, _ = work.task.loss(work.model(batch), batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    torch.autograd.grad(loss, zeros, allow_unused=True)
 
 
 def _measure(work: Work, chosen: Chosen, accelerator: "Accelerator") -> tuple[float, float]:

@@ -10,8 +10,8 @@ from ..core.errors import FolderError, RecipeError, require
 from ..core.safe import read_json
 from ..formats.note import NOTE
 from ..formats.read import read_extra
+from ..tasks.loading import load_body
 from ..tasks.models import Located, locate
-from .prepare import load_body
 from .save import HEAD
 
 if TYPE_CHECKING:
@@ -55,6 +55,6 @@ def _loaded(folder: Path, located: Located) -> AdapterSet:
         return load(load_body(located), folder)
     except FolderError as error:
         try:
-            return load(load_body(located, with_head=True), folder)
+            return load(load_body(located, kind=None), folder)
         except FolderError:
             raise error from None

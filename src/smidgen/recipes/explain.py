@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from ..core.errors import nearest
 from ..core.method import method_named
 from ..methods.lora import LoRA
-from .method_part import MethodPart, method_fields
+from ..tasks.registry import task_said
+from .method_part import MethodPart, TaskPart, method_fields, task_fields
 from .part import MISTAKE
 from .schema import PARTS, SHORT, Recipe
 from .yaml_text import Loc
@@ -91,6 +92,9 @@ def _unknown(loc: Loc, values: Mapping[str, Any]) -> str:
     if where == "method":
         owner, noun = values["method"].get("name", MethodPart().name), "field"
         keys = method_fields(method_named(owner))
+    elif where == "task":
+        owner, noun = values["task"].get("name", TaskPart().name), "key"
+        keys = ["name", *task_fields(owner)]
     else:
         owner, noun = where or "a recipe", "key"
         keys = list((PARTS[where] if where else Recipe).model_fields)
@@ -98,6 +102,8 @@ def _unknown(loc: Loc, values: Mapping[str, Any]) -> str:
     homes = [name for name, part in PARTS.items() if key in part.model_fields and name != where]
     if where != "method" and key in method_fields(LoRA):
         homes.append("method")
+    elif where == "data" and key in task_said(values.get("task", {}).get("name", TaskPart().name)).roles:
+        homes.append("data.columns")
     hint = f" It is a key of {homes[0]}." if homes else f' Did you mean "{near[0]}"?' if near else ""
     return f'"{key}" is not a {noun} of {owner}.{hint} {noun.capitalize()}s: {", ".join(keys)}'
 

@@ -3,36 +3,31 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..auto.plan import Plan
-from ..evaluate.bootstrap import bootstrap_interval, paired_difference_interval
-from ..evaluate.report import Estimate, Example, Report, Row, ShiftRow
+from ..evaluate.bootstrap import Metric, bootstrap_interval, paired_difference_interval
+from ..evaluate.report import Estimate, Report, Row, ShiftRow
+from ..tasks.base import Sample, Task
 from ..training.loop import Outcome
 from .prepare import Work
 
+_SAMPLES = 4  # generated texts that are shown
 _SEED = 0  # of the bootstrap's draws, the same for every model that is compared
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Predictions of one model on the test rows and on each shift set."""
+    """Answers of one model to the test rows and to each shift set."""
 
     test: Tensor
     shift: dict[str, Tensor]
 
 
-def answers(work: Work, test_outputs: Tensor, shift_outputs: Mapping[str, Tensor]) -> Answers:
-    """Predictions from outputs."""
-    predictions = work.task.predictions
-    return Answers(predictions(test_outputs), {name: predictions(outputs) for name, outputs in shift_outputs.items()})
-
-
 def row(
     name: str,
     work: Work,
-    predictions: Tensor,
+    answers: Tensor,
     *,
     trainable: int,
     peak_bytes: int | None,
@@ -40,8 +35,8 @@ def row(
     disk_bytes: int,
 ) -> Row:
     """One line of the table."""
-    estimate = _estimate(work, predictions, work.test.targets)
-    scores = work.task.score(predictions, work.test.targets)
+    estimate = _estimate(work.task, answers, work.test.targets)
+    scores = work.task.score(answers, work.test.targets)
     return Row(
         name=name,
         value=estimate.value,
@@ -56,22 +51,38 @@ def row(
     )
 
 
-def majority(work: Work) -> Row:
-    """The line of someone who knows only the training targets."""
-    name = "mean" if work.task.labels.kind == "regression" else "majority"
-    predictions = work.task.constant(work.train.targets, len(work.test))
-    return row(name, work, predictions, trainable=0, peak_bytes=None, seconds=0.0, disk_bytes=0)
+def constant(work: Work) -> Row | None:
+    """The line of someone who knows only the training targets, if the task has such answers."""
+    found = work.task.constant(work.train.targets, len(work.test))
+    return found and row(found[0], work, found[1], trainable=0, peak_bytes=None, seconds=0.0, disk_bytes=0)
+
+
+def said(work: Work) -> list[str]:
+    """What the model says now to the first test rows, where it is one that generates."""
+    rows = range(min(_SAMPLES, len(work.data.test)))
+    return work.task.samples(work.model.eval(), work.data.test, rows)
+
+
+def samples(work: Work, base: Sequence[str], tuned: Sequence[str]) -> list[Sample]:
+    """What base and tuned `said`, side by side."""
+    task, table = work.task, work.data.test
+    return [
+        Sample(prompt=task.prompt_of(table, i), truth=task.truth_of(table, i), base=before, tuned=after)
+        for i, (before, after) in enumerate(zip(base, tuned, strict=True))
+    ]
 
 
 def report(
     work: Work,
     rows: Sequence[Row],
+    base_name: str,
     base: Answers,
     tuned: Answers,
     outcome: Outcome,
     plan: Plan,
     method: str,
     notes: Sequence[str],
+    samples: Sequence[Sample],
     versions: Mapping[str, str],
 ) -> Report:
     """Everything that the run came to."""
@@ -80,76 +91,66 @@ def report(
         ShiftRow(
             name=name,
             count=len(examples),
-            base=_estimate(work, base.shift[name], examples.targets),
-            tuned=_estimate(work, tuned.shift[name], examples.targets),
-            difference=_difference(work, base.shift[name], tuned.shift[name], examples.targets),
+            base=_estimate(task, base.shift[name], examples.targets),
+            tuned=_estimate(task, tuned.shift[name], examples.targets),
+            difference=_difference(task, base.shift[name], tuned.shift[name], examples.targets),
         )
         for name, examples in work.shift.items()
     )
+    confusion = task.confusion(tuned.test, work.test.targets)
     return Report(
         metric=task.metric,
         higher_is_better=task.higher_is_better,
         task=task.name,
-        model=work.located.name,
+        model=work.asked.model.name,
         data=work.recipe.data.train,
         method=method,
         rows=tuple(rows),
-        difference=_difference(work, base.test, tuned.test, work.test.targets),
-        base_name="linear probe",
+        difference=_difference(task, base.test, tuned.test, work.test.targets),
+        base_name=base_name,
         curves=outcome.curves,
         best_step=outcome.best_step,
-        confusion=_confusion(work, tuned.test),
-        labels=task.labels.names,
+        confusion=confusion and confusion[1],
+        labels=confusion[0] if confusion else (),
         shift=shift,
         plan=plan.entries,
         notes=[*notes, *_remarks(work, outcome)],
-        examples=_examples(work, base.test, tuned.test),
+        examples=task.contrasts(work.data.test, work.test.targets, base.test, tuned.test),
+        samples=samples,
         versions=versions,
     )
 
 
-def _score(work: Work, predictions: Tensor, targets: Tensor) -> float:
-    return work.task.score(predictions, targets)[work.task.metric]
+def _estimate(task: Task, answers: Tensor, targets: Tensor) -> Estimate:
+    value = task.score(answers, targets)[task.metric]
+    return Estimate(value, *interval(task, answers, targets))
 
 
-def _fast_score(work: Work, predictions: Tensor, targets: Tensor) -> float:
-    """The metric alone; the bootstrap asks a thousand times."""
-    if work.task.metric == "accuracy":
-        return float((predictions == targets).float().mean())
-    return _score(work, predictions, targets)
+def interval(task: Task, answers: Tensor, targets: Tensor) -> tuple[float, float]:
+    """The 95 % interval of the task's metric."""
+    parts = task.parts(answers, targets)
+    if parts is not None:
+        return bootstrap_interval(_of_parts(task), parts.double(), targets, seed=_SEED, resamples=task.resamples)
+    return bootstrap_interval(_of_answers(task), answers, targets, seed=_SEED, resamples=task.resamples)
 
 
-def _estimate(work: Work, predictions: Tensor, targets: Tensor) -> Estimate:
-    low, high = bootstrap_interval(lambda p, t: _fast_score(work, p, t), predictions, targets, seed=_SEED)
-    return Estimate(_score(work, predictions, targets), low, high)
+def _difference(task: Task, base: Tensor, tuned: Tensor, targets: Tensor) -> Estimate:
+    before, after = (task.score(answers, targets)[task.metric] for answers in (base, tuned))
+    parts = [task.parts(answers, targets) for answers in (tuned, base)]
+    if parts[0] is not None and parts[1] is not None:
+        metric, of_tuned, of_base = _of_parts(task), parts[0].double(), parts[1].double()
+    else:
+        metric, of_tuned, of_base = _of_answers(task), tuned, base
+    ends = paired_difference_interval(metric, of_tuned, of_base, targets, seed=_SEED, resamples=task.resamples)
+    return Estimate(after - before, *ends)
 
 
-def _difference(work: Work, base: Tensor, tuned: Tensor, targets: Tensor) -> Estimate:
-    low, high = paired_difference_interval(lambda p, t: _fast_score(work, p, t), tuned, base, targets, seed=_SEED)
-    return Estimate(_score(work, tuned, targets) - _score(work, base, targets), low, high)
+def _of_parts(task: Task) -> Metric:
+    return lambda parts, _: float(task.value_of(parts.sum(0)))
 
 
-def _confusion(work: Work, predictions: Tensor) -> list[list[int]] | None:
-    if work.task.labels.kind not in ("binary", "multiclass"):
-        return None
-    count = len(work.task.labels.names)
-    pairs = work.test.targets * count + predictions
-    return [[int(n) for n in line] for line in torch.bincount(pairs, minlength=count * count).view(count, count)]
-
-
-def _examples(work: Work, base: Tensor, tuned: Tensor) -> list[Example]:
-    """Rows on which exactly one of the two is right."""
-    if work.task.labels.kind == "regression":
-        return []
-    task, targets = work.task, work.test.targets
-    right = [(p == targets) if p.ndim == 1 else (p == targets).all(1) for p in (base, tuned)]
-    texts = work.data.test.column(task.columns.text)
-    found = []
-    for i in (right[0] != right[1]).nonzero()[:, 0].tolist():
-        truth, by_base, by_tuned = (str(task.named(p[i])) for p in (targets, base, tuned))
-        better = "tuned" if right[1][i] else "base"
-        found.append(Example(text=texts[i], truth=truth, base=by_base, tuned=by_tuned, better=better))  # type: ignore[arg-type]
-    return found
+def _of_answers(task: Task) -> Metric:
+    return lambda answers, targets: task.score(answers, targets)[task.metric]
 
 
 def _remarks(work: Work, outcome: Outcome) -> list[str]:
@@ -162,7 +163,7 @@ def _remarks(work: Work, outcome: Outcome) -> list[str]:
     for name, examples in (("training", work.train), ("test", work.test)):
         if examples.truncated > 0.1 * len(examples):
             remarks.append(
-                f"{examples.truncated / len(examples):.0%} of the {name} texts were cut to "
+                f"{examples.truncated / len(examples):.0%} of the {name} rows were cut to "
                 f"{work.task.max_length} tokens (--max-length)."
             )
     return remarks

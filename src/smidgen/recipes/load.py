@@ -24,9 +24,9 @@ FLAGS = {  # flag -> key
     "--data": "data.train",
     "--valid": "data.valid",
     "--test": "data.test",
-    "--text-column": "data.text",
-    "--text-pair-column": "data.text_pair",
-    "--label-column": "data.label",
+    "--text-column": "data.columns.text",
+    "--text-pair-column": "data.columns.text_pair",
+    "--label-column": "data.columns.label",
     "--on-bad-row": "data.on_bad_row",
     "--task": "task.name",
     "--max-length": "task.max_length",
@@ -40,6 +40,10 @@ FLAGS = {  # flag -> key
     "--against": "report.against",
     "--out": "out",
     "--dry-run": "dry_run",
+}
+PAIRS = {  # flag that may be repeated -> key, what it takes, an example
+    "--shift": ("data.shift", "NAME=PATH", "tweets=tweets.csv"),
+    "--column": ("data.columns", "ROLE=NAME", "label=stars"),
 }
 _NUMBERS = ("--max-length", "--epochs", "--steps", "--minutes", "--batch", "--learning-rate", "--seed")
 _MAX_BYTES = 1 << 20  # of a recipe file
@@ -57,7 +61,7 @@ def load_recipe(
 ) -> Recipe:
     """The recipe in a file, with flags and settings put over it; without a file, of these alone.
 
-    flags: those that were given, named as in FLAGS, with their text; "--shift" has a list of NAME=PATH.
+    flags: those that were given, named as in FLAGS or PAIRS, with their text; those in PAIRS have a list of NAME=TEXT.
     settings: KEY=VALUE, such as "train.batch=8".   Raises RecipeError naming every mistake.
     """
     sheet = _Sheet(_Place(str(path) if path else "the command line", 0))
@@ -97,13 +101,14 @@ class _Sheet:
 
     def take_flag(self, flag: str, value: Any) -> None:
         """Take what one flag says."""
-        if flag == "--shift":
+        if flag in PAIRS:
+            key, form, example = PAIRS[flag]
             for pair in value:
-                name, _, path = pair.partition("=")
-                if name and path:
-                    self._put(("data", "shift", name), path, _Place(f"--shift {name}"))
+                name, _, text = pair.partition("=")
+                if name and text:
+                    self._put((*key.split("."), name), text, _Place(f"{flag} {name}"))
                 else:
-                    self.mistakes.append((_Place("--shift"), f'"{pair}" is not NAME=PATH, such as tweets=tweets.csv'))
+                    self.mistakes.append((_Place(flag), f'"{pair}" is not {form}, such as {example}'))
         else:
             said = read_scalar(value) if flag in _NUMBERS else value
             self._put(tuple(FLAGS[flag].split(".")), said, _Place(flag))

@@ -1,17 +1,16 @@
 """The row "base" of a run: the frozen model with a linear probe, judged, and where the tuned head starts."""
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..auto.linear_probe import Loss, Probe, fit_probe
 from ..data.split import subset
-from ..tasks.base import Batch
-from ..tasks.text_classification import TextClassifier
-from ..training.loop import predict
+from ..tasks.base import Batch, Examples, TaskModel
+from ..training.loop import over_batches, predict
 from ..training.memory import peak_memory
 from . import judge
 from .choose import Chosen, agreed
@@ -20,85 +19,96 @@ from .prepare import Work
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_MOST_NUMBERS = 1 << 27  # of the probe's features, half a gigabyte
 _LEAST_ROWS = 2000  # that the probe is fitted on, whatever the time: it is the rival, and where the head starts
 
 
 @dataclass(frozen=True)
 class Base:
-    """The linear probe: the frozen model's answers, and where the tuned head starts."""
+    """What the frozen model can do, and where the tuned head starts.   probe: None for the model as it is."""
 
-    probe: Probe
+    probe: Probe | None
     answers: judge.Answers
     size: int
     peak_bytes: int | None
     seconds: float
     notes: list[str]
 
+    @property
+    def name(self) -> str:
+        return "untouched model" if self.probe is None else "linear probe"
+
     @torch.no_grad()
-    def start(self, model: TextClassifier) -> None:
+    def start(self, model: TaskModel) -> None:
         """Let the head start where the probe ends."""
-        model.head.weight.copy_(self.probe.weight)
-        model.head.bias.copy_(self.probe.bias)
+        if self.probe is not None:
+            head = cast(nn.Linear, model.head)
+            head.weight.copy_(self.probe.weight)
+            head.bias.copy_(self.probe.bias)
 
 
 def fit_base(work: Work, chosen: Chosen, accelerator: "Accelerator") -> Base:
-    """Fit the probe on the frozen model's features of the training rows, and judge it on the test rows."""
+    """Judge the frozen model on the test rows: with a linear probe fitted on its features of the training rows where
+    the task has a fresh linear head, else as it is.
+    """
     started = time.monotonic()
-    model = _Features(work.model)
-    rows = list(range(len(work.train)))
     notes: list[str] = []
+    base = Base(None, judge.Answers(torch.empty(0), {}), 0, None, 0.0, notes)
     with peak_memory(accelerator.device) as peak:
-        if chosen.minutes is not None:
-            rows = _affordable(model, work, chosen, accelerator)
+        if work.task.probed:
+            rows = _affordable(work, chosen, accelerator)
             if len(rows) < len(work.train):
                 notes.append(
                     f"The linear probe was fitted on {len(rows):,} of {len(work.train):,} training "
-                    "rows, what a third of the time allows."
+                    "rows, what a third of the time and the memory allow."
                 )
-        some = work.train.select(rows)
-        features = predict(model, work.task, some, accelerator, 2 * chosen.batch)
-        probe = fit_probe(features, some.targets, work.task.outputs, _mean_loss(work), seed=chosen.seed)
-        outputs = {
-            name: probe(predict(model, work.task, e, accelerator, 2 * chosen.batch))
-            for name, e in {"": work.test, **work.shift}.items()
-        }
-    answers = judge.answers(work, outputs.pop(""), outputs)
-    size = probe.weight.numel() + probe.bias.numel()
-    return Base(probe, answers, size, peak.size_bytes, time.monotonic() - started, notes)
+            features, targets = _features(work, chosen, accelerator, rows)
+            outputs = cast(nn.Linear, work.model.head).out_features
+            probe = fit_probe(features, targets, outputs, _mean_loss(work), seed=chosen.seed)
+            base = replace(base, probe=probe, size=probe.weight.numel() + probe.bias.numel())
+            base.start(work.model)
+        answers = answers_of(work, chosen, accelerator)
+    return replace(base, answers=answers, peak_bytes=peak.size_bytes, seconds=time.monotonic() - started)
 
 
 def answers_of(work: Work, chosen: Chosen, accelerator: "Accelerator") -> judge.Answers:
-    outputs = {
-        name: predict(work.model, work.task, e, accelerator, 2 * chosen.batch)
-        for name, e in {"": work.test, **work.shift}.items()
-    }
-    return judge.answers(work, outputs.pop(""), outputs)
+    """The model's answers to the test rows and to each shift set."""
+
+    def answers(examples: Examples) -> Tensor:
+        return predict(work.model, work.task, examples, accelerator, 2 * chosen.batch).answers
+
+    return judge.Answers(answers(work.test), {name: answers(examples) for name, examples in work.shift.items()})
 
 
-class _Features(nn.Module):
-    """The model up to its pooling, as a module that `predict` can call."""
+def _features(work: Work, chosen: Chosen, accelerator: "Accelerator", rows: list[int]) -> tuple[Tensor, Tensor]:
+    """The features (M, D) of some training rows and their targets (M, ...), in the order of the rows' batches."""
+    some, targets = work.train.select(rows), list[tuple[list[int], Tensor]]()
 
-    def __init__(self, model: TextClassifier) -> None:
-        super().__init__()
-        self.model = model
+    def features(batch: Batch) -> Tensor:
+        targets.append(([], work.task.feature_targets(batch).cpu()))
+        return work.model.features(batch)
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.model.features(batch)
+    found = over_batches(work.model, work.task, some, accelerator, 2 * chosen.batch, features)
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        found, targets = gather_object(found), gather_object(targets)
+    return torch.cat([part for _, part in found]), torch.cat([part for _, part in targets])
 
 
-def _affordable(model: nn.Module, work: Work, chosen: Chosen, accelerator: "Accelerator") -> list[int]:
-    """The training rows whose features take at most a third of the time; a sample by class where that is not all."""
+def _affordable(work: Work, chosen: Chosen, accelerator: "Accelerator") -> list[int]:
+    """The training rows whose features take at most a third of the time, and fit in memory; a sample by class where
+    that is not all.
+    """
     rows = subset(len(work.train), None, 4 * chosen.batch, chosen.seed)
     start = time.monotonic()
-    predict(model, work.task, work.train.select(rows), accelerator, 2 * chosen.batch)
+    features, _ = _features(work, chosen, accelerator, rows)
     per_row = agreed((time.monotonic() - start) / len(rows))
-    fixed = len(work.test) + sum(map(len, work.shift.values()))
-    most = int(60 * (chosen.minutes or 0) / 3 / per_row) - fixed
-    return subset(len(work.train), _strata(work), max(most, _LEAST_ROWS), chosen.seed)
-
-
-def _strata(work: Work) -> list[Any] | None:
-    return work.train.targets.tolist() if work.task.labels.kind in ("binary", "multiclass") else None
+    most = int(_MOST_NUMBERS * len(rows) / features.numel())
+    if chosen.minutes is not None:
+        fixed = len(work.test) + sum(map(len, work.shift.values()))
+        most = min(most, max(int(60 * chosen.minutes / 3 / per_row) - fixed, _LEAST_ROWS))
+    return subset(len(work.train), work.task.strata(work.data.train), most, chosen.seed)
 
 
 def _mean_loss(work: Work) -> Loss:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from .. import __version__
 from ..auto.plan import (
@@ -36,7 +37,7 @@ from .choose import Chosen, agreed, choose, choose_steps_for, longest_batch, met
 from .prepare import Work, best_device, make_accelerator, prepare, set_threads
 from .probing import answers_of, fit_base
 from .save import is_result, save_result
-from .schema import MethodPart, Recipe, TrainPart
+from .schema import MethodPart, Recipe, TaskPart, TrainPart
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,13 +75,14 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     chosen = choose(recipe.train, rates, work, plan, seed)
     if saved is not None:
         chosen = Chosen(**saved[1].history["chosen"])  # measured then; measured again it might differ
-        if chosen.max_length != work.task.max_length:
+        if chosen.max_length is not None and chosen.max_length != work.task.max_length:
             work.cut(chosen.max_length)
     work.task.label_smoothing = chosen.label_smoothing
     accelerator = make_accelerator(device, chosen.precision)
 
     base = fit_base(work, chosen, accelerator)
     base.start(work.model)
+    base_said = judge.said(work)
     adapters = attach_used(method, work, chosen, plan)
     trained = {**adapter_parameters(adapters), **head_parameters(work.model)}
     parameters = sum(p.numel() for p in trained.values())
@@ -120,7 +122,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
         )
     tuned = answers_of(work, chosen, accelerator)
     rows = [
-        judge.majority(work),
+        *filter(None, [judge.constant(work)]),
         judge.row(
             "base",
             work,
@@ -145,7 +147,10 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     if quiet:
         return out
     notes = [*work.data.notes, *base.notes]
-    report = judge.report(work, rows, base.answers, tuned, outcome, plan, method.name, notes, _versions())
+    samples = judge.samples(work, base_said, judge.said(work))
+    report = judge.report(
+        work, rows, base.name, base.answers, tuned, outcome, plan, method.name, notes, samples, _versions()
+    )
     resolved = _resolved(recipe, out, work, method, chosen)
     report = save_result(out, work, adapters, report, resolved, replace=fresh or resume)
     if checkpoints.exists():
@@ -171,7 +176,9 @@ def _fingerprint(work: Work) -> str:
     """Of what the recipe only points to: rows, labels, base."""
     digest = hashlib.sha256(json.dumps(work.task.describe(), sort_keys=True).encode())
     for examples in (work.train, work.valid):
-        digest.update(json.dumps([list(row.values()) for row in examples.inputs]).encode())
+        for row in examples.inputs:
+            for value in row.values():
+                digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
         digest.update(examples.targets.numpy().tobytes())
     digest.update(fingerprint(work.model.body).encode())
     return digest.hexdigest()
@@ -202,14 +209,17 @@ def _resolved(recipe: Recipe, out: Path, work: Work, method: Method, chosen: Cho
     numbers["label_smoothing"] = chosen.label_smoothing or None  # not for every kind
     numbers |= {"epochs": None, "minutes": None, "threads": torch.get_num_threads()}  # the steps say it
     said = MethodPart(name=method.name, **{**preset(method.name).settings, **(recipe.method or MethodPart()).settings})
-    columns = {role: getattr(work.task.columns, role) for role in ("text", "text_pair", "label")}
+    columns = {**recipe.data.columns, **work.task.resolved_columns()}
+    settings = recipe.task.settings | {k: v for k, v in work.task.resolved_settings().items() if v is not None}
     return recipe.model_copy(
         update={
             "out": out,
             "train": TrainPart(**numbers),
-            "task": recipe.task.model_copy(update={"kind": work.task.labels.kind, "max_length": chosen.max_length}),
+            "task": TaskPart(
+                name=recipe.task.name, **{key: value for key, value in settings.items() if value is not None}
+            ),
             "method": said,
-            "data": recipe.data.model_copy(update=columns),
+            "data": recipe.data.model_copy(update={"columns": columns}),
         }
     )
 

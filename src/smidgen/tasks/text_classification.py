@@ -11,67 +11,81 @@ The head starts from the linear probe on the frozen body, so tuning starts where
 fine-tuning: Kumar et al. 2022, arXiv:2202.10054).
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import Held
-from ..core.errors import DataError, ModelError, RecipeError
-from ..data.columns import Columns
-from ..data.labels import Kind, Labels, check_text
+from ..core.checks import require_whole
+from ..core.errors import DataError
+from ..data.columns import Columns, guess_columns
+from ..data.labels import Kind, Labels, check_text, understand_labels
+from ..data.split import duplicate_groups, subset
 from ..data.table import Table
-from .base import Batch, Examples, Task, TaskModel
+from .base import Asked, Batch, Examples, TaskModel
+from .labelled import LabelledTask
+from .loading import load_body, load_tokenizer, pooling_for, settle_length
+from .padding import padded
+from .registry import task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Pooling = Literal["mean", "last"]
-
-_METRICS = {"regression": ("spearman", "r2", "mae"), "multilabel": ("macro_f1", "micro_f1", "exact_match")}
-_METRICS_OF_CLASSES = ("accuracy", "macro_f1", "mcc")
+_SAMPLE = 2000  # texts measured for their length
 
 
-@dataclass
-class TextClassification(Task):
-    """Text classification with a given tokenizer, labels and columns.
+@dataclass(frozen=True, kw_only=True)
+class TextClassificationSettings:
+    """kind: of the labels; found where nobody says.   max_length: of a text, in tokens."""
 
-    max_length: tokens; longer texts are cut.   centre, spread: of the training targets of a regression, whose head
-    predicts (target - centre) / spread.
-    """
-
-    tokenizer: "PreTrainedTokenizerBase"
-    columns: Columns
-    labels: Labels
-    max_length: int
-    label_smoothing: float = 0.0
-    centre: float = 0.0
-    spread: float = 1.0
-    metric: str = field(init=False)
-
-    name = "text_classification"
+    kind: Kind | None = None
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
-        self.judge_by(self.metrics[0])
+        require_whole(self, "max_length", least=2)
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The names of all metrics that fit; the first is what counts where nobody says."""
-        return _METRICS.get(self.labels.kind, _METRICS_OF_CLASSES)
 
-    def judge_by(self, metric: str) -> None:
-        """Compare and choose models by this metric.  Raises RecipeError if it does not fit."""
-        if metric not in self.metrics:
-            raise RecipeError(f'"{metric}" is no metric of {self.labels.kind}; there are: {", ".join(self.metrics)}')
-        self.metric, self.higher_is_better = metric, metric != "mae"
+@task("text_classification")
+class TextClassification(LabelledTask):
+    """Text classification with a given tokenizer, columns and labels."""
 
-    @property
-    def outputs(self) -> int:
-        """K: how many numbers the head gives."""
-        return 1 if self.labels.kind == "regression" else len(self.labels.names)
+    summary = "one of several classes, several at once, or a number, for texts and pairs of texts"
+    Settings = TextClassificationSettings
+    roles = ("text", "text_pair", "label")
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        columns: Columns,
+        labels: Labels,
+        max_length: int,
+        metric: str | None = None,
+    ) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.use_columns(columns)
+        self.set_labels(labels, metric)
+        self.notes = list(labels.notes)
+
+    def use_columns(self, columns: Columns) -> None:
+        """Read rows by these columns."""
+        self.columns, self.label_column = columns, columns.label
+
+    @classmethod
+    def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
+        columns = guess_columns(tables["train"], **cast(Any, dict(asked.columns)))
+        for role, why in columns.reasons.items():
+            asked.plan.decide(f"{role} column", None, getattr(columns, role), why)
+        assert columns.label is not None
+        labels = understand_labels(tables["train"].column(columns.label), kind=settings.kind)
+        asked.plan.decide("kind", None, labels.kind, labels.reason)
+        tokenizer = load_tokenizer(asked.model, asked.revision)
+        made = cls(tokenizer, columns, labels, 0, asked.metric)
+        made._said_length, made._understood = settings.max_length, tables["train"]
+        return made
+
+    _said_length: int | None = None
 
     def check(self, table: Table) -> dict[int, str]:
         problems: dict[int, str] = {}
@@ -79,17 +93,36 @@ class TextClassification(Task):
             for i, value in enumerate(table.column(column)):
                 if what := check_text(value):
                     problems[i] = f'column "{column}": {what}'
-        if self.columns.label is not None:
-            for i, value in enumerate(table.column(self.columns.label)):
-                try:
-                    self.labels.encode(value)
-                except DataError as error:
-                    problems[i] = f'column "{self.columns.label}": {error}'
-        return problems
+        return {**problems, **self.check_labels(table)}
+
+    def groups(self, table: Table) -> Sequence[Hashable] | None:
+        return duplicate_groups(table.column(self.columns.text))
+
+    def remarks(self, train: Table, test: Table) -> list[str]:
+        seen = set(train.column(self.columns.text))
+        again = sum(text in seen for text in test.column(self.columns.text))
+        if not again or self.columns.text_pair is not None:
+            return []
+        total = len(test)
+        return [f"{again} of {total} test texts stand in the training rows too: the figures are flattered by that much"]
+
+    def build(self, asked: Asked) -> "TextClassifier":
+        torch.manual_seed(asked.seed)  # of the new head
+        return TextClassifier(load_body(asked.model, asked.dtype, asked.revision), self.outputs)
+
+    def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
+        some = train.select(subset(len(train), None, _SAMPLE, asked.seed))
+        encode: Any = self.tokenizer
+        lengths = [len(ids) for ids in encode(*self._texts(some), verbose=False)["input_ids"]]
+        self.max_length = settle_length(self._said_length, lengths, model.body, self.tokenizer, asked)
+        self.centre_on(train)
+
+    def _texts(self, table: Table) -> tuple[list[str], list[str] | None]:
+        pairs = table.column(self.columns.text_pair) if self.columns.text_pair else None
+        return table.column(self.columns.text), pairs
 
     def encode(self, table: Table) -> Examples:
-        texts = table.column(self.columns.text)
-        pairs = table.column(self.columns.text_pair) if self.columns.text_pair else None
+        texts, pairs = self._texts(table)
         encoded = cast(Any, self.tokenizer)(texts, pairs, truncation=True, max_length=self.max_length)
         names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
         if pairs is None and "token_type_ids" in names:
@@ -97,125 +130,57 @@ class TextClassification(Task):
         inputs = [{name: encoded[name][i] for name in names} for i in range(len(table))]
         lengths = [len(row["input_ids"]) for row in inputs]
         cut = sum(bool(row.overflowing) for row in encoded.encodings or ())
-        return Examples(inputs, self._targets(table), lengths, cut)
-
-    def _targets(self, table: Table) -> Tensor:
-        if self.columns.label is None or self.columns.label not in table.columns:
-            return torch.zeros(len(table))
-        values = [self.labels.encode(value) for value in table.column(self.columns.label)]
-        dtype = torch.float32 if self.labels.kind in ("regression", "multilabel") else torch.int64
-        return torch.tensor(values, dtype=dtype)
+        return Examples(inputs, self.targets_of(table), lengths, cut)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        width = max(examples.lengths[i] for i in indices)
-        shape = (len(indices), width)
-        batch: Batch = {"attention_mask": torch.zeros(shape, dtype=torch.int64)}
-        for name in examples.inputs[0]:
-            filler = cast(int, self.tokenizer.pad_token_id or 0) if name == "input_ids" else 0
-            batch[name] = torch.full(shape, filler)
-        for row, i in enumerate(indices):
-            for name, values in examples.inputs[i].items():
-                batch[name][row, : len(values)] = torch.tensor(values)
-            batch["attention_mask"][row, : examples.lengths[i]] = 1
+        batch = padded(examples, indices, {"input_ids": cast(int, self.tokenizer.pad_token_id or 0)})
         batch["targets"] = examples.targets[list(indices)]
         return batch
 
-    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, int]:
-        targets, outputs = batch["targets"], outputs.float()
-        if self.labels.kind == "regression":
-            return F.mse_loss(outputs[:, 0], (targets - self.centre) / self.spread, reduction="sum"), len(targets)
-        if self.labels.kind == "multilabel":
-            loss = F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
-            return loss / outputs.shape[1], len(targets)
-        return F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing), len(targets)
+    def shown_input(self, table: Table, i: int) -> str:
+        return str(table.column(self.columns.text)[i])
 
-    def predictions(self, outputs: Tensor) -> Tensor:
-        """What the outputs say: class indices (N,), 0/1 per class (N, K), or numbers (N,)."""
-        if self.labels.kind == "regression":
-            return outputs[:, 0] * self.spread + self.centre
-        return (outputs > 0).long() if self.labels.kind == "multilabel" else outputs.argmax(1)
+    def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
+        texts = table.column(self.columns.text)
+        lines = super().predicted(table, answers)
+        return [{"text": text, **line} for text, line in zip(texts, lines, strict=True)]
 
-    def named(self, prediction: Tensor) -> str | float | list[str]:
-        """One prediction as the data would say it."""
-        if self.labels.kind == "regression":
-            return float(prediction)
-        if self.labels.kind == "multilabel":
-            return [name for name, on in zip(self.labels.names, prediction.tolist(), strict=True) if on]
-        return self.labels.names[int(prediction)]
+    def resolved_settings(self) -> dict[str, Any]:
+        return {**super().resolved_settings(), "kind": self.labels.kind}
 
-    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
-        return self.score(self.predictions(outputs), targets)
-
-    def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
-        """All metrics that fit, of predictions as `predictions` gives them."""
-        from torchmetrics.functional import classification as C
-        from torchmetrics.functional import mean_absolute_error, r2_score, spearman_corrcoef
-
-        if self.labels.kind == "regression":
-            rank = float(spearman_corrcoef(predictions, targets)) if len(predictions) > 1 else float("nan")
-            return {
-                "spearman": rank if rank == rank else 0.0,  # a constant prediction ranks nothing
-                "r2": float(r2_score(predictions, targets)) if len(predictions) > 1 else float("nan"),
-                "mae": float(mean_absolute_error(predictions, targets)),
-            }
-        count = len(self.labels.names)
-        if self.labels.kind == "multilabel":
-            whole = targets.long()
-            return {
-                "macro_f1": float(C.multilabel_f1_score(predictions, whole, count, average="macro")),
-                "micro_f1": float(C.multilabel_f1_score(predictions, whole, count, average="micro")),
-                "exact_match": float((predictions == whole).all(1).float().mean()),
-            }
-        return {
-            "accuracy": float((predictions == targets).float().mean()),
-            "macro_f1": float(C.multiclass_f1_score(predictions, targets, count, average="macro")),
-            "mcc": float(C.multiclass_matthews_corrcoef(predictions, targets, count)),
-        }
-
-    def constant(self, targets: Tensor, count: int) -> Tensor:
-        """What someone predicts who knows only the training targets: the usual class or classes, or
-        the mean; `count` times.
-        """
-        if self.labels.kind == "regression":
-            return targets.mean().expand(count).clone()
-        if self.labels.kind == "multilabel":
-            return (targets.mean(0) > 0.5).long().expand(count, -1).clone()
-        return torch.full((count,), int(torch.bincount(targets).argmax()))
+    def resolved_columns(self) -> dict[str, str]:
+        return {role: name for role in self.roles if (name := getattr(self.columns, role)) is not None}
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "task": self.name,
-            "kind": self.labels.kind,
-            "labels": list(self.labels.names),
-            "columns": {k: v for k, v in asdict(self.columns).items() if k != "reasons"},
-            "metric": self.metric,
-            "max_length": self.max_length,
-            "centre": self.centre,
-            "spread": self.spread,
-        }
+        columns = {k: v for k, v in asdict(self.columns).items() if k != "reasons"}
+        return {**self.describe_labels(), "columns": columns, "max_length": self.max_length}
 
-    @staticmethod
-    def from_description(description: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> "TextClassification":
-        """The task of a saved adapter, for predicting and evaluating."""
-        if description["kind"] not in get_args(Kind):
-            raise ValueError(f"there is no kind {description['kind']!r}")
-        task = TextClassification(
-            tokenizer=tokenizer,
-            columns=Columns(**description["columns"], reasons={}),
-            labels=Labels(kind=cast(Kind, description["kind"]), names=tuple(description["labels"])),
-            max_length=int(description["max_length"]),
-            centre=float(description["centre"]),
-            spread=float(description["spread"]),
-        )
-        task.judge_by(description["metric"])
-        return task
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any], asked: Asked) -> Self:
+        tokenizer = load_tokenizer(asked.model, asked.revision)
+        columns = Columns(**description["columns"], reasons={})
+        kind, length = description["kind"], int(description["max_length"])
+        made = cls(tokenizer, columns, Labels(kind=kind, names=tuple(description["labels"])), length)
+        made.take_labels(description)
+        return made
+
+    def table_of(self, inputs: Sequence[str]) -> Table:
+        if self.columns.text_pair is not None:
+            both = f'"{self.columns.text}", "{self.columns.text_pair}"'
+            raise DataError(f"this adapter reads pairs of texts ({both}): give --data FILE")
+        return Table({self.columns.text: list(inputs)}, [f"--text {i + 1}" for i in range(len(inputs))])
+
+    def rows_for(self, table: Table, *, labelled: bool) -> None:
+        label = self.columns.label if labelled else None
+        wanted = filter(None, (self.columns.text, self.columns.text_pair, label))
+        if any(name not in table.columns for name in wanted):
+            self.use_columns(guess_columns(table, allow_unlabelled=not labelled))
+        if not labelled:
+            self.use_columns(replace(self.columns, label=None))
 
 
 class TextClassifier(TaskModel):
-    """A pre-trained body, a pooling over its middle and last hidden states, and a linear head in fp32.
-
-    The body's own dropout stays off: it slows short runs and brings nothing there; adapters have theirs.
-    """
+    """A pre-trained body, a pooling over its middle and last hidden states, and a linear head in fp32."""
 
     def __init__(self, body: nn.Module, outputs: int) -> None:
         super().__init__()
@@ -223,14 +188,6 @@ class TextClassifier(TaskModel):
         config: Any = body.config
         self.pooling = pooling_for(config)
         self.head: nn.Linear = nn.Linear(2 * config.hidden_size, outputs, device=next(body.parameters()).device)
-
-    def train(self, mode: bool = True) -> "TextClassifier":
-        super().train(mode)
-        self.body.eval()
-        for module in self.body.modules():
-            if isinstance(module, Held):
-                module.train(mode)
-        return self
 
     def features(self, batch: Batch) -> Tensor:
         """The pooled hidden states of the middle and the last layer, (N, 2 D) in fp32."""
@@ -246,21 +203,3 @@ class TextClassifier(TaskModel):
 
     def forward(self, batch: Batch) -> Tensor:
         return cast(Tensor, self.head(self.features(batch)))
-
-
-def pooling_for(config: Any) -> Pooling:
-    """How to pool the hidden states of a transformers body: by the mean, or by the last token where it looks backwards.
-
-    Raises ModelError for encoder-decoders, which have no single sequence of hidden states.
-    """
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{config.model_type} is an encoder-decoder; text classification takes an encoder (BERT, "
-            "DeBERTa ...) or a decoder (Llama, GPT-2 ...)"
-        )
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    backwards = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (
-        type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False)
-    )
-    return "last" if backwards else "mean"

@@ -4,9 +4,10 @@ The gradient of a step is that of the mean loss over all that counts in it, howe
 processes: losses are summed, and the gradients divided once by the true count.
 """
 
+import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..adapters import adapters_of
 from ..core.adapter import HELD
 from ..data.batches import LengthBucketedBatches
-from ..tasks.base import Examples, Task
+from ..tasks.base import Batch, Examples, Task
 from . import checkpoint
 from .guard import Guard, Stopper
 from .progress import Progress
@@ -166,7 +167,7 @@ class Loop:
         self.optimizer.zero_grad()
         totals = torch.zeros(3, dtype=torch.float64)  # loss, count, tokens
         for i, indices in enumerate(micro_batches):
-            batch = self._to_device(self.task.collate(self.train_set, indices))
+            batch = self.task.augment(self._to_device(self.task.collate(self.train_set, indices)))
             last = i == len(micro_batches) - 1
             with self.accelerator.autocast(), _no_sync(model, self.accelerator, not last):
                 loss, count = self.task.loss(model(batch), batch)
@@ -182,11 +183,8 @@ class Loop:
         return float(totals[0] / totals[1]), int(totals[2])
 
     def _evaluate(self, progress: Progress) -> None:
-        outputs = predict(self.model, self.task, self.valid_set, self.accelerator, 2 * self.settings.batch)
-        everything = {"targets": self.valid_set.targets.to(outputs.device)}
-        total, count = self.task.loss(outputs, everything)
-        loss = float(total) / max(count, 1)
-        value = self.task.measure(outputs, self.valid_set.targets)[self.task.metric]
+        judged = predict(self.model, self.task, self.valid_set, self.accelerator, 2 * self.settings.batch)
+        loss, value = judged.loss, self.task.score(judged.answers, self.valid_set.targets)[self.task.metric]
         self._point("valid loss", loss)
         self._point(f"valid {self.task.metric}", value)
         history = self.history
@@ -257,9 +255,53 @@ class Loop:
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What a model says to examples: its answers (N, ...), in their order, on the CPU, and the mean loss."""
+
+    answers: Tensor
+    loss: float
+
+
+def predict(
+    model: nn.Module, task: Task, examples: Examples, accelerator: "Accelerator", batch: int, *, labelled: bool = True
+) -> Judged:
+    """The model's answers to all examples, in fp32 where they are no whole numbers; processes share the work.
+
+    labelled: False leaves out the loss, which is then NaN.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, count
+
+    def answers(inputs: Batch) -> Tensor:
+        outputs = model(inputs)
+        if labelled:
+            loss, count = task.loss(outputs, inputs)
+            sums.add_(torch.tensor([float(loss), count], dtype=torch.float64))
+        return task.answer(outputs, inputs)
+
+    found = over_batches(model, task, examples, accelerator, batch, answers)
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        found = gather_object(found)
+        sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
+    first = found[0][1]
+    whole = first.new_zeros(len(examples), *first.shape[1:])
+    for indices, part in found:
+        whole[indices] = part
+    return Judged(whole, float(sums[0] / sums[1]) if sums[1] else math.nan)
+
+
 @torch.no_grad()
-def predict(model: nn.Module, task: Task, examples: Examples, accelerator: "Accelerator", batch: int) -> Tensor:
-    """The model's outputs for all examples, in their order, on the CPU in fp32; processes share the work."""
+def over_batches(
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    accelerator: "Accelerator",
+    batch: int,
+    take: Callable[[Batch], Tensor],
+) -> list[tuple[list[int], Tensor]]:
+    """What `take` makes of each batch of this process, with the examples' numbers; the model is in `eval` meanwhile."""
     rank, world = accelerator.process_index, accelerator.num_processes
     order = LengthBucketedBatches(examples.lengths, batch_size=batch, seed=0, shuffle=False, rank=rank, world=world)
     training = model.training
@@ -268,16 +310,10 @@ def predict(model: nn.Module, task: Task, examples: Examples, accelerator: "Acce
     for indices in order:
         inputs = {name: tensor.to(accelerator.device) for name, tensor in task.collate(examples, indices).items()}
         with accelerator.autocast():
-            found.append((indices, model(inputs).float().cpu()))
+            taken = take(inputs)
+        found.append((indices, (taken.float() if taken.is_floating_point() else taken).cpu()))
     model.train(training)
-    if world > 1:
-        from accelerate.utils import gather_object
-
-        found = gather_object(found)
-    outputs = found[0][1].new_zeros(len(examples), *found[0][1].shape[1:])
-    for indices, part in found:
-        outputs[indices] = part
-    return outputs
+    return found
 
 
 def _optimizer(groups: Sequence[Group]) -> torch.optim.Optimizer:

@@ -1,0 +1,222 @@
+"""Image classification: one of several classes, several at once, or a number, by a CNN or a vision transformer.
+
+    x = (pixels / 255 - mean) / std      on the device, in the model
+    outputs = W z + c                    z: (D,), what the model's own classifier was given;  W: (K, D)
+
+The head starts from the linear probe on the frozen body, as for texts (Kumar et al. 2022, arXiv:2202.10054).
+
+BatchNorms are run on the base's statistics, also while training.  Where the method keeps statistics of its own
+(`batchnorm_tuning` with `statistics: adapted`), these follow the batches; they are saved with the adapter.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..core.checks import require_whole
+from ..core.safe import write_tensors
+from ..data.image_columns import image_column, label_column
+from ..data.image_folder import FOLDER, read_images
+from ..data.images import Fit, content_key, decode_all, image_name, image_problem, image_size, in_threads
+from ..data.labels import Kind, Labels, understand_labels
+from ..data.split import subset
+from ..data.table import Problem, Table
+from .augment import disturbed, flip_is_safe
+from .base import Asked, Batch, Examples, TaskModel
+from .image_input import Seen, with_said
+from .image_models import ImageClassifier, load_image_model
+from .labelled import LabelledTask
+from .registry import task
+
+Augment = Literal["crop", "shift", "off"]
+
+_ROOM = 2 << 30  # bytes of decoded images that are kept in memory
+_SAMPLE = 200  # images measured for their size
+_SMALL = 64  # pixels: images of no more are small
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageClassificationSettings:
+    """kind: of the labels; found where nobody says.   image_size: side of the square that the model sees, in pixels.
+
+    mean, std: per channel of pixels in 0..1; of one number each for models of grey images.   augment: of training
+    images: "crop", "shift" or "off".   flip: exchange left and right too.  What nobody says is the model's, or chosen.
+    """
+
+    kind: Kind | None = None
+    image_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    augment: Augment | None = None
+    flip: bool | None = None
+
+    def __post_init__(self) -> None:
+        require_whole(self, "image_size", least=8)
+
+
+@task("image_classification")
+class ImageClassification(LabelledTask):
+    """Image classification with given columns, labels and way of seeing."""
+
+    summary = "one of several classes, several at once, or a number, for images; CNNs and vision transformers"
+    Settings = ImageClassificationSettings
+    roles = ("image", "label")
+    unit = "images"
+    split_words = "by class, seeded, equal images kept together"
+
+    def __init__(self, image: str, label: str | None, labels: Labels, settings: Any, metric: str | None = None) -> None:
+        self.image_column, self.label_column, self.settings = image, label, settings
+        self.set_labels(labels, metric)
+        self.notes = list(labels.notes)
+        self.augmented: Augment = "off"
+        self.flips = False
+        self._room = _ROOM
+
+    seen: Seen | None = None  # known once the model is built, or from a saved result
+
+    # -- rows -------------------------------------------------------------------------------------------------------
+    @classmethod
+    def read(cls, where: str, settings: Any) -> tuple[dict[str, Table], list[Problem]]:
+        return read_images(where)
+
+    @classmethod
+    def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
+        train = tables["train"]
+        image = asked.plan.decide("image column", asked.columns.get("image"), *image_column(train, asked.columns))
+        label = asked.plan.decide(
+            "label column", asked.columns.get("label"), *label_column(train, image, asked.columns)
+        )
+        values = train.column(label)
+        kind = settings.kind
+        if kind is None and label == FOLDER:  # the names of folders are classes, also where they are numbers
+            kind = "binary" if len(set(values)) == 2 else "multiclass"
+        labels = understand_labels(values, kind=kind)
+        asked.plan.decide("kind", settings.kind, labels.kind, labels.reason)
+        made = cls(image, label, labels, settings, asked.metric)
+        made._understood = train
+        return made
+
+    def check(self, table: Table) -> dict[int, str]:
+        found = in_threads(image_problem, table.column(self.image_column))
+        problems = {i: what for i, what in enumerate(found) if what is not None}
+        labels = self.check_labels(table)
+        return labels | {i: f"{what}; {labels[i]}" if i in labels else what for i, what in problems.items()}
+
+    def groups(self, table: Table) -> Sequence[Hashable] | None:
+        return in_threads(content_key, table.column(self.image_column))
+
+    def remarks(self, train: Table, test: Table) -> list[str]:
+        seen = set(cast(Any, self.groups(train)))
+        again = sum(key in seen for key in cast(Any, self.groups(test)))
+        if not again:
+            return []
+        return [
+            f"{again} of {len(test)} test images stand in the training rows too: the figures are flattered by that much"
+        ]
+
+    # -- the model --------------------------------------------------------------------------------------------------
+    def build(self, asked: Asked) -> ImageClassifier:
+        body, seen = load_image_model(asked)
+        if self.seen is None:
+            self.seen = with_said(seen, self.settings.image_size, self.settings.mean, self.settings.std)
+        torch.manual_seed(asked.seed)  # of the new head
+        return ImageClassifier(body, self.outputs, self.seen, asked.model.name)
+
+    def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
+        decide, said, seen = asked.plan.decide, self.settings, self._seen
+        decide("image_size", said.image_size, seen.fit.height, seen.why)
+        classifier = cast(ImageClassifier, model)
+        decide("features", None, str(classifier.head.in_features), classifier.where)
+        some = [train.column(self.image_column)[i] for i in subset(len(train), None, _SAMPLE, asked.seed)]
+        side = sorted(min(size) for size in in_threads(image_size, some))[len(some) // 2]
+        small = side <= _SMALL
+        why = f"images of {side} pixels are small: a crop would cut their subject" if small else "cut and made large"
+        self.augmented = decide("augment", said.augment, "shift" if small else "crop", why)
+        flips, why = flip_is_safe(self.labels.kind, self.labels.names)
+        self.flips = decide("flip", said.flip, flips, why) and self.augmented != "off"
+        if norms := sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.body.modules()):
+            what = f"{norms} BatchNorms keep the base's, but for a method with statistics of its own"
+            decide("batch statistics", None, "frozen", f"{what} (batchnorm_tuning, statistics: adapted)")
+        self.centre_on(train)
+
+    @property
+    def _seen(self) -> Seen:
+        assert self.seen is not None, "build comes first"
+        return self.seen
+
+    # -- batches ----------------------------------------------------------------------------------------------------
+    def encode(self, table: Table) -> Examples:
+        images, fit = table.column(self.image_column), self._seen.fit
+        size = len(images) * fit.channels * fit.height * fit.width
+        if size <= self._room:
+            self._room -= size
+            inputs = [{"pixels": pixels} for pixels in decode_all(images, fit, table.origins)]
+        else:  # decoded when their batch comes
+            inputs = [{"image": image, "name": name} for image, name in zip(images, table.origins, strict=True)]
+        return Examples(inputs, self.targets_of(table), [1] * len(table))
+
+    def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
+        rows = [examples.inputs[i] for i in indices]
+        if "pixels" in rows[0]:
+            pixels = torch.stack([row["pixels"] for row in rows])
+        else:
+            pixels = decode_all([row["image"] for row in rows], self._seen.fit, [row["name"] for row in rows])
+        return {"pixels": pixels, "targets": examples.targets[list(indices)]}
+
+    def augment(self, batch: Batch) -> Batch:
+        if self.augmented == "off":
+            return batch
+        pixels = batch["pixels"].float() / 255
+        return {**batch, "pixels": disturbed(pixels, self.augmented, flip=self.flips)}
+
+    # -- using a result ---------------------------------------------------------------------------------------------
+    def shown_input(self, table: Table, i: int) -> str:
+        return image_name(table.column(self.image_column)[i])
+
+    def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
+        lines = super().predicted(table, answers)
+        return [{"image": self.shown_input(table, i), **line} for i, line in enumerate(lines)]
+
+    def resolved_settings(self) -> dict[str, Any]:
+        side = self._seen.fit.height if self._seen.fit.height == self._seen.fit.width else None
+        chosen = {"kind": self.labels.kind, "image_size": side, "augment": self.augmented, "flip": self.flips}
+        return {**super().resolved_settings(), **chosen}
+
+    def resolved_columns(self) -> dict[str, str]:
+        return {"image": self.image_column, **({"label": self.label_column} if self.label_column else {})}
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.describe_labels(), "columns": self.resolved_columns(), "seen": asdict(self._seen)}
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any], asked: Asked) -> Self:
+        columns, seen = description["columns"], description["seen"]
+        labels = Labels(kind=description["kind"], names=tuple(description["labels"]))
+        made = cls(str(columns["image"]), columns.get("label"), labels, cls.Settings())
+        made.take_labels(description)
+        numbers = {name: tuple(map(float, seen[name])) for name in ("mean", "std")}
+        made.seen = Seen(fit=Fit(**seen["fit"]), **numbers, why="as it was trained")
+        return made
+
+    def table_of(self, inputs: Sequence[str]) -> Table:
+        return Table({self.image_column: list(inputs)}, list(inputs))
+
+    def rows_for(self, table: Table, *, labelled: bool) -> None:
+        if self.image_column not in table.columns:
+            self.image_column, _ = image_column(table, {})
+        if not labelled:
+            self.label_column = None
+        elif self.label_column not in table.columns:
+            self.label_column, _ = label_column(table, self.image_column, {})
+
+    def save_body(self, body: nn.Module, folder: str) -> None:
+        """A model of your own or of timm: its state dict, as `model.safetensors`."""
+        if hasattr(body, "save_pretrained"):
+            super().save_body(body, folder)
+        else:
+            tensors = {name: tensor.detach().clone() for name, tensor in body.state_dict().items()}
+            write_tensors(Path(folder) / "model.safetensors", tensors)

@@ -1,0 +1,224 @@
+"""What classification and regression share, whatever the rows are: one of several classes, several at once, a number.
+
+The model gives outputs (N, K), K = classes, or 1 for a number; they are the answers too.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.errors import DataError
+from ..data.labels import Kind, Labels
+from ..data.table import Table
+from .base import Example, Task
+
+_METRICS = {"regression": ("spearman", "r2", "mae"), "multilabel": ("macro_f1", "micro_f1", "exact_match")}
+_METRICS_OF_CLASSES = ("accuracy", "macro_f1", "mcc")
+
+
+class LabelledTask(Task):
+    """A task whose rows have one label each, of any kind.
+
+    label_column: None where rows are only to be predicted.   centre, spread: of the training targets of a regression,
+    whose head predicts (target - centre) / spread.
+    """
+
+    metrics_below = frozenset({"mae"})
+    probed = True
+    smooths = True
+
+    labels: Labels
+    label_column: str | None
+    centre: float = 0.0
+    spread: float = 1.0
+
+    def set_labels(self, labels: Labels, metric: str | None) -> None:
+        """Take the labels, and what is compared by."""
+        self.labels = labels
+        self.metrics = _METRICS.get(labels.kind, _METRICS_OF_CLASSES)
+        self.judge_by(metric)
+
+    @property
+    def kind_name(self) -> str:
+        return self.labels.kind
+
+    @property
+    def outputs(self) -> int:
+        """K: how many numbers the head gives."""
+        return 1 if self.labels.kind == "regression" else len(self.labels.names)
+
+    def shown_input(self, table: Table, i: int) -> str:
+        """Row i in words."""
+        raise NotImplementedError
+
+    def check_labels(self, table: Table) -> dict[int, str]:
+        """What is wrong with the labels of rows."""
+        problems: dict[int, str] = {}
+        if self.label_column is not None:
+            for i, value in enumerate(table.column(self.label_column)):
+                try:
+                    self.labels.encode(value)
+                except DataError as error:
+                    problems[i] = f'column "{self.label_column}": {error}'
+        return {**self.outliers(table), **problems}
+
+    def outliers(self, table: Table) -> dict[int, str]:
+        """Rows of the very values that the labels were understood from, whose label is unlike the others."""
+        if self.label_column is None or table is not self._understood:
+            return {}
+        return {i: f'column "{self.label_column}": {what}' for i, what in self.labels.problems.items()}
+
+    _understood: Table | None = None  # the table that the labels were understood from
+
+    def strata(self, table: Table) -> Sequence[Any] | None:
+        if self.label_column is None:
+            return None
+        labels = table.column(self.label_column)
+        if self.labels.kind == "regression":
+            return [float(cast(float, self.labels.encode(value))) for value in labels]
+        return [str(value) for value in labels] if self.labels.kind == "multilabel" else labels
+
+    def targets_of(self, table: Table) -> Tensor:
+        """(N,) class indices or numbers, (N, K) for several classes at once; zeros where there is no label."""
+        if self.label_column is None or self.label_column not in table.columns:
+            return torch.zeros(len(table))
+        values = [self.labels.encode(value) for value in table.column(self.label_column)]
+        dtype = torch.float32 if self.labels.kind in ("regression", "multilabel") else torch.int64
+        return torch.tensor(values, dtype=dtype)
+
+    def centre_on(self, train: Table) -> None:
+        """Let the head of a regression predict in units of the training targets."""
+        if self.labels.kind == "regression":
+            targets = self.targets_of(train)
+            self.centre, self.spread = float(targets.mean()), max(float(targets.std(correction=0)), 1e-6)
+
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        targets, outputs = batch["targets"], outputs.float()
+        if self.labels.kind == "regression":
+            return F.mse_loss(outputs[:, 0], (targets - self.centre) / self.spread, reduction="sum"), len(targets)
+        if self.labels.kind == "multilabel":
+            loss = F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
+            return loss / outputs.shape[1], len(targets)
+        return F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing), len(targets)
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """What the outputs say: class indices (N,), 0/1 per class (N, K), or numbers (N,)."""
+        if self.labels.kind == "regression":
+            return outputs[:, 0] * self.spread + self.centre
+        return (outputs > 0).long() if self.labels.kind == "multilabel" else outputs.argmax(1)
+
+    def named(self, prediction: Tensor) -> str | float | list[str]:
+        """One prediction as the data would say it."""
+        if self.labels.kind == "regression":
+            return float(prediction)
+        if self.labels.kind == "multilabel":
+            return [name for name, on in zip(self.labels.names, prediction.tolist(), strict=True) if on]
+        return self.labels.names[int(prediction)]
+
+    def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
+        from torchmetrics.functional import classification as C
+        from torchmetrics.functional import mean_absolute_error, r2_score, spearman_corrcoef
+
+        predictions = self.predictions(answers)
+        if self.labels.kind == "regression":
+            rank = float(spearman_corrcoef(predictions, targets)) if len(predictions) > 1 else float("nan")
+            return {
+                "spearman": rank if rank == rank else 0.0,  # a constant prediction ranks nothing
+                "r2": float(r2_score(predictions, targets)) if len(predictions) > 1 else float("nan"),
+                "mae": float(mean_absolute_error(predictions, targets)),
+            }
+        count = len(self.labels.names)
+        if self.labels.kind == "multilabel":
+            whole = targets.long()
+            return {
+                "macro_f1": float(C.multilabel_f1_score(predictions, whole, count, average="macro")),
+                "micro_f1": float(C.multilabel_f1_score(predictions, whole, count, average="micro")),
+                "exact_match": float((predictions == whole).all(1).float().mean()),
+            }
+        return {
+            "accuracy": float((predictions == targets).float().mean()),
+            "macro_f1": float(C.multiclass_f1_score(predictions, targets, count, average="macro")),
+            "mcc": float(C.multiclass_matthews_corrcoef(predictions, targets, count)),
+        }
+
+    def parts(self, answers: Tensor, targets: Tensor) -> Tensor | None:
+        """Of accuracy and exact match: whether a row is right; of mae its error.  Each beside a 1 that counts rows."""
+        predictions = self.predictions(answers)
+        if self.metric == "mae":
+            right = (predictions - targets).abs()
+        elif self.metric in ("accuracy", "exact_match"):
+            right = _equal(predictions, targets).float()
+        else:
+            return None
+        return torch.stack([right, torch.ones_like(right)], dim=1)
+
+    def value_of(self, sums: Tensor) -> Tensor:
+        return sums[..., 0] / sums[..., 1]
+
+    def constant(self, targets: Tensor, count: int) -> tuple[str, Tensor] | None:
+        """The usual class or classes, or the mean."""
+        if self.labels.kind == "regression":
+            return "mean", ((targets.mean() - self.centre) / self.spread).expand(count, 1).clone()
+        if self.labels.kind == "multilabel":
+            return "majority", (targets.mean(0) - 0.5).expand(count, -1).clone()
+        usual = torch.bincount(targets, minlength=len(self.labels.names)).argmax()
+        return "majority", F.one_hot(usual, len(self.labels.names)).float().expand(count, -1).clone()
+
+    def confusion(self, answers: Tensor, targets: Tensor) -> tuple[Sequence[str], list[list[int]]] | None:
+        if self.labels.kind not in ("binary", "multiclass"):
+            return None
+        count = len(self.labels.names)
+        pairs = torch.bincount(targets * count + self.predictions(answers), minlength=count * count)
+        return self.labels.names, [[int(n) for n in line] for line in pairs.view(count, count)]
+
+    def contrasts(self, table: Table, targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
+        if self.labels.kind == "regression":
+            return []
+        said = [self.predictions(base), self.predictions(tuned)]
+        right = [_equal(p, targets) for p in said]
+        found = []
+        for i in (right[0] != right[1]).nonzero()[:, 0].tolist():
+            truth, by_base, by_tuned = (str(self.named(p[i])) for p in (targets, *said))
+            text = self.shown_input(table, i)
+            if right[1][i]:
+                found.append(Example(text=text, truth=truth, base=by_base, tuned=by_tuned, better="tuned"))
+            else:
+                found.append(Example(text=text, truth=truth, base=by_base, tuned=by_tuned, better="base"))
+        return found
+
+    def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
+        lines = []
+        for i, prediction in enumerate(self.predictions(answers)):
+            line: dict[str, Any] = {"prediction": self.named(prediction)}
+            if self.labels.kind in ("binary", "multiclass"):
+                line["probability"] = round(float(answers[i].softmax(0).max()), 4)
+            lines.append(line)
+        return lines
+
+    def describe_labels(self) -> dict[str, Any]:
+        """The part of `describe` that is about labels."""
+        return {
+            "task": self.name,
+            "kind": self.labels.kind,
+            "labels": list(self.labels.names),
+            "metric": self.metric,
+            "centre": self.centre,
+            "spread": self.spread,
+        }
+
+    def take_labels(self, description: Mapping[str, Any]) -> None:
+        """The other way of `describe_labels`.  Raises as `from_description`."""
+        if description["kind"] not in get_args(Kind):
+            raise ValueError(f"there is no kind {description['kind']!r}")
+        names = tuple(map(str, description["labels"]))
+        self.set_labels(Labels(kind=cast(Kind, description["kind"]), names=names), description["metric"])
+        self.centre, self.spread = float(description["centre"]), float(description["spread"])
+
+
+def _equal(predictions: Tensor, targets: Tensor) -> Tensor:
+    """(N,) bool: the whole row is right."""
+    same = predictions == targets
+    return same if same.ndim == 1 else same.all(1)

@@ -1,0 +1,143 @@
+"""Loading what transformers knows: a tokenizer, a body, and how long a text may be for it."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from ..core.errors import MissingDependency, ModelError, RecipeError
+from .base import Asked
+from .models import Located
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_LONGEST_ON_CPU, _LONGEST = 128, 512
+
+
+def load_tokenizer(located: Located, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """The model's own tokenizer, with a padding token.  Raises ModelError."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingDependency(
+            f'transformers is needed to read {located.name}: pip install "smidgen[text]"'
+        ) from error
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(located.source, revision=revision or "main")
+    except Exception as error:
+        raise ModelError(f"the tokenizer of {located.name} cannot be loaded: {first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
+        raise ModelError(f"{located.name} has no tokenizer: no tokenizer.json, nor what one could be made of")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # decoders have none; padding is masked anyway
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_body(
+    located: Located, dtype: str | None = None, revision: str | None = None, *, kind: str | None = "AutoModel"
+) -> nn.Module:
+    """The pre-trained model in fp32 unless told otherwise.
+
+    kind: a class of transformers, "AutoModelForCausalLM"; None for the class that the model was saved as, head
+    included.   Raises ModelError.
+    """
+    if dtype not in (None, *_DTYPES):
+        raise ModelError(f'"{dtype}" is no dtype for a model; there are: {", ".join(_DTYPES)}')
+    try:
+        import transformers
+        from transformers.utils import logging
+    except ImportError as error:
+        raise MissingDependency(
+            f'transformers is needed to load {located.name}: pip install "smidgen[text]"'
+        ) from error
+    # what it says about heads that are not loaded is as it should be
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        if kind is None:
+            config = transformers.AutoConfig.from_pretrained(located.source, revision=revision or "main")
+            kind = (config.architectures or ["AutoModel"])[0]
+        body: nn.Module = getattr(transformers, kind).from_pretrained(
+            located.source, dtype=dtype or "float32", revision=revision or "main", use_safetensors=True
+        )
+    except Exception as error:
+        raise ModelError(f"{located.name} cannot be loaded: {first_line(error)}") from error
+    return body
+
+
+def settle_length(
+    said: int | None,
+    lengths: Sequence[int],
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    asked: Asked,
+    *,
+    whole: bool = False,
+) -> int:
+    """The maximal length of a row in tokens, entered in the plan.
+
+    lengths: of training rows, uncut.   whole: cut none that the limits let through.
+    Raises RecipeError where more is asked than the model has positions.
+    """
+    config: Any = model.config
+    limit = min(getattr(config, "max_position_embeddings", 1 << 20) or 1 << 20, tokenizer.model_max_length)
+    limit = int(limit) - asked.reserved
+    chosen, why = choose_max_length(lengths, limit, asked.device, whole=whole)
+    length = asked.plan.decide("max_length", said, chosen, why)
+    if length > limit:
+        taken = f" beside a prompt of {asked.reserved}" if asked.reserved else ""
+        raise RecipeError(f"task.max_length is {length}, and {asked.model.name} has {limit} positions{taken}")
+    return length
+
+
+def choose_max_length(
+    lengths: Sequence[int], model_limit: int, device: torch.device, *, whole: bool = False
+) -> tuple[int, str]:
+    """A length that cuts few texts and wastes little time: the 95th percentile of the training texts, or the longest
+    of them (`whole`), within limits.
+
+    lengths: of the training texts in tokens, uncut.   model_limit: positions the model has.
+    """
+    at_most = min(model_limit, _LONGEST_ON_CPU if device.type == "cpu" else _LONGEST)
+    wanted = max(lengths) if whole or len(lengths) == 1 else int(statistics.quantiles(lengths, n=20)[-1])
+    wanted = max(16, math.ceil(wanted / 8) * 8)
+    if whole and wanted <= at_most:
+        return wanted, f"the longest training row has {max(lengths)}"
+    if wanted <= at_most:
+        return wanted, f"19 of 20 training texts are no longer (the longest: {max(lengths)})"
+    cut = sum(n > at_most for n in lengths) / len(lengths)
+    limit = "the model's limit" if at_most == model_limit else f"the most that pays on a {device.type.upper()}"
+    return at_most, f"{limit}; {cut:.0%} of the training texts are longer and are cut"
+
+
+def pooling_for(config: Any) -> Literal["mean", "last"]:
+    """How to pool the hidden states of a transformers body: by the mean, or by the last token where it looks backwards.
+
+    Raises ModelError for encoder-decoders, which have no single sequence of hidden states.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{config.model_type} is an encoder-decoder, with two sequences of hidden states; this task takes an "
+            "encoder (BERT, DeBERTa ...) or a decoder (Llama, GPT-2 ...)"
+        )
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    backwards = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (
+        type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False)
+    )
+    return "last" if backwards else "mean"
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line with its type."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+
+
+def _no_transformers(located: Located) -> MissingDependency:
+    return MissingDependency(f'transformers is needed for {located.name}: pip install "smidgen[text]"')

@@ -1,0 +1,265 @@
+"""Object detection: boxes with classes, judged by COCO's mean average precision.
+
+The body is the detector as it was trained; classes that the data names and the detector does not know grow behind its
+own (`detectors.py`), and are the head.  The base of the comparison is the untouched model, new classes at random.
+
+Images are letterboxed: scaled to fit a square of `image_size`, the rest grey.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..core.checks import require_whole
+from ..core.errors import DataError, ModelError, RecipeError, require
+from ..data.boxes import BOXES, IMAGE, Box, read_boxes
+from ..data.images import Fit, content_key, decode, image_problem, image_size, in_threads
+from ..data.table import Problem, Table
+from .base import Asked, Batch, Example, Examples, Task, TaskModel
+from .boxes import average_precision, detections, hits
+from .detectors import load_detector
+from .disturbed import GREY, disturbed
+from .registry import task
+
+_DETECTIONS = 100  # kept of an image, as COCO counts them
+_SHOWN = 0.25  # the score from which a detection is shown
+_BOX, _SCORE, _CLASS, _RIGHT = slice(0, 4), 4, 5, 6  # columns of an answer
+_ON_CPU, _ELSEWHERE = 320, 640
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectDetectionSettings:
+    """image_size: side of the square that images are fitted into, in pixels.
+
+    augment: flip, scale, shift and recolour training images; say false where mirrored things are other things.
+    """
+
+    image_size: int | None = None
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        require_whole(self, "image_size", least=32)
+        require(isinstance(self.augment, bool), f"augment is {self.augment}; it is true or false")
+
+
+@task("object_detection")
+class ObjectDetection(Task):
+    """Object detection with given classes and image size.
+
+    names: of all classes; the first `own` are the detector's, the others are new.
+    answers: (N, 100, 7): box, score, class and at which thresholds it is right (`hits`), which is found when the batch
+    is there, because it goes image by image; what is then left to do is quick enough for a bootstrap.
+    """
+
+    summary = "boxes with classes in images, for YOLO and DETR-like detectors; new classes grow"
+    Settings = ObjectDetectionSettings
+    roles = ()
+    unit = "images"
+    largest_batch = 16
+    rate_factor = 0.25  # examples/detection, LoRA for 60 steps: mAP50 of the old classes .76 -> .67, and .17 at 1.0
+    resamples = 200
+
+    def __init__(
+        self, names: Sequence[str], own: int, image_size: int, *, augment: bool = True, metric: str | None = None
+    ) -> None:
+        self.names, self.own, self.image_size, self.augments = list(names), own, image_size, augment
+        self.index = {name: i for i, name in reversed(list(enumerate(self.names)))}
+        self.taught, self.suppress = [True] * len(self.names), True
+        self.metrics = ("map50", "map50_95", *(("map50 old", "map50 new") if len(self.names) > own else ()))
+        self.judge_by(metric)
+        self.notes = []
+
+    @classmethod
+    def read(cls, where: str, settings: Any) -> tuple[dict[str, Table], list[Problem]]:
+        return read_boxes(where)
+
+    @classmethod
+    def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
+        detector = load_detector(asked)
+        marked = _counts(tables["train"])
+        if not marked:
+            raise DataError("no training image has a box")
+        new = sorted(set(marked) - set(detector.names))
+        names = [*detector.names, *new]
+        side, why = (_ON_CPU, "half the usual") if asked.device.type == "cpu" else (_ELSEWHERE, "usual")
+        side = asked.plan.decide("image_size", settings.image_size, side, f"{why} on a {asked.device.type.upper()}")
+        if side % detector.multiple:
+            near = max(1, round(side / detector.multiple)) * detector.multiple
+            raise RecipeError(
+                f"task.image_size is {side}; for {asked.model.name} it is a multiple of {detector.multiple}, "
+                f"such as {near}"
+            )
+        made = cls(names, detector.own, side, augment=settings.augment, metric=asked.metric)
+        asked.plan.decide("classes", None, f"{detector.own} old, {len(new)} new", ", ".join(new) or "all are known")
+        made.taught = [name in marked for name in names]
+        if new:
+            made.notes.append(
+                f"New to the model: {', '.join(new)}. Before tuning it cannot name them, so the base has an mAP near 0 "
+                "there; compare the old classes by map50 old."
+            )
+        if idle := [name for name, taught in zip(names, made.taught, strict=True) if not taught]:
+            some = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
+            made.notes.append(f"No training box of {some}: their scores get no gradient, and unmarked ones do no harm.")
+        return made
+
+    def check(self, table: Table) -> dict[int, str]:
+        found = in_threads(image_problem, table.column(IMAGE))
+        problems = {i: what for i, what in enumerate(found) if what}
+        for i, boxes in enumerate(table.column(BOXES)):
+            if unknown := sorted({box.name for box in boxes} - set(self.names)):
+                problems[i] = f"{', '.join(unknown)}: no class of the model, and in no training image"
+        return problems
+
+    def strata(self, table: Table) -> Sequence[Any] | None:
+        """The rarest class of each image."""
+        counts = _counts(table)
+        return [min((box.name for box in boxes), key=lambda n: counts[n], default="") for boxes in table.column(BOXES)]
+
+    def groups(self, table: Table) -> Sequence[Hashable] | None:
+        return in_threads(content_key, table.column(IMAGE))
+
+    def build(self, asked: Asked) -> TaskModel:
+        detector = load_detector(asked)
+        if detector.names != self.names[: self.own]:
+            raise ModelError(
+                f"{asked.model.name} has the classes {', '.join(detector.names[:5])} ...; the tuned model grew on one "
+                f"with {', '.join(self.names[: self.own][:5])} ..."
+            )
+        torch.manual_seed(asked.seed)  # of the new classes
+        detector.grow(self.names[self.own :])
+        detector.teach(self.taught)
+        self.suppress = detector.suppress
+        return detector
+
+    def encode(self, table: Table) -> Examples:
+        images, boxes = table.column(IMAGE), table.column(BOXES)
+        placed = [letterbox(size, self.image_size) for size in in_threads(image_size, images)]
+        pixels = torch.full((len(table), 3, self.image_size, self.image_size), GREY, dtype=torch.uint8)
+        targets = torch.full((len(table), max(map(len, boxes), default=0), 5), -1.0)
+
+        def put(i: int) -> None:
+            top, left, height, width = placed[i]
+            try:
+                pixels[i, :, top : top + height, left : left + width] = decode(
+                    images[i], Fit(height=height, width=width)
+                )
+            except DataError as error:
+                raise DataError(f"{table.where(i)}: {error}") from None
+            for j, box in enumerate(boxes[i]):
+                targets[i, j] = torch.tensor([self.index[box.name], *_in_pixels(box, *placed[i])])
+
+        in_threads(put, range(len(table)))
+        return Examples([{IMAGE: image} for image in pixels], targets, [1] * len(table))
+
+    def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
+        images = torch.stack([examples.inputs[i][IMAGE] for i in indices])
+        return {IMAGE: images.float() / 255, "targets": examples.targets[list(indices)]}
+
+    def augment(self, batch: Batch) -> Batch:
+        if not self.augments:
+            return batch
+        images, targets = disturbed(batch[IMAGE], batch["targets"])
+        return {IMAGE: images, "targets": targets}
+
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """The detector's own, a mean over what it matched in the batch; times images, to be counted by images."""
+        return outputs["loss"], len(batch["targets"])
+
+    def answer(self, outputs: Any, batch: Batch) -> Tensor:
+        found = detections(outputs["boxes"].float(), outputs["scores"].float(), _DETECTIONS, suppress=self.suppress)
+        return torch.cat([found, hits(found, batch["targets"])[..., None].to(found.dtype)], dim=-1)
+
+    def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
+        found = (answers[..., _SCORE], answers[..., _CLASS], answers[..., _RIGHT])
+        ap = average_precision(*found, targets[..., 0], len(self.names))  # (T, K)
+        scores = {"map50": ap[0], "map50_95": ap}
+        if len(self.names) > self.own:
+            scores |= {"map50 old": ap[0, : self.own], "map50 new": ap[0, self.own :]}
+        return {name: float(values.nanmean()) for name, values in scores.items()}
+
+    def contrasts(self, table: Table, targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
+        """Images in which one of the two finds all things and nothing else."""
+        marked = (targets[..., 0] >= 0).sum(1)
+        right = [self._all_right(answers, marked) for answers in (base, tuned)]
+        found = []
+        for i in (right[0] != right[1]).nonzero()[:, 0].tolist():
+            truth = self._in_words(targets[i, :, 0])
+            said = [self._in_words(rows[i, rows[i, :, _SCORE] >= _SHOWN, _CLASS]) for rows in (base, tuned)]
+            name = table.column(IMAGE)[i]
+            found.append(
+                Example(text=name, truth=truth, base=said[0], tuned=said[1], better="tuned" if right[1][i] else "base")
+            )
+        return found
+
+    def _all_right(self, answers: Tensor, marked: Tensor) -> Tensor:
+        shown = answers[..., _SCORE] >= _SHOWN
+        at_half = shown & (answers[..., _RIGHT].long() & 1).bool()
+        return (at_half.sum(1) == marked) & (shown.sum(1) == marked)
+
+    def _in_words(self, classes: Tensor) -> str:
+        counts = Counter(self.names[int(label)] for label in classes if label >= 0)
+        return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
+
+    def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
+        """Boxes in pixels of the image itself."""
+        lines = []
+        for image, rows in zip(table.column(IMAGE), answers, strict=True):
+            height, width = image_size(image)
+            top, left, inner_height, inner_width = letterbox((height, width), self.image_size)
+            shift = torch.tensor([left, top, left, top])
+            scale = torch.tensor([width / inner_width, height / inner_height] * 2)
+            most = torch.tensor([width, height, width, height])
+            boxes = [
+                {
+                    "class": self.names[int(row[_CLASS])],
+                    "score": round(float(row[_SCORE]), 4),
+                    "box": [round(v, 1) for v in ((row[_BOX] - shift) * scale).clamp(min=0).minimum(most).tolist()],
+                }
+                for row in rows[rows[:, _SCORE] >= _SHOWN]
+            ]
+            lines.append({"image": image, "boxes": boxes})
+        return lines
+
+    def resolved_settings(self) -> dict[str, Any]:
+        return {"image_size": self.image_size, "augment": self.augments}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "task": self.name,
+            "names": self.names,
+            "own": self.own,
+            "image_size": self.image_size,
+            "metric": self.metric,
+        }
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any], asked: Asked) -> Self:
+        names, own, side = description["names"], int(description["own"]), int(description["image_size"])
+        if not isinstance(names, list) or not 0 <= own <= len(names) or side < 1:
+            raise ValueError(f"names, own and image_size are {names!r}, {own}, {side}")
+        return cls(list(map(str, names)), own, side, augment=False, metric=description["metric"])
+
+    def table_of(self, inputs: Sequence[str]) -> Table:
+        return Table({IMAGE: list(inputs), BOXES: [[] for _ in inputs]}, list(inputs))
+
+
+def letterbox(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
+    """Where an image of (height, width) lies in a square: top, left, height, width in pixels."""
+    scale = side / max(size)
+    height, width = (max(1, round(length * scale)) for length in size)
+    return (side - height) // 2, (side - width) // 2, height, width
+
+
+def _in_pixels(box: Box, top: int, left: int, height: int, width: int) -> list[float]:
+    """The corners of a box in the letterboxed image."""
+    x1, y1 = box.cx - box.width / 2, box.cy - box.height / 2
+    return [left + x1 * width, top + y1 * height, left + (x1 + box.width) * width, top + (y1 + box.height) * height]
+
+
+def _counts(table: Table) -> Counter[str]:
+    """How many boxes there are of each class."""
+    return Counter(box.name for boxes in table.column(BOXES) for box in boxes)

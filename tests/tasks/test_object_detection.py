@@ -1,0 +1,208 @@
+"""The task of object detection: from scenes and a small detector to answers, scores and back."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from smidgen.core.errors import DataError, ModelError, RecipeError
+from smidgen.data.boxes import Box
+from smidgen.tasks.base import Asked
+from smidgen.tasks.boxes import hits
+from smidgen.tasks.disturbed import GREY, disturbed
+from smidgen.tasks.models import locate
+from smidgen.tasks.object_detection import ObjectDetection, ObjectDetectionSettings, letterbox
+
+MAKER = f"{Path(__file__).with_name('test_detectors.py')}:Yolo"
+
+
+class Plan:
+    """Notes what was decided."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Any] = {}
+
+    def decide(self, name: str, said: Any, chosen: Any, why: str) -> Any:
+        self.entries[name] = chosen if said is None else said
+        return self.entries[name]
+
+
+def asked(metric: str | None = None) -> Asked:
+    return Asked(model=locate(MAKER), plan=Plan(), device=torch.device("cpu"), seed=0, metric=metric)
+
+
+def scenes(root: Path, names: str = "[old 1, new]", count: int = 6) -> Path:
+    """Red squares, 40 x 20 pixels."""
+    for i in range(count):
+        (root / "images").mkdir(parents=True, exist_ok=True)
+        (root / "labels").mkdir(exist_ok=True)
+        image = Image.new("RGB", (40, 20), (20 * i, 90, 90))
+        ImageDraw.Draw(image).rectangle((10, 5, 19, 14), "red")
+        image.save(root / "images" / f"{i}.png")
+        (root / "labels" / f"{i}.txt").write_text(f"{i % 2} 0.375 0.5 0.25 0.5\n")
+    (root / "data.yaml").write_text(f"train: images\nnames: {names}\n")
+    return root
+
+
+def understood(root: Path, metric: str | None = None, **settings: Any) -> tuple[ObjectDetection, Any, Asked]:
+    wanted = asked(metric)
+    tables, problems = ObjectDetection.read(str(root), ObjectDetectionSettings())
+    assert problems == []
+    settings = {"image_size": 64, **settings}
+    return ObjectDetection.understand(tables, ObjectDetectionSettings(**settings), wanted), tables["train"], wanted
+
+
+def test_classes_that_the_detector_lacks_grow_behind_its_own(tmp_path: Path) -> None:
+    task, _, wanted = understood(scenes(tmp_path))
+    assert task.names == ["old 0", "old 1", "new"]
+    assert task.own == 2
+    assert task.metrics == ("map50", "map50_95", "map50 old", "map50 new")
+    assert wanted.plan.entries["classes"] == "2 old, 1 new"  # type: ignore[attr-defined]
+    assert "Before tuning it cannot name them" in task.notes[0]
+    assert task.notes[1].startswith("No training box of old 0:")
+    model: Any = task.build(wanted)
+    assert model.names == task.names
+    assert model.taught.tolist() == [False, True, True]
+    again = task.build(wanted)
+    assert all(torch.equal(a, b) for a, b in zip(model.head.parameters(), again.head.parameters(), strict=True))
+
+
+def test_without_new_classes_there_is_no_head_and_no_old_and_new(tmp_path: Path) -> None:
+    task, _, wanted = understood(scenes(tmp_path, "[old 0, old 1]"))
+    assert task.metrics == ("map50", "map50_95")
+    assert list(task.build(wanted).head.parameters()) == []
+    assert task.notes == []
+
+
+def test_images_are_letterboxed_and_boxes_with_them(tmp_path: Path) -> None:
+    task, table, _ = understood(scenes(tmp_path))
+    examples = task.encode(table)
+    batch = task.collate(examples, [0, 3])
+    assert batch["image"].shape == (2, 3, 64, 64)
+    assert batch["image"][0, :, 5, 30].tolist() == pytest.approx([GREY / 255] * 3)  # beside the image
+    assert batch["targets"][:, 0].tolist() == [[1, 16, 24, 32, 40], [2, 16, 24, 32, 40]]
+    inside = batch["image"][0, :, 28:36, 20:28]
+    assert inside[0].min() > 0.9  # the red square is where the box is
+    assert inside[1].max() < 0.1
+    assert letterbox((20, 40), 64) == (16, 0, 32, 64)
+
+
+def test_training_and_answers_go_through_and_the_right_boxes_score_1(tmp_path: Path) -> None:
+    task, table, wanted = understood(scenes(tmp_path))
+    model, examples = task.build(wanted).train(), task.encode(table)
+    batch = task.collate(examples, range(6))
+    outputs = model(task.augment(batch))
+    loss, count = task.loss(outputs, batch)
+    assert loss.requires_grad
+    assert count == 6
+    with torch.no_grad():
+        answers = task.answer(model.eval()(batch), batch)
+    assert answers.shape == (6, 100, 7)
+    assert task.score(answers, examples.targets)["map50"] < 0.5
+
+    perfect = torch.full((6, 100, 7), -1.0)
+    perfect[:, 0, :4], perfect[:, 0, 4], perfect[:, 0, 5] = examples.targets[:, 0, 1:], 0.9, examples.targets[:, 0, 0]
+    perfect[..., 6] = hits(perfect[..., :6], examples.targets).float()
+    assert task.score(perfect, examples.targets) == dict.fromkeys(task.metrics, pytest.approx(1.0))
+    perfect[3, 0, 6] = 0
+    scores = task.score(perfect, examples.targets)
+    assert scores["map50 old"] == pytest.approx(1.0)
+    assert scores["map50 new"] < 1.0
+    assert scores["map50"] == pytest.approx((scores["map50 old"] + scores["map50 new"]) / 2)
+
+    perfect[3, 0, 6] = 1023
+    lines = task.contrasts(table, examples.targets, torch.full_like(perfect, -1.0), perfect)
+    assert len(lines) == 6
+    assert (lines[0].truth, lines[0].base, lines[0].tuned, lines[0].better) == (
+        "1 old 1",
+        "nothing",
+        "1 old 1",
+        "tuned",
+    )
+    shown = task.predicted(table, perfect)[0]
+    assert shown["boxes"] == [{"class": "old 1", "score": 0.9, "box": [10.0, 5.0, 20.0, 15.0]}]  # of the image itself
+    json.dumps(shown)
+
+
+def test_a_score_without_true_boxes_is_not_a_number(tmp_path: Path) -> None:
+    task, _, _ = understood(scenes(tmp_path))
+    score = task.score(torch.full((6, 100, 7), -1.0), torch.full((6, 0, 5), -1.0))
+    assert all(math.isnan(value) for value in score.values())
+
+
+def test_a_description_brings_the_task_back(tmp_path: Path) -> None:
+    task, table, wanted = understood(scenes(tmp_path), metric="map50_95")
+    description = json.loads(json.dumps(task.describe()))
+    again = ObjectDetection.from_description(description, wanted)
+    assert again.describe() == task.describe()
+    assert torch.equal(again.encode(table).targets, task.encode(table).targets)
+    model: Any = again.build(wanted)
+    assert model.names == task.names
+    with pytest.raises(ValueError, match="names, own and image_size"):
+        ObjectDetection.from_description({**description, "own": 7}, wanted)
+    other = ObjectDetection.from_description({**description, "names": ["x", "y", "new"]}, wanted)
+    with pytest.raises(ModelError, match=r"has the classes old 0, old 1 .*; the tuned model grew on one with x, y"):
+        other.build(wanted)
+
+
+def test_wrong_rows_and_settings_are_named(tmp_path: Path) -> None:
+    task, table, _ = understood(scenes(tmp_path))
+    table.column("boxes")[1].append(Box("bird", 0.5, 0.5, 0.1, 0.1))
+    Path(table.column("image")[2]).write_bytes(b"no image")
+    problems = task.check(table)
+    assert set(problems) == {1, 2}
+    assert problems[1] == "bird: no class of the model, and in no training image"
+    assert "is no image that can be read" in problems[2]
+    with pytest.raises(RecipeError, match=r"task\.image_size is 60; for .* it is a multiple of 8, such as 64"):
+        understood(scenes(tmp_path), image_size=60)
+    with pytest.raises(RecipeError, match='"accuracy" is no metric'):
+        understood(scenes(tmp_path), metric="accuracy")
+    for file in (tmp_path / "labels").glob("*.txt"):
+        file.write_text("")
+    with pytest.raises(DataError, match="no training image has a box"):
+        understood(tmp_path)
+
+
+def test_splits_keep_equal_images_together_and_rare_classes_on_both_sides(tmp_path: Path) -> None:
+    task, table, _ = understood(scenes(tmp_path, count=20))
+    assert task.strata(table) == ["old 1", "new"] * 10
+    kept, held = task.hold_out(table, 0.2, 0)
+    assert {task.strata(table)[i] for i in held} == {"old 1", "new"}  # type: ignore[index]
+    assert len(kept) + len(held) == 20
+    assert len(set(task.groups(table) or [])) == 14  # from 13 on the colours are cut at 255
+
+
+def test_images_on_the_command_line_are_rows_without_boxes(tmp_path: Path) -> None:
+    task, table, _ = understood(scenes(tmp_path))
+    given = task.table_of(table.column("image")[:2])
+    assert task.encode(given).targets.shape == (2, 0, 5)
+
+
+def test_boxes_follow_their_image_when_it_is_disturbed() -> None:
+    images = torch.zeros(16, 3, 64, 64)
+    targets = torch.full((16, 2, 5), -1.0)
+    for i in range(16):
+        x, y = 8 + i, 30 - i
+        images[i, :, y : y + 20, x : x + 24] = 1
+        targets[i, 0] = torch.tensor([3, x, y, x + 24, y + 20])
+    moved, boxes = disturbed(images, targets)
+    assert (boxes[:, 1] == -1).all()
+    assert not torch.equal(boxes, targets)
+    for i in range(16):
+        bright = (moved[i].mean(0) > 0.6).nonzero()
+        low, high = bright.amin(0).flip(0), bright.amax(0).flip(0) + 1
+        assert boxes[i, 0, 0] == 3
+        torch.testing.assert_close(torch.cat([low, high]).float(), boxes[i, 0, 1:], atol=1.0, rtol=0)
+
+
+def test_a_box_that_is_moved_out_of_the_picture_goes() -> None:
+    targets = torch.tensor([[[0.0, 0, 0, 2, 2]]]).repeat(200, 1, 1)
+    _, boxes = disturbed(torch.zeros(200, 3, 32, 32), targets)
+    there = boxes[:, 0, 0] >= 0
+    assert 0 < int(there.sum()) < 200
+    assert (boxes[~there] == -1).all()
+    assert (boxes[there][..., 1:] >= 0).all()
