@@ -42,7 +42,7 @@ def adapted(*targets: str, model: nn.Module | None = None):
 def test_a_good_start_passes_and_nothing_is_changed():
     model, adapters, trained = adapted("body.0", "body.2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = preflight(model, adapters, trained, Task(), BATCH)
+    found = preflight(model, adapters, trained, Task(), [BATCH])
     assert any("all 4 trained tensors get a finite gradient" in line for line in found)
     assert any("leaves the output as it was" in line for line in found)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -54,14 +54,14 @@ def test_a_good_start_passes_and_nothing_is_changed():
 def test_an_adapter_that_nothing_reaches_is_named(place):
     model, adapters, trained = adapted("body.0", place)
     with pytest.raises(PreflightError, match=rf"2 of 4 trained tensors get no gradient.*{place}.A, {place}.B"):
-        preflight(model, adapters, trained, Task(), BATCH)
+        preflight(model, adapters, trained, Task(), [BATCH])
 
 
 def test_a_frozen_tensor_with_a_gradient_is_named():
     model, adapters, trained = adapted("body.0")
     model.body[2].bias.requires_grad_(True)
     with pytest.raises(PreflightError, match=r"1 frozen tensors got a gradient: body\.2\.bias"):
-        preflight(model, adapters, trained, Task(), BATCH)
+        preflight(model, adapters, trained, Task(), [BATCH])
 
 
 def test_an_adapter_that_changes_the_output_at_its_start_is_refused():
@@ -69,7 +69,7 @@ def test_an_adapter_that_changes_the_output_at_its_start_is_refused():
     with torch.no_grad():
         trained["body.0.B"].fill_(1.0)
     with pytest.raises(PreflightError, match="a fresh adapter should leave the output as it was, and changes it by"):
-        preflight(model, adapters, trained, Task(), BATCH)
+        preflight(model, adapters, trained, Task(), [BATCH])
 
 
 def test_a_base_that_is_not_finite_is_refused():
@@ -79,4 +79,17 @@ def test_a_base_that_is_not_finite_is_refused():
     model, adapters, trained = adapted("body.2", model=model)
     model.body[1] = nn.ReLU()
     with pytest.raises(PreflightError, match="the base model's output is not finite"):
-        preflight(model, adapters, trained, Task(), {"x": BATCH["x"].abs() + 1, "y": BATCH["y"]})
+        preflight(model, adapters, trained, Task(), [{"x": BATCH["x"].abs() + 1, "y": BATCH["y"]}])
+
+
+def test_a_part_that_the_first_batch_does_not_use_may_wait_for_a_later_one():
+    class Sparing(Model):
+        def forward(self, batch):
+            h = self.body[0](batch["x"])
+            return self.body[2](self.body[1](h)) if batch["all"] else h[:, :4]
+
+    first, later = {**BATCH, "all": torch.tensor(False)}, {**BATCH, "all": torch.tensor(True)}
+    model, adapters, trained = adapted("body.0", "body.2", model=Sparing())
+    assert preflight(model, adapters, trained, Task(), [first, first, later])
+    with pytest.raises(PreflightError, match="2 of 4 trained tensors get no gradient"):
+        preflight(model, adapters, trained, Task(), [first, first])

@@ -4,13 +4,14 @@ Two backward passes decide: at the start, and with every adapter parameter moved
 gradient in either never will; one that gets none only at the start (LoRA's A while B is zero) is as it should be.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterSet
+from ..core.adapter import HELD
 from ..core.errors import PreflightError
 from ..tasks.base import Batch, Task
 
@@ -18,16 +19,26 @@ _MOVE = 1e-2  # of the second pass, in the parameter's own units
 
 
 def preflight(
-    model: nn.Module, adapters: AdapterSet, trained: Mapping[str, nn.Parameter], task: Task, batch: Batch
+    model: nn.Module,
+    adapters: AdapterSet,
+    trained: Mapping[str, nn.Parameter],
+    task: Task,
+    batches: Iterable[Batch],
 ) -> list[str]:
     """Run the checks; returns what was found, in words.  Raises PreflightError naming everything that is wrong.
 
     model: called with a batch.   trained: everything that is to be trained, by name, heads included.
+    batches: at least one; those after the first are asked for only where a parameter gets no gradient from it, as that
+    of a class which is not in every batch.
     """
+    some = iter(batches)
+    batch: Batch | None = next(some)
+    assert batch is not None
     found = [_starts_as_base(model, adapters, batch)]
     training = model.training
     model.train()
-    before = {name: p.detach().clone() for name, p in trained.items()}
+    statistics = {name: b for name, b in model.named_buffers() if HELD in name.split(".")}
+    before = {name: tensor.detach().clone() for name, tensor in {**trained, **statistics}.items()}
     try:
         reached = _gradients(model, trained, task, batch)
         generator = torch.Generator().manual_seed(0)
@@ -35,7 +46,9 @@ def preflight(
             for parameter in trained.values():
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
                 parameter.add_(noise, alpha=_MOVE)
-        reached |= _gradients(model, trained, task, batch)
+        while batch is not None and len(reached) < len(trained):
+            reached |= _gradients(model, trained, task, batch)
+            batch = next(some, None)
         wrong = [name for name in trained if name not in reached]
         if wrong:
             raise PreflightError(
@@ -53,9 +66,9 @@ def preflight(
             )
     finally:
         with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(before[name])
-                parameter.grad = None
+            for name, tensor in {**trained, **statistics}.items():
+                tensor.copy_(before[name])
+                tensor.grad = None
         model.train(training)
     found.append(f"all {len(trained)} trained tensors get a finite gradient, the frozen ones none")
     return found

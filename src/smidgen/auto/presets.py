@@ -181,7 +181,9 @@ PRESETS: dict[str, Preset] = {
         why="not measured: few numbers have to move far; decay would pull norms to 0, and the base is at 1",
     ),
     "batchnorm_tuning": Preset(
-        learning_rate=1e-2, weight_decay=0.0, why="not measured: few numbers, one or two per channel, have to move far"
+        learning_rate=3e-3,
+        weight_decay=0.0,
+        why="a CNN on pictures of clothes: 1e-2 lost 14 points in two steps, 3e-3 gained one over the probe",
     ),
     "ssf": Preset(
         learning_rate=1e-2,

@@ -21,7 +21,7 @@ from ..training.loop import Group, Loop, Settings, predict
 from ..training.memory import peak_memory
 from ..training.progress import Progress
 from . import judge
-from .choose import Chosen, longest_batch
+from .choose import Chosen, trial_batches
 from .prepare import Work
 from .probing import Base
 
@@ -37,12 +37,10 @@ def attach_used(method: Method, work: Work, chosen: Chosen, plan: Plan) -> Adapt
         method = dataclasses.replace(method, heads=tuple(dict.fromkeys([*method.heads, *work.model.heads])))
     if method.targets.is_auto and not isinstance(method, Selective):
         sites, used = method.resolve(body).sites, used_modules(work, chosen)
-        heads = {id(module) for module in work.model.head.modules()}  # they train whole, and may stand in the body
-        used -= {path for path, module in body.named_modules() if id(module) in heads}
         idle = [site.name for site in sites if site.path not in used]
         if idle:
             method = dataclasses.replace(method, targets=Targets.at([site for site in sites if site.path in used]))
-            plan.decide("left out", None, ", ".join(idle), "layers that this task does not use, or that train whole")
+            plan.decide("left out", None, ", ".join(idle), "layers that this task does not use")
     if isinstance(method, Selective) or (isinstance(method, LoRA) and method.start in OF_DATA):
         method = method.choose(body, *_loss_of_rows(work, chosen))
     adapters = attach(body, method, seed=chosen.seed)
@@ -54,7 +52,7 @@ def used_modules(work: Work, chosen: Chosen) -> set[str]:
     """Paths in the body of the modules that the task's loss depends on.
 
     A zero that requires a gradient is added to each module's output, which tells whether its gradient is all zero: then
-    the module is there in vain, as is the part of a detector for sizes that the images do not have.
+    the module is there in vain, as is the part of a detector for sizes that no image of a few batches has.
     """
     zeros: list[Tensor] = []
 
@@ -73,12 +71,15 @@ def used_modules(work: Work, chosen: Chosen) -> set[str]:
     used: set[str] = set()
     hooks = [module.register_forward_hook(hook(path)) for path, module in work.model.body.named_modules()]
     try:
-        batch = longest_batch(work, chosen, next(work.model.parameters()).device)
-        loss, _ = work.task.loss(work.model(batch), batch)
+        for batch in trial_batches(work, chosen, next(work.model.parameters()).device):
+            zeros.clear()
+            loss, _ = work.task.loss(work.model(batch), batch)
+            torch.autograd.grad(loss, zeros, allow_unused=True)
+            if len(used) == len(hooks):
+                break
     finally:
         for handle in hooks:
             handle.remove()
-    torch.autograd.grad(loss, zeros, allow_unused=True)
     return used
 
 
@@ -136,7 +137,8 @@ def full_row(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator",
         ),
     ]
     loop = Loop(model, work.task, groups, work.train, work.valid, settings_of(chosen, ""), accelerator, None)
-    with peak_memory(accelerator.device) as peak, Progress(console, "full fine-tuning", chosen.steps) as bar:
+    shown = Progress(console, "full fine-tuning", chosen.steps, unit=work.task.unit)
+    with peak_memory(accelerator.device) as peak, shown as bar:
         outcome = loop.run(bar)
     if outcome.stopped == "interrupted":
         raise KeyboardInterrupt("stopped while training the model to compare with; continue with --resume")

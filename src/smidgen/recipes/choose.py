@@ -1,7 +1,9 @@
 """The numbers of a run: the plan carried out on this recipe, this data and this machine."""
 
+import itertools
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+_TRIAL_BATCHES = 4  # that a parameter may wait for its gradient
 _TRIAL = range(8)  # rows of the trial that measures the machine
 
 
@@ -145,11 +148,12 @@ def choose_steps_for(
     chosen.save_every = plan.decide("save_every", said.save_every, every, "with every evaluation")
 
 
-def longest_batch(work: Work, chosen: Chosen, device: torch.device) -> Batch:
-    """The batch of the longest training rows: what goes there goes everywhere."""
-    batches = LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed, shuffle=False)
-    indices = next(iter(batches))
-    return {name: value.to(device) for name, value in work.task.collate(work.train, indices).items()}
+def trial_batches(work: Work, chosen: Chosen, device: torch.device) -> Iterator[Batch]:
+    """The batch of the longest training rows (what goes there goes everywhere), and a few others."""
+    longest = LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed, shuffle=False)
+    others = LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed)
+    for indices in itertools.islice(itertools.chain(itertools.islice(longest, 1), others), _TRIAL_BATCHES):
+        yield {name: value.to(device) for name, value in work.task.collate(work.train, indices).items()}
 
 
 def agreed(value: T) -> T:
@@ -161,7 +165,7 @@ def agreed(value: T) -> T:
 
 def _shorten(work: Work, plan: Plan, seconds: float, minutes: float) -> None:
     """Cut texts shorter where not even one epoch of them would fit the time."""
-    if work.task.max_length is None:
+    if work.task.max_length is None or not work.task.may_shorten:
         return
     per_token = seconds / (len(_TRIAL) * max(work.train.lengths[i] for i in _trial_rows(work)))
     length = shorter_length(work.task.max_length, sum(work.train.lengths), per_token, minutes)

@@ -58,9 +58,20 @@ def constant(work: Work) -> Row | None:
 
 
 def said(work: Work) -> list[str]:
-    """What the model says now to the first test rows, where it is one that generates."""
-    rows = range(min(_SAMPLES, len(work.data.test)))
-    return work.task.samples(work.model.eval(), work.data.test, rows)
+    """What the model says now to a few test rows, where it is one that generates."""
+    return work.task.samples(work.model.eval(), work.data.test, _asked(work))
+
+
+def _asked(work: Work) -> list[int]:
+    """The first test rows that ask different things."""
+    if type(work.task).samples is Task.samples:
+        return []
+    different: dict[str, int] = {}
+    for row in range(len(work.data.test)):
+        different.setdefault(work.task.prompt_of(work.data.test, row), row)
+        if len(different) == _SAMPLES:
+            break
+    return list(different.values())
 
 
 def samples(work: Work, base: Sequence[str], tuned: Sequence[str]) -> list[Sample]:
@@ -68,7 +79,7 @@ def samples(work: Work, base: Sequence[str], tuned: Sequence[str]) -> list[Sampl
     task, table = work.task, work.data.test
     return [
         Sample(prompt=task.prompt_of(table, i), truth=task.truth_of(table, i), base=before, tuned=after)
-        for i, (before, after) in enumerate(zip(base, tuned, strict=True))
+        for i, before, after in zip(_asked(work), base, tuned, strict=True)
     ]
 
 

@@ -76,7 +76,7 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
     given, problems = _read(recipe.data, kind, settings)
     task = kind.understand(given, settings, asked)
     plan.decide("metric", asked.metric, task.metric, "usual for this kind; picks the best step, and is compared")
-    notes = list(task.notes)
+    notes: list[str] = []
     checked: dict[str, Table] = {}
     for name, table in given.items():
         bad = task.check(table)
@@ -91,9 +91,9 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
             + (" ..." if len(problems) > 3 else "")
         )
     data = _divide(checked, task, plan, seed, notes)
-    model = task.build(asked).to(device)
+    model = task.build(asked).to(device).train()
     task.settle(model, data.train, asked)
-    return Work(
+    work = Work(
         recipe=recipe,
         asked=asked,
         model=model,
@@ -105,6 +105,8 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
         shift={name: task.encode(table) for name, table in data.shift.items()},
         total_parameters=sum(p.numel() for p in model.parameters()),
     )
+    data.notes[:0] = task.notes  # whenever in all this it found something to say
+    return work
 
 
 def set_threads(said: int | None) -> int:

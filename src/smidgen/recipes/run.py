@@ -33,7 +33,7 @@ from ..training.memory import peak_memory
 from ..training.progress import Progress
 from . import judge
 from .adapt import adapter_parameters, attach_used, full_row, groups_of, head_parameters, settings_of
-from .choose import Chosen, agreed, choose, choose_steps_for, longest_batch, method_of
+from .choose import Chosen, agreed, choose, choose_steps_for, method_of, trial_batches
 from .prepare import Work, best_device, make_accelerator, prepare, set_threads
 from .probing import answers_of, fit_base
 from .save import is_result, save_result
@@ -69,7 +69,8 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     plan = Plan()
     seed = plan.decide("seed", recipe.train.seed, 0, "the same run twice is the same result")
     plan.decide("threads", recipe.train.threads, set_threads(recipe.train.threads), "the cores this process may use")
-    console.print(f"[bold]smidgen {__version__}[/bold]  {recipe.model.path}  on  {recipe.data.train}", highlight=False)
+    data = recipe.data.train if recipe.data.train != recipe.model.path else "its own data"
+    console.print(f"[bold]smidgen {__version__}[/bold]  {recipe.model.path}  on  {data}", highlight=False)
     work = prepare(recipe, plan, device, seed)
     method, rates = method_of(recipe, plan)
     chosen = choose(recipe.train, rates, work, plan, seed)
@@ -88,7 +89,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     parameters = sum(p.numel() for p in trained.values())
     share = f"{parameters / work.total_parameters:.2%} of the model's {work.total_parameters:,}"
     plan.decide("trained", None, f"{parameters:,} parameters", share)
-    checks = preflight(work.model, adapters, trained, work.task, longest_batch(work, chosen, device))
+    checks = preflight(work.model, adapters, trained, work.task, trial_batches(work, chosen, device))
     if saved is None:
         choose_steps_for(recipe.train, chosen, work, accelerator, plan, time.monotonic() - started)
         chosen = agreed(chosen)
@@ -114,7 +115,8 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
         _continue(loop, saved, console)
     elif fresh and checkpoints.exists() and not quiet:
         remove_directory(checkpoints)
-    with peak_memory(device) as peak, Progress(None if quiet else console, "tuning", chosen.steps, loop.step) as bar:
+    shown = Progress(None if quiet else console, "tuning", chosen.steps, loop.step, unit=work.task.unit)
+    with peak_memory(device) as peak, shown as bar:
         outcome = loop.run(bar)
     if outcome.stopped == "interrupted":
         raise KeyboardInterrupt(

@@ -103,10 +103,15 @@ def merge(
         note = json.dumps({"format": 1, "task": tuned.task.describe(), "settings": settings}, indent=2, sort_keys=True)
         (new / MERGED).write_text(note, encoding="utf-8")
     console.print(
-        f"{report}\nMerged model in {out}: AutoModel.from_pretrained reads it, {HEAD} is the task's head; "
+        f"{report}\nMerged model in {out}{_reader(tuned)}; {HEAD} is the task's head, if it has one. "
         "`smidgen predict` uses both",
         highlight=False,
     )
+
+
+def _reader(tuned: Tuned) -> str:
+    body = tuned.model.body
+    return f": {type(body).__name__}.from_pretrained reads it" if hasattr(body, "save_pretrained") else ""
 
 
 def _judged(tuned: Tuned, examples: Examples, *, labelled: bool) -> Judged:

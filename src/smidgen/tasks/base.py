@@ -114,9 +114,10 @@ class TaskModel(nn.Module):
         super().train(mode)
         self.body.eval()
         for module in self.body.modules():
-            if isinstance(module, Held):
+            # in eval() cuDNN refuses the backward pass of what is recurrent; without dropout the numbers are the same
+            if isinstance(module, Held) or (isinstance(module, nn.RNNBase) and not module.dropout):
                 module.train(mode)
-        self.head.train(mode)  # it may be a part of the body
+        self.head.train(mode)
         return self
 
     def features(self, batch: Batch) -> Tensor:
@@ -141,6 +142,7 @@ class Task(ABC):
     unit: ClassVar[str] = "tokens"  # what `Examples.lengths` counts
     probed: ClassVar[bool] = False  # the base is a linear probe on `TaskModel.features`; else the untouched model
     smooths: ClassVar[bool] = False  # knows `label_smoothing`
+    may_shorten: ClassVar[bool] = True  # rows may be cut below `max_length` where the time is short
     largest_batch: ClassVar[int] = 32
     rate_factor: ClassVar[float] = 1.0  # on the preset's learning rate
     resamples: ClassVar[int] = 1000  # of the bootstrap; fewer where a score is slow

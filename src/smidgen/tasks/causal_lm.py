@@ -58,6 +58,7 @@ class CausalLM(LikelihoodTask):
     """Language modelling with a given tokenizer and shape of rows."""
 
     summary = "a language model that continues texts, completes prompts or answers in chats"
+    may_shorten = False
     Settings = CausalLMSettings
     roles = ROLES
     peft_task_type = "CAUSAL_LM"
@@ -133,7 +134,9 @@ class CausalLM(LikelihoodTask):
 
     # -- the model --------------------------------------------------------------------------------------------------
     def build(self, asked: Asked) -> LanguageModel:
-        return LanguageModel(load_body(asked.model, asked.dtype, asked.revision, kind="AutoModelForCausalLM"))
+        return LanguageModel(
+            load_body(asked.model, asked.dtype, asked.revision, kind="AutoModelForCausalLM", whole=True)
+        )
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
         model = cast(LanguageModel, model)
@@ -193,13 +196,6 @@ class CausalLM(LikelihoodTask):
         return batch
 
     # -- learning and judging ---------------------------------------------------------------------------------------
-    def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        return outputs["loss"].sum(), int(outputs["tokens"].sum())
-
-    def answer(self, outputs: Any, batch: Batch) -> Tensor:
-        """Per row summed loss, learned tokens and those that were right, (rows, 3)."""
-        return torch.stack([outputs[name].float() for name in ("loss", "tokens", "right")], dim=1)
-
     # -- saying something -------------------------------------------------------------------------------------------
     def prompt_of(self, table: Table, row: int) -> str:
         """What a model is asked in a row, in words: all before the first answer, or how a text begins."""
@@ -274,9 +270,8 @@ class CausalLM(LikelihoodTask):
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
         lines = []
-        for i, (loss, tokens, _) in enumerate(answers.tolist()):
-            perplexity = round(float(torch.tensor(loss / tokens).exp()), 4) if tokens else None
-            lines.append({"prompt": self.prompt_of(table, i), "perplexity": perplexity, "tokens": int(tokens)})
+        for i, row in enumerate(answers):
+            lines.append({"prompt": self.prompt_of(table, i), **self.likelihood(row)})
         return lines
 
 

@@ -245,13 +245,6 @@ class CustomModel(TaskModel):
         self.body, self.head = body, nn.Identity()
         self.heads = (head,) if head else ()
 
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        for module in self.body.modules():
-            if isinstance(module, nn.RNNBase) and not module.dropout:
-                module.train(mode)  # the same numbers; in eval() cuDNN refuses the backward pass
-        return self
-
     def forward(self, batch: Batch) -> Any:
         return call(self.body, batch)
 

@@ -194,7 +194,7 @@ def load_detector(asked: Asked) -> Detector:
     """The detector asked for, as it was trained.  Raises ModelError for a model that is none."""
     if asked.model.is_made:
         return detector_of(asked.model.made(), asked.model.name)
-    body = load_body(asked.model, asked.dtype, asked.revision, kind="AutoModelForObjectDetection")
+    body = load_body(asked.model, asked.dtype, asked.revision, kind="AutoModelForObjectDetection", whole=True)
     return detector_of(body, asked.model.name)
 
 

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -40,12 +40,17 @@ def load_tokenizer(located: Located, revision: str | None = None) -> "PreTrained
 
 
 def load_body(
-    located: Located, dtype: str | None = None, revision: str | None = None, *, kind: str | None = "AutoModel"
+    located: Located,
+    dtype: str | None = None,
+    revision: str | None = None,
+    *,
+    kind: str | None = "AutoModel",
+    whole: bool = False,
 ) -> nn.Module:
     """The pre-trained model in fp32 unless told otherwise.
 
     kind: a class of transformers, "AutoModelForCausalLM"; None for the class that the model was saved as, head
-    included.   Raises ModelError.
+    included.   whole: refuse weights that leave a part of it to chance.   Raises ModelError.
     """
     if dtype not in (None, *_DTYPES):
         raise ModelError(f'"{dtype}" is no dtype for a model; there are: {", ".join(_DTYPES)}')
@@ -63,12 +68,22 @@ def load_body(
         if kind is None:
             config = transformers.AutoConfig.from_pretrained(located.source, revision=revision or "main")
             kind = (config.architectures or ["AutoModel"])[0]
-        body: nn.Module = getattr(transformers, kind).from_pretrained(
-            located.source, dtype=dtype or "float32", revision=revision or "main", use_safetensors=True
+        body, loaded = getattr(transformers, kind).from_pretrained(
+            located.source,
+            dtype=dtype or "float32",
+            revision=revision or "main",
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:
         raise ModelError(f"{located.name} cannot be loaded: {first_line(error)}") from error
-    return body
+    if whole and loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise ModelError(
+            f"{located.name} has no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} of "
+            f"{type(body).__name__}: it was saved without the part that this task needs"
+        )
+    return cast(nn.Module, body)
 
 
 def settle_length(

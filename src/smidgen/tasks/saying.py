@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+GREEDY = {  # settings of generation, whatever the model's own are
+    "do_sample": False,
+    "num_beams": 1,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+}
+
+
 def question(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> list[int]:
     """Tokens of turns, with the start of an answer.  Raises DataError where the chat template refuses them."""
     text = rendered(tokenizer, turns, asks=True)
@@ -39,8 +50,8 @@ def say(
     ends = model.generation_config.eos_token_id
     every = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     how: Any = cast(Any, GenerationConfig)(
+        **GREEDY,
         max_new_tokens=count,
-        do_sample=False,
         eos_token_id=sorted(every) or None,
         pad_token_id=tokenizer.pad_token_id or 0,
     )

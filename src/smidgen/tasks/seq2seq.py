@@ -6,7 +6,6 @@ Rows have a source and a target, or hold both in a column of translations, {"en"
 two columns, by their languages.  With the metric rouge_l the model also writes, token by token, when it is judged.
 """
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -54,6 +53,7 @@ class Seq2Seq(LikelihoodTask):
     """Sequence to sequence with a given tokenizer and columns.   target: None where rows are only to be predicted."""
 
     summary = "a text written to a text: summaries, translations"
+    may_shorten = False
     Settings = Seq2SeqSettings
     roles = ("source", "target")
     peft_task_type = "SEQ_2_SEQ_LM"
@@ -106,7 +106,9 @@ class Seq2Seq(LikelihoodTask):
 
     # -- the model --------------------------------------------------------------------------------------------------
     def build(self, asked: Asked) -> Seq2SeqModel:
-        model = Seq2SeqModel(load_body(asked.model, asked.dtype, asked.revision, kind="AutoModelForSeq2SeqLM"))
+        model = Seq2SeqModel(
+            load_body(asked.model, asked.dtype, asked.revision, kind="AutoModelForSeq2SeqLM", whole=True)
+        )
         model.says = self.max_target_length if self.metric == "rouge_l" else None
         return model
 
@@ -170,18 +172,15 @@ class Seq2Seq(LikelihoodTask):
         }
 
     # -- learning and judging ---------------------------------------------------------------------------------------
-    def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        return super().loss(outputs["numbers"] if isinstance(outputs, dict) else outputs, batch)
-
     def answer(self, outputs: Any, batch: Batch) -> Tensor:
         """(rows, 3), and with the metric rouge_l each row's ROUGE-L as a fourth."""
-        if not isinstance(outputs, dict):
-            return cast(Tensor, outputs)
+        answers = super().answer(outputs, batch)
+        if "said" not in outputs:
+            return answers
         filler = cast(int, self.tokenizer.pad_token_id)
         targets = batch["targets"].masked_fill(batch["targets"] == IGNORED, filler)
         pairs = zip(self._texts(outputs["said"]), self._texts(targets), strict=True)
-        figures = [rouge_l(*pair) for pair in pairs]
-        return torch.cat([outputs["numbers"], outputs["numbers"].new_tensor(figures)[:, None]], dim=1)
+        return torch.cat([answers, answers.new_tensor([rouge_l(*pair) for pair in pairs])[:, None]], dim=1)
 
     def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
         figures = super().score(answers, targets)
@@ -255,9 +254,6 @@ class Seq2Seq(LikelihoodTask):
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
         sources = table.column(self.source)
         lines = []
-        for source, (loss, tokens, *_) in zip(sources, answers.tolist(), strict=True):
-            line: dict[str, Any] = {"source": source}
-            if tokens:
-                line |= {"perplexity": round(math.exp(loss / tokens), 4), "tokens": int(tokens)}
-            lines.append(line)
+        for source, row in zip(sources, answers, strict=True):
+            lines.append({"source": source, **self.likelihood(row)})
         return lines

@@ -16,6 +16,7 @@ from ..core.errors import ModelError
 from ..core.linear_cross_entropy import linear_cross_entropy_rows
 from .base import Batch, TaskModel
 from .language_model import Shaping
+from .saying import GREEDY
 from .token_rows import IGNORED
 
 _SAME = 1e-3  # of the largest logit: fp32 in another order, not another computation
@@ -23,15 +24,6 @@ _KEPT = (  # of the model's own settings for writing; its beams and penalties ar
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"),
     *("forced_eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
 )
-GREEDY = {  # settings of generation, whatever the model's own are
-    "do_sample": False,
-    "num_beams": 1,
-    "min_length": 0,
-    "no_repeat_ngram_size": 0,
-    "repetition_penalty": 1.0,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-}
 
 
 class Seq2SeqModel(TaskModel):
@@ -52,7 +44,7 @@ class Seq2SeqModel(TaskModel):
         if "decoder_input_ids" not in takes or cast(Any, body).get_output_embeddings() is None:
             raise ModelError(f"{type(body).__name__} is no encoder-decoder that writes text (T5, BART, Marian ...)")
 
-    def forward(self, batch: Batch) -> Tensor | dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         targets = batch["targets"]
         rows, places = (targets != IGNORED).nonzero(as_tuple=True)
         losses, right = linear_cross_entropy_rows(
@@ -63,11 +55,15 @@ class Seq2SeqModel(TaskModel):
             scale=self.shaping.scale,
             softcap=self.shaping.softcap,
         )
-        numbers = torch.stack([losses, torch.ones_like(losses), right.to(losses.dtype)], dim=1)  # (M, 3)
-        per_row = losses.new_zeros(len(targets), 3).index_add(0, rows, numbers)
-        if self.says is None or self.training:
-            return per_row
-        return {"numbers": per_row, "said": self.say(batch, self.says)}
+        counts = torch.zeros(len(targets), dtype=torch.int64, device=rows.device)
+        outputs = {
+            "loss": losses.new_zeros(len(targets)).index_add(0, rows, losses),
+            "tokens": counts.index_add(0, rows, torch.ones_like(rows)),
+            "right": counts.index_add(0, rows, right.long()),
+        }
+        if self.says is not None and not self.training:
+            outputs["said"] = self.say(batch, self.says)
+        return outputs
 
     def hidden(self, batch: Batch) -> Tensor:
         """What goes into the output layer at each place of the targets, (rows, T, D)."""

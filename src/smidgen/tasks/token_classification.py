@@ -57,6 +57,7 @@ class TokenClassification(Task):
     """Token classification with a given tokenizer, columns and tags."""
 
     summary = "named entities, parts of speech and other tags of words"
+    may_shorten = False
     Settings = TokenClassificationSettings
     roles = ("tokens", "tags", "document")
     probed = True

@@ -16,8 +16,10 @@ _LINE_EVERY_S = 15.0  # where there is no terminal to draw a bar on
 class Progress(AbstractContextManager["Progress"]):
     """A bar on a terminal, a line now and then elsewhere.   console: None shows nothing (helper processes)."""
 
-    def __init__(self, console: "Console | None", title: str, steps: int, done: int = 0) -> None:
-        self.console, self.title, self.steps, self.first = console, title, steps, done
+    def __init__(
+        self, console: "Console | None", title: str, steps: int, done: int = 0, *, unit: str = "tokens"
+    ) -> None:
+        self.console, self.title, self.steps, self.first, self.unit = console, title, steps, done, unit
         self.metric = ""
         self._loss: float | None = None
         self._tokens = 0
@@ -53,7 +55,7 @@ class Progress(AbstractContextManager["Progress"]):
             self._bar.stop()
 
     def step(self, step: int, loss: float, tokens: int) -> None:
-        """One optimiser step is done: its loss, and how many tokens it saw."""
+        """One optimiser step is done: its loss, and how many tokens (or what `unit` says) it saw."""
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
         self._tokens += tokens
         now = time.monotonic()
@@ -68,4 +70,6 @@ class Progress(AbstractContextManager["Progress"]):
 
     def _state(self, now: float) -> str:
         speed = self._tokens / max(now - self._start, 1e-9)
-        return "  ".join(part for part in (f"loss {self._loss:.3f}", self.metric, f"{speed:,.0f} tokens/s") if part)
+        return "  ".join(
+            part for part in (f"loss {self._loss:.3f}", self.metric, f"{speed:,.0f} {self.unit}/s") if part
+        )
