@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from smidgen.auto.plan import Plan
-from smidgen.core.errors import ModelError, RecipeError
+from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.data.columns import Columns
 from smidgen.data.labels import Labels
 from smidgen.data.table import Table
@@ -179,3 +179,57 @@ def test_the_parts_of_a_metric_make_the_metric(folder, kind, metric):
 def test_a_metric_that_does_not_fit_is_refused(folder):
     with pytest.raises(RecipeError, match='"mae" is no metric of binary; there are: accuracy, macro_f1, mcc'):
         task_of(folder).judge_by("mae")
+
+
+def understood(folder, rows, columns, **settings):
+    asked = Asked(model=locate(str(folder)), plan=Plan(), device=torch.device("cpu"), seed=0, columns=columns)
+    return TextClassification.understand({"train": rows}, TextClassification.Settings(**settings), asked)
+
+
+def many(**columns):
+    texts = [f"{'good' if i % 4 else 'bad'} film number {i}" for i in range(40)]
+    return table(text=texts, label=["good" if i % 4 else "bad" for i in range(40)], **columns)
+
+
+def test_rows_of_one_group_stay_together_and_the_latest_judge_where_a_column_says_so(folder):
+    rows = many(user=[f"u{i // 5}" for i in range(40)], day=[f"2024-01-{(i * 7) % 40 + 1:02}" for i in range(40)])
+    task = understood(folder, rows, {"group": "user"})
+    kept, held = (set(rows.select(part).column("user")) for part in task.hold_out(rows, 0.25, 0))
+    assert held
+    assert not kept & held
+    task = understood(folder, rows, {"time": "day"})
+    kept, held = (rows.select(part).column("day") for part in task.hold_out(rows, 0.25, 0))
+    assert len(held) == 10
+    assert max(kept) < min(held)
+    assert task.split_words == 'as the latest by "day"'
+
+
+def test_weights_and_balance_say_what_a_row_counts(folder):
+    rows = many(weight=[str(1 + i % 2 * 2) for i in range(40)])
+    task = understood(folder, rows, {"weight": "weight"}, balance=True)
+    task.max_length = 16
+    task.learn_from(rows)
+    torch.testing.assert_close(task.class_weights, torch.tensor([40 / (2 * 10), 40 / (2 * 30)]))  # bad, good
+    examples = task.encode(rows)
+    assert examples.weights[:4].tolist() == [0.5, 1.5, 0.5, 1.5]
+    batch = task.collate(examples, [0, 1, 2])
+    outputs = torch.randn(3, 2)
+    losses = F.cross_entropy(outputs, batch["targets"], reduction="none")
+    expected = losses * torch.tensor([2.0, 2 / 3, 2 / 3]) * torch.tensor([0.5, 1.5, 0.5])
+    loss, count = task.loss(outputs, batch)
+    assert (float(loss), count) == (pytest.approx(float(expected.sum())), 3)
+    assert "weights" in task.collate(examples.select([0, 5]), [1])
+
+
+def test_wrong_times_and_weights_are_named_by_row(folder):
+    rows = many(weight=["1"] * 39 + ["-2"], day=["2024"] * 20 + ["soon"] + [2024.5] * 19)
+    problems = understood(folder, rows, {"weight": "weight", "time": "day"}).check(rows)
+    assert problems == {
+        20: "column \"day\": 'soon' is no number as the others",
+        39: "column \"weight\": '-2' is no weight; it must be a number of at least 0",
+    }
+    with pytest.raises(DataError, match="There is no column"):
+        understood(folder, rows, {"group": "usr"})
+    numbers = table(text=[f"a film {i}" for i in range(40)], label=[i / 7 for i in range(40)])
+    with pytest.raises(RecipeError, match="balance is for rows of one class each, and the labels are regression"):
+        understood(folder, numbers, {}, balance=True)

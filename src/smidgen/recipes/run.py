@@ -181,7 +181,8 @@ def _fingerprint(work: Work) -> str:
         for row in examples.inputs:
             for value in row.values():
                 digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
-        digest.update(examples.targets.numpy().tobytes())
+        for tensor in (examples.targets, examples.weights):
+            digest.update(b"" if tensor is None else tensor.numpy().tobytes())
     digest.update(fingerprint(work.model.body).encode())
     return digest.hexdigest()
 

@@ -33,13 +33,14 @@ class Examples:
 
     inputs: per row, what `collate` needs.   targets: (N, ...), what `score` compares answers with.
     lengths: per row what it costs (tokens; 1 where all cost the same), for batches of like rows.
-    truncated: how many rows were cut to the maximal length.
+    truncated: how many rows were cut to the maximal length.   weights: (N,), what each row counts in the loss.
     """
 
     inputs: Sequence[Mapping[str, Any]]
     targets: Tensor
     lengths: list[int]
     truncated: int = 0
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -47,7 +48,8 @@ class Examples:
     def select(self, indices: Sequence[int]) -> "Examples":
         """The rows at these indices, in this order."""
         some = list(indices)
-        return Examples([self.inputs[i] for i in some], self.targets[some], [self.lengths[i] for i in some])
+        weights = None if self.weights is None else self.weights[some]
+        return Examples([self.inputs[i] for i in some], self.targets[some], [self.lengths[i] for i in some], 0, weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,7 @@ class Task(ABC):
     roles: ClassVar[tuple[str, ...]]
     metrics_below: ClassVar[frozenset[str]] = frozenset()  # metrics that are better when lower
     peft_task_type: ClassVar[str] = "FEATURE_EXTRACTION"  # what HF PEFT is told of the body
-    split_words: ClassVar[str] = "by class, seeded, equal texts kept together"  # how `hold_out` holds out
+    split_words: str = "by class, seeded, equal texts kept together"  # how `hold_out` holds out
     unit: ClassVar[str] = "tokens"  # what `Examples.lengths` counts
     probed: ClassVar[bool] = False  # the base is a linear probe on `TaskModel.features`; else the untouched model
     smooths: ClassVar[bool] = False  # knows `label_smoothing`

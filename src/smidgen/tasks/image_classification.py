@@ -29,7 +29,7 @@ from .augment import disturbed, flip_is_safe
 from .base import Asked, Batch, Examples, TaskModel
 from .image_input import Seen, with_said
 from .image_models import ImageClassifier, load_image_model
-from .labelled import LabelledTask
+from .labelled import ROW_ROLES, LabelledTask, with_targets
 from .registry import task
 
 Augment = Literal["crop", "shift", "off"]
@@ -41,13 +41,15 @@ _SMALL = 64  # pixels: images of no more are small
 
 @dataclass(frozen=True, kw_only=True)
 class ImageClassificationSettings:
-    """kind: of the labels; found where nobody says.   image_size: side of the square that the model sees, in pixels.
+    """kind: of the labels; found where nobody says.   balance: let rare classes weigh more in the loss.
 
+    image_size: side of the square that the model sees, in pixels.
     mean, std: per channel of pixels in 0..1; of one number each for models of grey images.   augment: of training
     images: "crop", "shift" or "off".   flip: exchange left and right too.  What nobody says is the model's, or chosen.
     """
 
     kind: Kind | None = None
+    balance: bool = False
     image_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -64,7 +66,7 @@ class ImageClassification(LabelledTask):
 
     summary = "one of several classes, several at once, or a number, for images; CNNs and vision transformers"
     Settings = ImageClassificationSettings
-    roles = ("image", "label")
+    roles = ("image", "label", *ROW_ROLES)
     unit = "images"
     split_words = "by class, seeded, equal images kept together"
 
@@ -98,20 +100,24 @@ class ImageClassification(LabelledTask):
         asked.plan.decide("kind", settings.kind, labels.kind, labels.reason)
         made = cls(image, label, labels, settings, asked.metric)
         made._understood = train
+        made.take_rows(train, asked, settings.balance)
         return made
 
     def check(self, table: Table) -> dict[int, str]:
         found = in_threads(image_problem, table.column(self.image_column))
         problems = {i: what for i, what in enumerate(found) if what is not None}
-        labels = self.check_labels(table)
+        labels = self.check_rows(table)
         return labels | {i: f"{what}; {labels[i]}" if i in labels else what for i, what in problems.items()}
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
+        return self.said_groups(table) or self._contents(table)
+
+    def _contents(self, table: Table) -> list[Hashable]:
         return in_threads(content_key, table.column(self.image_column))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        seen = set(cast(Any, self.groups(train)))
-        again = sum(key in seen for key in cast(Any, self.groups(test)))
+        seen = set(self._contents(train))
+        again = sum(key in seen for key in self._contents(test))
         if not again:
             return []
         return [
@@ -141,7 +147,7 @@ class ImageClassification(LabelledTask):
         if norms := sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.body.modules()):
             what = f"{norms} BatchNorms keep the base's, but for a method with statistics of its own"
             decide("batch statistics", None, "frozen", f"{what} (batchnorm_tuning, statistics: adapted)")
-        self.centre_on(train)
+        self.learn_from(train)
 
     @property
     def _seen(self) -> Seen:
@@ -157,7 +163,7 @@ class ImageClassification(LabelledTask):
             inputs = [{"pixels": pixels} for pixels in decode_all(images, fit, table.origins)]
         else:  # decoded when their batch comes
             inputs = [{"image": image, "name": name} for image, name in zip(images, table.origins, strict=True)]
-        return Examples(inputs, self.targets_of(table), [1] * len(table))
+        return Examples(inputs, self.targets_of(table), [1] * len(table), 0, self.weights_of(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         rows = [examples.inputs[i] for i in indices]
@@ -165,7 +171,7 @@ class ImageClassification(LabelledTask):
             pixels = torch.stack([row["pixels"] for row in rows])
         else:
             pixels = decode_all([row["image"] for row in rows], self._seen.fit, [row["name"] for row in rows])
-        return {"pixels": pixels, "targets": examples.targets[list(indices)]}
+        return with_targets({"pixels": pixels}, examples, indices)
 
     def augment(self, batch: Batch) -> Batch:
         if self.augmented == "off":

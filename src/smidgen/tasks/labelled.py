@@ -1,21 +1,29 @@
 """What classification and regression share, whatever the rows are: one of several classes, several at once, a number.
 
 The model gives outputs (N, K), K = classes, or 1 for a number; they are the answers too.
+
+    loss = sum over rows of  w_row w_class l(outputs, target)       w_row: the column "weight", 1 on average
+                                                                     w_class: N / (K N_class) with `balance`, else 1
+
+A column "group" keeps rows of one user or document on one side of a split; a column "time" lets the latest rows judge.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.errors import DataError
+from ..core.errors import DataError, RecipeError
 from ..data.labels import Kind, Labels
 from ..data.table import Table
-from .base import Example, Task
+from ..data.values import number
+from .base import Asked, Batch, Example, Examples, Task
 
 _METRICS = {"regression": ("spearman", "r2", "mae"), "multilabel": ("macro_f1", "micro_f1", "exact_match")}
+ROW_ROLES = ("group", "time", "weight")
 _METRICS_OF_CLASSES = ("accuracy", "macro_f1", "mcc")
 
 
@@ -32,6 +40,9 @@ class LabelledTask(Task):
 
     labels: Labels
     label_column: str | None
+    row_columns: Mapping[str, str] = MappingProxyType({})  # role of ROW_ROLES -> column
+    balance: bool = False
+    class_weights: Tensor | None = None
     centre: float = 0.0
     spread: float = 1.0
 
@@ -54,9 +65,46 @@ class LabelledTask(Task):
         """Row i in words."""
         raise NotImplementedError
 
-    def check_labels(self, table: Table) -> dict[int, str]:
-        """What is wrong with the labels of rows."""
+    def take_rows(self, train: Table, asked: Asked, balance: bool) -> None:
+        """Take what is said of rows beside their labels.  Raises DataError or RecipeError."""
+        self.row_columns = {role: name for role, name in asked.columns.items() if role in ROW_ROLES}
+        for role, name in self.row_columns.items():
+            train.column(name)  # is it there?
+            asked.plan.decide(f"{role} column", name, name, "")
+        if "time" in self.row_columns:
+            self.split_words = f'as the latest by "{self.row_columns["time"]}"'
+        elif "group" in self.row_columns:
+            self.split_words = f'by class, seeded, rows of one "{self.row_columns["group"]}" kept together'
+        if balance and self.labels.kind not in ("binary", "multiclass"):
+            raise RecipeError(f"task.balance is for rows of one class each, and the labels are {self.labels.kind}")
+        self.balance = balance
+
+    def hold_out(self, table: Table, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+        if "time" not in self.row_columns:
+            return super().hold_out(table, fraction, seed)
+        times = table.column(self.row_columns["time"])
+        order = sorted(range(len(table)), key=lambda i: (number(times[i]) or 0.0, str(times[i])))
+        kept = len(order) - max(1, round(fraction * len(order)))
+        return sorted(order[:kept]), sorted(order[kept:])
+
+    def said_groups(self, table: Table) -> Sequence[Hashable] | None:
+        """The column "group", if there is one."""
+        return table.column(self.row_columns["group"]) if "group" in self.row_columns else None
+
+    def check_rows(self, table: Table) -> dict[int, str]:
+        """What is wrong with the labels, times and weights of rows."""
         problems: dict[int, str] = {}
+        if "time" in self.row_columns:
+            name, times = self.row_columns["time"], table.column(self.row_columns["time"])
+            numbers = number(next((time for time in times if time not in (None, "")), None)) is not None
+            for i, time in enumerate(times):
+                if time in (None, "") or (number(time) is not None) != numbers:
+                    problems[i] = f'column "{name}": {time!r:.40} is no {"number as the others" if numbers else "time"}'
+        if "weight" in self.row_columns:
+            name = self.row_columns["weight"]
+            for i, weight in enumerate(table.column(name)) if name in table.columns else ():
+                if (found := number(weight)) is None or found < 0:
+                    problems[i] = f'column "{name}": {weight!r:.40} is no weight; it must be a number of at least 0'
         if self.label_column is not None:
             for i, value in enumerate(table.column(self.label_column)):
                 try:
@@ -89,20 +137,36 @@ class LabelledTask(Task):
         dtype = torch.float32 if self.labels.kind in ("regression", "multilabel") else torch.int64
         return torch.tensor(values, dtype=dtype)
 
-    def centre_on(self, train: Table) -> None:
-        """Let the head of a regression predict in units of the training targets."""
+    def weights_of(self, table: Table) -> Tensor | None:
+        """(N,), 1 on average; None where no column says them."""
+        name = self.row_columns.get("weight")
+        if name is None or name not in table.columns:
+            return None
+        weights = torch.tensor([number(value) for value in table.column(name)])
+        return weights / weights.mean().clamp_min(1e-12)
+
+    def learn_from(self, train: Table) -> None:
+        """Let the head of a regression predict in units of the training targets, and let rare classes weigh more."""
+        targets = self.targets_of(train)
+        if self.balance:
+            counts = torch.bincount(targets, minlength=len(self.labels.names))
+            self.class_weights = len(targets) / (len(counts) * counts.clamp_min(1))
         if self.labels.kind == "regression":
-            targets = self.targets_of(train)
             self.centre, self.spread = float(targets.mean()), max(float(targets.std(correction=0)), 1e-6)
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         targets, outputs = batch["targets"], outputs.float()
         if self.labels.kind == "regression":
-            return F.mse_loss(outputs[:, 0], (targets - self.centre) / self.spread, reduction="sum"), len(targets)
-        if self.labels.kind == "multilabel":
-            loss = F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
-            return loss / outputs.shape[1], len(targets)
-        return F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing), len(targets)
+            losses = F.mse_loss(outputs[:, 0], (targets - self.centre) / self.spread, reduction="none")
+        elif self.labels.kind == "multilabel":
+            losses = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
+        else:
+            losses = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.label_smoothing)
+        if self.class_weights is not None:
+            losses = losses * self.class_weights.to(targets.device)[targets]
+        if "weights" in batch:
+            losses = losses * batch["weights"]
+        return losses.sum(), len(targets)
 
     def predictions(self, outputs: Tensor) -> Tensor:
         """What the outputs say: class indices (N,), 0/1 per class (N, K), or numbers (N,)."""
@@ -216,6 +280,15 @@ class LabelledTask(Task):
         names = tuple(map(str, description["labels"]))
         self.set_labels(Labels(kind=cast(Kind, description["kind"]), names=names), description["metric"])
         self.centre, self.spread = float(description["centre"]), float(description["spread"])
+
+
+def with_targets(batch: Batch, examples: Examples, indices: Sequence[int]) -> Batch:
+    """The batch with the targets of these rows, and their weights where there are some."""
+    some = list(indices)
+    batch["targets"] = examples.targets[some]
+    if examples.weights is not None:
+        batch["weights"] = examples.weights[some]
+    return batch
 
 
 def _equal(predictions: Tensor, targets: Tensor) -> Tensor:

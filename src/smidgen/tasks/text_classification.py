@@ -25,7 +25,7 @@ from ..data.labels import Kind, Labels, check_text, understand_labels
 from ..data.split import duplicate_groups, subset
 from ..data.table import Table
 from .base import Asked, Batch, Examples, TaskModel
-from .labelled import LabelledTask
+from .labelled import ROW_ROLES, LabelledTask, with_targets
 from .loading import load_body, load_tokenizer, pooling_for, settle_length
 from .padding import padded
 from .registry import task
@@ -38,9 +38,13 @@ _SAMPLE = 2000  # texts measured for their length
 
 @dataclass(frozen=True, kw_only=True)
 class TextClassificationSettings:
-    """kind: of the labels; found where nobody says.   max_length: of a text, in tokens."""
+    """kind: of the labels; found where nobody says.   max_length: of a text, in tokens.
+
+    balance: let rare classes weigh more in the loss, as if all were as frequent.
+    """
 
     kind: Kind | None = None
+    balance: bool = False
     max_length: int | None = None
 
     def __post_init__(self) -> None:
@@ -53,7 +57,7 @@ class TextClassification(LabelledTask):
 
     summary = "one of several classes, several at once, or a number, for texts and pairs of texts"
     Settings = TextClassificationSettings
-    roles = ("text", "text_pair", "label")
+    roles = ("text", "text_pair", "label", *ROW_ROLES)
 
     def __init__(
         self,
@@ -74,7 +78,8 @@ class TextClassification(LabelledTask):
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
-        columns = guess_columns(tables["train"], **cast(Any, dict(asked.columns)))
+        said = {role: name for role, name in asked.columns.items() if role not in ROW_ROLES}
+        columns = guess_columns(tables["train"], **cast(Any, said))
         for role, why in columns.reasons.items():
             asked.plan.decide(f"{role} column", None, getattr(columns, role), why)
         assert columns.label is not None
@@ -83,6 +88,7 @@ class TextClassification(LabelledTask):
         tokenizer = load_tokenizer(asked.model, asked.revision)
         made = cls(tokenizer, columns, labels, 0, asked.metric)
         made._said_length, made._understood = settings.max_length, tables["train"]
+        made.take_rows(tables["train"], asked, settings.balance)
         return made
 
     _said_length: int | None = None
@@ -93,10 +99,10 @@ class TextClassification(LabelledTask):
             for i, value in enumerate(table.column(column)):
                 if what := check_text(value):
                     problems[i] = f'column "{column}": {what}'
-        return {**problems, **self.check_labels(table)}
+        return {**problems, **self.check_rows(table)}
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        return duplicate_groups(table.column(self.columns.text))
+        return self.said_groups(table) or duplicate_groups(table.column(self.columns.text))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
         seen = set(train.column(self.columns.text))
@@ -115,7 +121,7 @@ class TextClassification(LabelledTask):
         encode: Any = self.tokenizer
         lengths = [len(ids) for ids in encode(*self._texts(some), verbose=False)["input_ids"]]
         self.max_length = settle_length(self._said_length, lengths, model.body, self.tokenizer, asked)
-        self.centre_on(train)
+        self.learn_from(train)
 
     def _texts(self, table: Table) -> tuple[list[str], list[str] | None]:
         pairs = table.column(self.columns.text_pair) if self.columns.text_pair else None
@@ -130,12 +136,11 @@ class TextClassification(LabelledTask):
         inputs = [{name: encoded[name][i] for name in names} for i in range(len(table))]
         lengths = [len(row["input_ids"]) for row in inputs]
         cut = sum(bool(row.overflowing) for row in encoded.encodings or ())
-        return Examples(inputs, self.targets_of(table), lengths, cut)
+        return Examples(inputs, self.targets_of(table), lengths, cut, self.weights_of(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         batch = padded(examples, indices, {"input_ids": cast(int, self.tokenizer.pad_token_id or 0)})
-        batch["targets"] = examples.targets[list(indices)]
-        return batch
+        return with_targets(batch, examples, indices)
 
     def shown_input(self, table: Table, i: int) -> str:
         return str(table.column(self.columns.text)[i])
@@ -149,7 +154,7 @@ class TextClassification(LabelledTask):
         return {**super().resolved_settings(), "kind": self.labels.kind}
 
     def resolved_columns(self) -> dict[str, str]:
-        return {role: name for role in self.roles if (name := getattr(self.columns, role)) is not None}
+        return {role: name for role in self.roles[:3] if (name := getattr(self.columns, role)) is not None}
 
     def describe(self) -> dict[str, Any]:
         columns = {k: v for k, v in asdict(self.columns).items() if k != "reasons"}
@@ -191,7 +196,7 @@ class TextClassifier(TaskModel):
 
     def features(self, batch: Batch) -> Tensor:
         """The pooled hidden states of the middle and the last layer, (N, 2 D) in fp32."""
-        inputs = {name: value for name, value in batch.items() if name != "targets"}
+        inputs = {name: value for name, value in batch.items() if name not in ("targets", "weights")}
         out = self.body(**inputs, output_hidden_states=True)
         middle = out.hidden_states[len(out.hidden_states) // 2]
         hidden = torch.cat([middle, out.last_hidden_state], dim=-1).float()  # (N, T, 2 D)
