@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .adapter import AdditiveAdapter, Call
 from .layers import LinearKind
-from .low_rank import is_bare_linear, is_frozen
+from .low_rank import is_bare_linear, is_frozen, takes_change, with_change
 from .site import compute_dtype
 
 _WHOLE = slice(None)
@@ -38,6 +38,8 @@ class FullWeightAdapter(AdditiveAdapter):
             W, b = self.site.stored, self.site.bias
             if W.dtype == x.dtype:
                 return self._linear(x, W, b)
+        if takes_change(self.site, call, x):
+            return with_change(self.site, x, self.weight_delta(_WHOLE))
         return super().forward(call, x, *args, **kwargs)
 
     def delta(self, x: Tensor) -> Tensor:

@@ -160,6 +160,11 @@ class ConvKind(LayerKind):
         layer = cast(nn.Conv2d, layer)
         return _convolved(layer, x, M.view(layer.weight.shape))
 
+    def changed(self, layer: nn.Module, x: Tensor, D: Tensor) -> Tensor:
+        """What the layer gives for x with D (O, I) added to its weight."""
+        layer = cast(nn.Conv2d, layer)
+        return _convolved(layer, x, layer.weight + D.view(layer.weight.shape).to(layer.weight.dtype), layer.bias)
+
     def channels(self, layer: nn.Module, v: Tensor, like: Tensor) -> Tensor:
         return v.view(-1, *[1] * len(cast(nn.Conv2d, layer).kernel_size))
 
@@ -185,27 +190,27 @@ class ConvKind(LayerKind):
         return x.to(layer.weight.device, layer.weight.dtype)
 
 
-def _convolved(layer: Any, x: Tensor, kernel: Tensor) -> Tensor:
+def _convolved(layer: Any, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     """x by a kernel the layer's way: stride, padding mode, dilation and groups, and what a subclass does before."""
     own = getattr(type(layer), "base_class", type(layer)).forward  # without adapters
     if own in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
-        return cast(Tensor, layer._conv_forward(x, kernel, None))
-    with _WithKernel(kernel):  # timm's Conv2dSame and its like pad in a forward of their own
+        return cast(Tensor, layer._conv_forward(x, kernel, bias))
+    with _WithKernel(kernel, bias):  # timm's Conv2dSame and its like pad in a forward of their own
         return cast(Tensor, own(layer, x))
 
 
 class _WithKernel(TorchFunctionMode):
-    """Whatever convolves does so with this kernel and without bias."""
+    """Whatever convolves does so with this kernel and bias."""
 
-    def __init__(self, kernel: Tensor) -> None:
+    def __init__(self, kernel: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.kernel = kernel
+        self.own = {"weight": kernel, "bias": bias}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function not in (torch.conv1d, torch.conv2d, torch.conv3d):
             return function(*args, **(kwargs or {}))
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        return function(**dict(zip(names, args, strict=False)) | (kwargs or {}) | {"weight": self.kernel, "bias": None})
+        return function(**dict(zip(names, args, strict=False)) | (kwargs or {}) | self.own)
 
 
 class TransposedConvKind(ConvKind):

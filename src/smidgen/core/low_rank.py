@@ -2,12 +2,13 @@
 
     y' = y + s (m x) A^T B^T            W' = W + s B A            A: (R, I)   B: (O, R)   m: dropout's mask
 
-A method says what A and B are: its own parameters, or what it computes of them.  The product is never formed to run.
+A method says what A and B are: its own parameters, or what it computes of them.  The product is formed for convolutions
+alone, whose weights are few beside what goes through them.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .adapter import AdditiveAdapter, Call
 from .kernels import frozen_linear_low_rank
+from .layers import ConvKind
 from .site import Site
 
 
@@ -50,6 +52,8 @@ class LowRankAdapter(AdditiveAdapter):
                 shape = x.shape[-1:] if self.dropout_on == "features" else (x.numel() // x.shape[-1], x.shape[-1])
                 scale, mask = scale / (1 - self.dropout), self._mask(shape, x.device)
             return self.fused(x, self.site.stored, self.site.bias, scale, mask)
+        if self.plain and takes_change(self.site, call, x) and not (self.training and self.dropout):
+            return with_change(self.site, x, self.weight_delta(slice(None)))
         return super().forward(call, x, *args, **kwargs)
 
     def fused(self, x: Tensor, W: Tensor, b: Tensor | None, scale: float, mask: Tensor | None) -> Tensor:
@@ -89,6 +93,26 @@ class LowRankAdapter(AdditiveAdapter):
 def is_bare_linear(call: Call) -> bool:
     """True if `call` is the forward of nn.Linear itself, with nothing around it."""
     return getattr(call, "__func__", None) is nn.Linear.forward
+
+
+def takes_change(site: Site, call: Call, x: Tensor) -> bool:
+    """True of a bare frozen convolution whose weights are few beside its input: there one convolution with W + D costs
+    less than one with W and others for the change.  W is of 32 bits or more, since D would round away in 16; under
+    autocast the sum is rounded, as it is in full fine-tuning.
+    """
+    return (
+        type(site.kind) is ConvKind
+        and site.stored.dtype in (torch.float32, torch.float64)
+        and site.fan_in * site.fan_out <= x.numel()
+        and site.storage.plain
+        and getattr(call, "__func__", None) is getattr(type(site.layer), "base_class", type(site.layer)).forward
+        and is_frozen(site)
+    )
+
+
+def with_change(site: Site, x: Tensor, D: Tensor) -> Tensor:
+    """The output of such a convolution with D (O, I) added to its weight."""
+    return cast(ConvKind, site.kind).changed(site.layer, x, D)
 
 
 def is_frozen(site: Site) -> bool:

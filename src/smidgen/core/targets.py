@@ -87,12 +87,13 @@ class Targets:
         if what == "auto":
             return Targets.auto()
         patterns = [what] if isinstance(what, str) else list(what)
-        if not any(":" in pattern for pattern in patterns):
-            return Targets(*patterns)
-        split = [pattern.partition(":") for pattern in patterns]
-        return functools.reduce(
-            operator.or_, (Targets(module).parameter(name) if name else Targets(module) for module, _, name in split)
-        )
+        whole = [pattern for pattern in patterns if not (isinstance(pattern, str) and ":" in pattern)]
+        found = [Targets(*whole)] if whole or not patterns else []
+        for pattern in patterns:
+            if pattern not in whole:
+                module, _, name = pattern.partition(":")
+                found.append(Targets(module).parameter(name))
+        return functools.reduce(operator.or_, found)
 
     def parameter(self, *names: str) -> "Targets":
         """The named parameters of these modules as the sites, for code that reads a weight without calling forward."""
