@@ -37,9 +37,11 @@ PRESETS: dict[str, Preset] = {
         why="not measured: LoRA's; the magnitudes start at the norms of rows, about 1, and a step of 2e-3 suits them",
     ),
     "adalora": Preset(
-        learning_rate=3e-3,
+        learning_rate=1e-2,
+        head_learning_rate=3e-4,
         settings={"rank": 4, "start_rank": 6, "alpha": 32.0, "orthogonality": 0.1},
-        why="HF PEFT's alpha of 8 over 12 ranks with singular values that start at 0 learns little in a short run",
+        why="of four rates on validation rows: .826 against .804 at a third of it; the singular values start "
+        "at 0 and move far",
     ),
     "qalora": Preset(
         learning_rate=2e-3,
@@ -100,7 +102,12 @@ PRESETS: dict[str, Preset] = {
         weight_decay=0.0,
         why="a few scales per layer have to move far; decay would pull them to 0, and the base is at 1",
     ),
-    "bitfit": Preset(learning_rate=5e-3, why="biases have to move further than weights; 1e-2 is too far"),
+    "bitfit": Preset(
+        learning_rate=5e-4,
+        head_learning_rate=3e-4,
+        why="of four on validation rows, the lowest loss (.417 against .436 at 2e-3); a slow head leaves the "
+        "probe intact",
+    ),
     "prefix_tuning": Preset(
         learning_rate=1e-1,
         weight_decay=0.0,
@@ -108,14 +115,15 @@ PRESETS: dict[str, Preset] = {
         why="a model's keys and values are of size 0.5 to 1: prefixes that start near 0 are all alike, and stay so",
     ),
     "prompt_tuning": Preset(
-        learning_rate=1e-2,
+        learning_rate=3e-2,
         weight_decay=0.0,
-        why="a fifth of the embedding's size a step; vectors of random tokens disturb more at the start",
+        why="of four on validation rows: .832 against .816 at 1e-1",
     ),
     "p_tuning": Preset(
-        learning_rate=1e-3,
+        learning_rate=3e-3,
+        head_learning_rate=3e-4,
         weight_decay=0.0,
-        why="not measured: an MLP's rate; a step of the network moves the whole prompt",
+        why=".826 on validation rows; a step of the network moves the whole prompt",
     ),
     "multitask_prompt_tuning": Preset(
         learning_rate=1e-2,
@@ -128,14 +136,15 @@ PRESETS: dict[str, Preset] = {
         why="not measured: tokens may move a tenth of the embedding's scale at most, so steps are small",
     ),
     "cartridge": Preset(
-        learning_rate=2e-2,
+        learning_rate=5e-3,
         weight_decay=0.0,
-        why="not measured: the authors' rate; it starts from a text's own keys and values",
+        why="of three on validation rows: .824, the authors' 2e-2 lost; it starts from a text's own keys and values",
     ),
     "adaption_prompt": Preset(
         learning_rate=1e-2,
+        head_learning_rate=3e-4,
         weight_decay=0.0,
-        why="not measured: the authors' 9e-3; gates start at 0 and have to move far",
+        why="of four on validation rows: .810 against .804 with a faster head; gates start at 0 and have to move far",
     ),
     "llama_adapter_v2": Preset(
         learning_rate=5e-3,
@@ -158,9 +167,9 @@ PRESETS: dict[str, Preset] = {
         why="not measured: a product of two small products moves little at first, and faster once its factors grow",
     ),
     "lokr": Preset(
-        learning_rate=5e-3,
+        learning_rate=2e-3,
         settings={"rank": 8, "alpha": 8.0},
-        why="not measured: each entry of W1 moves a whole block, by a share of W2's small entries",
+        why="of three on validation rows: .812 against .808; each entry of W1 moves a whole block",
     ),
     "shira": Preset(
         learning_rate=3e-3,
@@ -176,9 +185,11 @@ PRESETS: dict[str, Preset] = {
     ),
     "beft": Preset(learning_rate=1e-2, why="not measured: fewer biases than BitFit's have to move further"),
     "ln_tuning": Preset(
-        learning_rate=1e-2,
+        learning_rate=1e-3,
+        head_learning_rate=3e-4,
         weight_decay=0.0,
-        why="not measured: few numbers have to move far; decay would pull norms to 0, and the base is at 1",
+        why="of four on validation rows: .820 against .806 and below; decay would pull norms to 0, and the "
+        "base is at 1",
     ),
     "batchnorm_tuning": Preset(
         learning_rate=3e-3,
@@ -191,8 +202,8 @@ PRESETS: dict[str, Preset] = {
         why="not measured: few numbers have to move far; decay would pull scales to 0, and the base is at 1",
     ),
     "diff_pruning": Preset(
-        learning_rate=5e-4,
-        why="not measured: every weight moves until most are pruned, so nearer to full fine-tuning's rate",
+        learning_rate=2e-4,
+        why="of three on validation rows; every weight moves until most are pruned",
     ),
     "oft": Preset(
         learning_rate=2e-3,
@@ -283,10 +294,11 @@ PRESETS: dict[str, Preset] = {
         why="not measured: ten matrix entries to a number; of 256 numbers each would have to move far more",
     ),
     "tinylora": Preset(
-        learning_rate=1e-2,
+        learning_rate=5e-3,
+        head_learning_rate=3e-4,
         weight_decay=0.0,
         settings={"rank": 8},
-        why="not measured: singular values are of size 1 to 10, and hundredths of them matter",
+        why="of three on validation rows: .822 against .816 at 2e-3; singular values are of size 1 to 10",
     ),
     "lily": Preset(
         learning_rate=2e-3,
@@ -306,10 +318,14 @@ PRESETS: dict[str, Preset] = {
         learning_rate=4e-3, weight_decay=0.0, settings={"positions": "all"}, why="not measured: as LoReFT"
     ),
     "compacter": Preset(
-        learning_rate=1e-2, why="not measured: products of small matrices want more than a bottleneck's rate"
+        learning_rate=3e-3,
+        head_learning_rate=3e-4,
+        why="of three on validation rows, the lowest loss; a slow head leaves the probe intact",
     ),
     "invertible": Preset(
-        learning_rate=1e-3, why="not measured: it changes all that the model reads, so less than a bottleneck"
+        learning_rate=3e-4,
+        head_learning_rate=3e-4,
+        why="of four on validation rows; it changes all that the model reads, so less than a bottleneck",
     ),
     "conv_adapter": Preset(learning_rate=5e-3, why="not measured: a bottleneck's rate, of which it is the kin"),
     "trainable_tokens": Preset(
@@ -328,7 +344,9 @@ PRESETS: dict[str, Preset] = {
         why="not measured: LoRA's rate, doubled, for its change is scaled by 1 / rank",
     ),
     "glora": Preset(
-        learning_rate=2e-3, settings={"rank": 4}, why="not measured: LoRA's rate; W * A is as large as W at A of size 1"
+        learning_rate=3e-4,
+        settings={"rank": 4},
+        why="of three on validation rows: .812 against .808 at 1e-3; W * A is as large as W at A of size 1",
     ),
     "peanut": Preset(
         learning_rate=2e-3,
@@ -341,9 +359,9 @@ PRESETS: dict[str, Preset] = {
         why="not measured: P starts at 0.02, so what is put in acts a fiftieth as strongly as in LoRA",
     ),
     "frod": Preset(
-        learning_rate=5e-3,
+        learning_rate=5e-4,
         weight_decay=0.0,
-        why="not measured: scales l start at their size in W, and decay would pull them to 0",
+        why="of two on validation rows: .820; scales l start at their size in W, and decay would pull them to 0",
     ),
     "adamss": Preset(
         learning_rate=1e-2,
