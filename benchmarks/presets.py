@@ -28,7 +28,6 @@ from smidgen.auto.plan import Plan, evaluation_interval
 from smidgen.auto.presets import Preset, preset
 from smidgen.core.errors import SmidgenError
 from smidgen.core.method import methods
-from smidgen.evaluate.bootstrap import paired_difference_interval
 from smidgen.evaluate.report import Row
 from smidgen.recipes import adapt, choose, judge, probing
 from smidgen.recipes import prepare as preparing
@@ -126,9 +125,9 @@ def train(bench: Bench, name: str, rates: Preset, *, at_the_end: bool = False) -
 
 
 def judged(bench: Bench, name: str, trained: Trained) -> tuple[Row, Tensor]:
-    """The row of the test rows, and the predictions."""
+    """The row of the test rows, and the answers."""
     work = trained.work
-    found = work.task.predictions(predict(work.model, work.task, work.test, bench.accelerator, 2 * BATCH))
+    found = predict(work.model, work.task, work.test, bench.accelerator, 2 * BATCH).answers
     row = judge.row(
         name,
         work,
@@ -182,7 +181,9 @@ def table(bench: Bench, names: list[str], rows_to: Path | None, at_the_end: bool
         seconds=base.seconds,
         disk_bytes=4 * base.size,
     )
-    lines = [line(judge.majority(work), None, ""), line(probe, None, "")]
+    majority = judge.constant(work)
+    assert majority is not None
+    lines = [line(majority, None, ""), line(probe, None, "")]
     print(*lines[-1], sep=" | ", flush=True)
     for name in names:
         rates = preset(name)
@@ -193,10 +194,8 @@ def table(bench: Bench, names: list[str], rows_to: Path | None, at_the_end: bool
             lines.append([name, *[""] * 6, str(error).partition("\n")[0][:160], *[""] * 4])
             print(*lines[-1], sep=" | ", flush=True)
             continue
-        low, high = paired_difference_interval(
-            lambda p, t: float((p == t).float().mean()), found, base.answers.test, work.test.targets, seed=SEED
-        )
-        gain = f"{row.value - probe.value:+.3f} ({low:+.3f} to {high:+.3f})"
+        gained = judge.difference(work.task, base.answers.test, found, work.test.targets)
+        gain = f"{gained.value:+.3f} ({gained.low:+.3f} to {gained.high:+.3f})"
         shown = rates if name != "full" else dataclasses.replace(rates, settings={})
         lines.append(line(row, shown, gain, losses(trained)))
         print(*lines[-1], sep=" | ", flush=True)

@@ -104,7 +104,7 @@ def report(
             count=len(examples),
             base=_estimate(task, base.shift[name], examples.targets),
             tuned=_estimate(task, tuned.shift[name], examples.targets),
-            difference=_difference(task, base.shift[name], tuned.shift[name], examples.targets),
+            difference=difference(task, base.shift[name], tuned.shift[name], examples.targets),
         )
         for name, examples in work.shift.items()
     )
@@ -117,7 +117,7 @@ def report(
         data=work.recipe.data.train,
         method=method,
         rows=tuple(rows),
-        difference=_difference(task, base.test, tuned.test, work.test.targets),
+        difference=difference(task, base.test, tuned.test, work.test.targets),
         base_name=base_name,
         curves=outcome.curves,
         best_step=outcome.best_step,
@@ -145,7 +145,8 @@ def interval(task: Task, answers: Tensor, targets: Tensor) -> tuple[float, float
     return bootstrap_interval(_of_answers(task), answers, targets, seed=_SEED, resamples=task.resamples)
 
 
-def _difference(task: Task, base: Tensor, tuned: Tensor, targets: Tensor) -> Estimate:
+def difference(task: Task, base: Tensor, tuned: Tensor, targets: Tensor) -> Estimate:
+    """Tuned minus base in the task's metric, paired."""
     before, after = (task.score(answers, targets)[task.metric] for answers in (base, tuned))
     parts = [task.parts(answers, targets) for answers in (tuned, base)]
     if parts[0] is not None and parts[1] is not None:
