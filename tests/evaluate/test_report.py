@@ -1,5 +1,6 @@
 """report.json holds every figure, and the verdict says no more than the intervals do."""
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -8,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from smidgen.core.errors import ConfigError
+from smidgen.evaluate.card import model_card
+from smidgen.evaluate.page import page
 from smidgen.evaluate.report import Estimate, Report
+from smidgen.evaluate.terminal import show
 from smidgen.evaluate.verdict import findings, verdict
-from smidgen.tasks.base import Example
+from smidgen.tasks.base import Example, Sample
 
 
 def test_saving_writes_both_files_and_leaves_nothing_else(binary: Report, tmp_path: Path) -> None:
@@ -137,3 +141,22 @@ def test_a_tuned_model_no_better_than_the_most_frequent_label_is_named(binary: R
 
 def test_notes_follow_what_was_found(binary: Report) -> None:
     assert binary.to_json()["notes"] == [*findings(binary), *binary.notes]
+
+
+def test_what_a_model_says_stands_in_all_forms_of_the_report(binary: Report) -> None:
+    from rich.console import Console
+
+    sample = Sample(prompt="who <are> you?", truth="a clerk", base="I am | lost", tuned="a\nclerk")
+    report = replace(binary, samples=(sample,))
+    drawn, said = page(report), io.StringIO()
+    assert "What they say" in drawn
+    assert "who &lt;are&gt; you?" in drawn
+    show(report, Console(file=said, width=80))
+    assert [line.split(maxsplit=1) for line in said.getvalue().splitlines() if line.startswith(("base ", "tuned "))][
+        -2:
+    ] == [["base", "I am | lost"], ["tuned", "a clerk"]]
+    card = model_card(report, base_model="models/x", library_versions={}, usage="")
+    assert "| who \\<are\\> you? | a clerk | I am \\| lost | a clerk |" in card
+    assert report.to_json()["samples"] == [
+        {"prompt": "who <are> you?", "truth": "a clerk", "base": "I am | lost", "tuned": "a\nclerk"}
+    ]

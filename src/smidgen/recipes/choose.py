@@ -118,7 +118,10 @@ def _head_rate(said: TrainPart, rates: Preset, work: Work, plan: Plan) -> float:
     if not any(True for _ in work.model.head.parameters()):
         return rates.head_learning_rate
     why = "the head starts from the linear probe" if work.task.probed else rates.why
-    return plan.decide("head_learning_rate", said.head_learning_rate, rates.head_learning_rate, why)
+    factor = work.task.head_rate_factor
+    if factor != 1:
+        why += f"; {factor:g} times the preset's, for this task"
+    return plan.decide("head_learning_rate", said.head_learning_rate, factor * rates.head_learning_rate, why)
 
 
 def choose_steps_for(

@@ -147,6 +147,7 @@ class Task(ABC):
     may_shorten: ClassVar[bool] = True  # rows may be cut below `max_length` where the time is short
     largest_batch: ClassVar[int] = 32
     rate_factor: ClassVar[float] = 1.0  # on the preset's learning rate
+    head_rate_factor: ClassVar[float] = 1.0  # on the preset's learning rate of the head
     resamples: ClassVar[int] = 1000  # of the bootstrap; fewer where a score is slow
 
     # -- what it is in this run -------------------------------------------------------------------------------------
