@@ -86,7 +86,8 @@ def test_a_mistake_is_named_with_its_line(tmp_path, monkeypatch, text, message):
         ("model: m\ndata: {train: d, columns: {text: a, label: a}}",
          'recipe.yaml:2: text and label are the same column, "a"'),
         ("model: m\ndata: {train: d, columns: {txt: a}}",
-         'recipe.yaml:2: text_classification has no role "txt". Did you mean "text"? Roles: text, text_pair, label'),
+         'recipe.yaml:2: text_classification has no role "txt". Did you mean "text"? Roles: text, text_pair, '
+         "label, group, time, weight"),
         ("model: m\ndata:\n  train: recipe.yaml\n  test: ./recipe.yaml",
          "recipe.yaml:4: test and train are the same file: a figure measured on it would be too good"),
         ("model: m\ndata:\n  train: recipe.yaml\n  shift:\n    here: recipe.yaml",
