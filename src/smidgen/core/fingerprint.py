@@ -23,6 +23,7 @@ from .targets import modules_of
 SAMPLE = 32  # values of each parameter
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")
 _cache: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary()
+_pinned: "WeakKeyDictionary[nn.Module, dict[str, bytes]]" = WeakKeyDictionary()  # parameter -> its sampled values
 
 
 def fingerprint(model: nn.Module, leave_out: Iterable[str] = ()) -> str:
@@ -38,8 +39,17 @@ def fingerprint(model: nn.Module, leave_out: Iterable[str] = ()) -> str:
         tuple((name, id(p), p.data_ptr() if type(p) is nn.Parameter else 0, p._version) for name, _, p in parameters),
     )
     if model not in _cache or _cache[model][0] != state:
-        _cache[model] = (state, _compute(parameters))
+        _cache[model] = (state, _compute(parameters, _pinned.get(model)))
     return _cache[model][1]
+
+
+def pin_fingerprint(model: nn.Module) -> None:
+    """From now on the model's fingerprint is that of the values it has now: for weights that are about to be spread
+    over several processes, of which none could look at them all later.
+    """
+    parameters = list(_parameters(model))
+    samples = _samples([p for _, _, p in parameters])
+    _pinned[model] = {name: samples[id(p)] for name, _, p in parameters if id(p) in samples}
 
 
 def same_base(one: str, other: str) -> bool:
@@ -48,16 +58,16 @@ def same_base(one: str, other: str) -> bool:
     return len(parts) == len(others) == 4 and all(a == b or "?" in (a, b) for a, b in zip(parts, others, strict=True))
 
 
-def _compute(parameters: list[tuple[str, nn.Module, nn.Parameter]]) -> str:
+def _compute(parameters: list[tuple[str, nn.Module, nn.Parameter]], pinned: dict[str, bytes] | None) -> str:
     structure = hashlib.sha256()
     values = {True: hashlib.sha256(), False: hashlib.sha256()}  # linear weights, the rest
     known = {True: True, False: True}
-    samples = _samples([p for _, _, p in parameters])
+    samples = _samples([p for _, _, p in parameters]) if pinned is None else {}
     for name, layer, parameter in parameters:
         linear = name.endswith(".weight") and isinstance(kind := kind_of(layer), LinearKind)
         shape = kind.fans(layer) if linear else tuple(parameter.shape)  # type: ignore[union-attr]  # not the packed one
         structure.update(f"{name} {list(shape)}\n".encode())
-        sample = samples.get(id(parameter))
+        sample = samples.get(id(parameter)) if pinned is None else pinned.get(name)
         known[linear] &= sample is not None
         values[linear].update(sample or b"")
     texts = [values[linear].hexdigest()[:16] if known[linear] else "?" for linear in (True, False)]

@@ -45,6 +45,23 @@ class DenseStorage(WeightStorage):
         return weight.detach()
 
 
+class ShardedStorage(WeightStorage):
+    """A plain tensor spread over several processes by FSDP2: whole while its layer runs, gathered where it is read.
+
+    Every process has to read it, and none can be written to.
+    """
+
+    name = "shards of several processes"
+    plain = True  # while the layer runs
+
+    def matches(self, weight: Tensor) -> bool:
+        return hasattr(weight, "full_tensor") and weight.is_floating_point()
+
+    def read(self, weight: Tensor) -> Tensor:
+        gathered: Tensor = weight.full_tensor()  # type: ignore[attr-defined]
+        return gathered.detach()
+
+
 class OpaqueStorage(WeightStorage):
     """Anything else that a layer can multiply by (quantised, a tensor subclass): runs, is neither read nor merged."""
 
@@ -60,7 +77,7 @@ class OpaqueStorage(WeightStorage):
         )
 
 
-_STORAGES: list[WeightStorage] = [DenseStorage(), OpaqueStorage()]
+_STORAGES: list[WeightStorage] = [DenseStorage(), ShardedStorage(), OpaqueStorage()]
 
 
 def storage_of(weight: Tensor) -> WeightStorage:

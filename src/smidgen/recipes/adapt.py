@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterSet, attach
 from ..auto.plan import Plan
 from ..auto.presets import preset
+from ..core.errors import RecipeError
 from ..core.method import Method
 from ..core.targets import Targets
 from ..data.batches import LengthBucketedBatches
@@ -42,6 +43,11 @@ def attach_used(method: Method, work: Work, chosen: Chosen, plan: Plan) -> Adapt
             method = dataclasses.replace(method, targets=Targets.at([site for site in sites if site.path in used]))
             plan.decide("left out", None, ", ".join(idle), "layers that this task does not use")
     if isinstance(method, Selective) or (isinstance(method, LoRA) and method.start in OF_DATA):
+        if chosen.shard:
+            raise RecipeError(
+                f"{method.name} looks at gradients of whole weights to choose its start, and a base in shards has none "
+                "whole; choose another method or start, or leave train.shard out"
+            )
         method = method.choose(body, *_loss_of_rows(work, chosen))
     adapters = attach(body, method, seed=chosen.seed)
     plan.decide("sites", None, str(len(adapters.sites("default"))), adapters.report().splitlines()[0])

@@ -51,6 +51,7 @@ class Chosen:
     minutes: float | None
     max_length: int | None  # None: rows have no length
     seed: int
+    shard: bool = False
     lora_plus: float | None = None
     steps: int = 0
     evaluate_every: int = 0
@@ -70,7 +71,7 @@ def method_of(recipe: Recipe, plan: Plan) -> tuple[Method, Preset]:
 
 def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) -> Chosen:
     """Everything but the number of steps, which needs a measurement."""
-    device = next(work.model.parameters()).device
+    device = work.asked.device
     rows = len(work.train)
     most = work.task.largest_batch
     fitting = min(most, 32 if rows >= 4000 else 16 if rows >= 200 else 8) if most <= 32 else min(most, rows)
@@ -109,6 +110,7 @@ def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) ->
         minutes=minutes,
         max_length=work.task.max_length,
         seed=seed,
+        shard=bool(said.shard),
         lora_plus=said.lora_plus and plan.decide("lora_plus", said.lora_plus, said.lora_plus, ""),
     )
 

@@ -91,7 +91,9 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
             + (" ..." if len(problems) > 3 else "")
         )
     data = _divide(checked, task, plan, seed, notes)
-    model = task.build(asked).to(device).train()
+    model = task.build(asked).train()
+    if not recipe.train.shard:  # then only its part comes to the device
+        model.to(device)
     task.settle(model, data.train, asked)
     work = Work(
         recipe=recipe,

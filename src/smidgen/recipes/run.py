@@ -28,6 +28,7 @@ from ..core.fingerprint import fingerprint
 from ..core.method import Method
 from ..evaluate.terminal import show
 from ..training import checkpoint
+from ..training.distributed import shard_blocks
 from ..training.loop import Loop
 from ..training.memory import peak_memory
 from ..training.progress import Progress
@@ -66,6 +67,12 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
         console.print(f"{out} is finished: nothing to resume", highlight=False)
         return out
     saved = _saved(checkpoints, recipe) if resume else None
+    world = _processes(device)
+    if recipe.train.shard and world == 1:
+        raise RecipeError(
+            "train.shard spreads the base over several processes, and this run is one: start it with torchrun "
+            "--nproc-per-node N -m smidgen tune ..., or leave train.shard out"
+        )
     plan = Plan()
     seed = plan.decide("seed", recipe.train.seed, 0, "the same run twice is the same result")
     plan.decide("threads", recipe.train.threads, set_threads(recipe.train.threads), "the cores this process may use")
@@ -74,6 +81,11 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     work = prepare(recipe, plan, device, seed)
     method, rates = method_of(recipe, plan)
     chosen = choose(recipe.train, rates, work, plan, seed)
+    if chosen.shard:
+        spread = shard_blocks(work.model.body, device)
+        plan.decide("shard", True, True, "")
+        plan.replace("shard", f"{spread / world:,.0f} weights", f"in each of {world} processes, of {spread:,}")
+        work.model.to(device)
     if saved is not None:
         chosen = Chosen(**saved[1].history["chosen"])  # measured then; measured again it might differ
         if chosen.max_length is not None and chosen.max_length != work.task.max_length:
@@ -122,7 +134,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
         raise KeyboardInterrupt(
             f"stopped at step {outcome.step} of {chosen.steps}; all is saved, continue with --resume"
         )
-    tuned = answers_of(work, chosen, accelerator)
+    tuned, tuned_said = answers_of(work, chosen, accelerator), judge.said(work)
     rows = [
         *filter(None, [judge.constant(work)]),
         judge.row(
@@ -149,7 +161,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     if quiet:
         return out
     notes = [*work.data.notes, *base.notes]
-    samples = judge.samples(work, base_said, judge.said(work))
+    samples = judge.samples(work, base_said, tuned_said)
     report = judge.report(
         work, rows, base.name, base.answers, tuned, outcome, plan, method.name, notes, samples, _versions()
     )
@@ -266,6 +278,12 @@ def _is_main_process(device: torch.device) -> bool:
     from accelerate import PartialState
 
     return bool(PartialState(cpu=device.type == "cpu").is_main_process)
+
+
+def _processes(device: torch.device) -> int:
+    from accelerate import PartialState
+
+    return int(PartialState(cpu=device.type == "cpu").num_processes)
 
 
 def _silent() -> "Console":

@@ -95,6 +95,7 @@ class TrainPart(Part):
     patience: Count | None = None
     evaluate_every: Count | None = None
     save_every: Count | None = None
+    shard: bool | None = None  # spread the frozen base over the processes of the run
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] | None = None
     threads: Count | None = None
 
@@ -152,6 +153,9 @@ class Recipe(Part):
                     "method.targets, to train them whole",
                 )
             )
+        if self.train.shard and "full" in self.report.against:
+            what = "a base in shards is not fine-tuned whole; leave out report.against or train.shard"
+            wrong.append((("report", "against"), what))
         name = (self.method or MethodPart()).name
         if self.train.lora_plus is not None and not method_named(name).faster:
             wrong.append((("train", "lora_plus"), f"{name} has no B to learn faster; leave it out"))

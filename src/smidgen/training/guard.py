@@ -86,6 +86,7 @@ def _norm(tensors: Iterable[Tensor]) -> Tensor:
 def _bad(tensors: Mapping[str, Tensor]) -> list[str]:
     found = []
     for name, tensor in tensors.items():
+        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a shard, what this process has
         nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
         if nan or inf:
             found.append(f"{name} ({nan} nan, {inf} inf of {tensor.numel()})")

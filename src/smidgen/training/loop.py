@@ -20,6 +20,7 @@ from ..core.adapter import HELD
 from ..data.batches import LengthBucketedBatches
 from ..tasks.base import Batch, Examples, Task
 from . import checkpoint
+from .distributed import same_everywhere, sum_gradients
 from .guard import Guard, Stopper
 from .progress import Progress
 
@@ -89,8 +90,8 @@ class Loop:
         self.model, self.task, self.train_set, self.valid_set = model, task, train, valid
         self.settings, self.accelerator, self.folder = settings, accelerator, folder
         self.trained = {name: p for group in groups for name, p in group.parameters.items()}
-        buffers = {n: b for n, b in model.named_buffers() if HELD in n.split(".")}  # masks, statistics
-        self.kept: dict[str, Tensor] = {**self.trained, **buffers}
+        self.buffers = {n: b for n, b in model.named_buffers() if HELD in n.split(".")}  # masks, statistics
+        self.kept: dict[str, Tensor] = {**self.trained, **self.buffers}
         self.optimizer = _optimizer(groups)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.history: dict[str, Any] = {
@@ -116,8 +117,9 @@ class Loop:
     def run(self, progress: Progress) -> Outcome:
         """Train to the end, until patience is over, or until somebody asks to stop."""
         settings, guard = self.settings, Guard(self.model.named_parameters())
-        model = self.accelerator.prepare_model(self.model) if self.accelerator.num_processes > 1 else self.model
-        model.train()
+        self.model.train()
+        if self.accelerator.num_processes > 1:
+            same_everywhere(self.kept.values())
         for adapters in filter(None, map(adapters_of, self.model.modules())):
             adapters.follow(self.optimizer, settings.steps, done=self.step)
         started, before = time.monotonic(), self.history["seconds"]
@@ -129,7 +131,7 @@ class Loop:
             interrupted = self._any(stopper.requested is not None)
             while not (interrupted or self._is_over()):
                 _seed_step(settings.seed, self.step, self.accelerator.process_index)
-                loss, tokens = self._step(model, guard, [next(batches) for _ in range(settings.accumulate)])
+                loss, tokens = self._step(guard, [next(batches) for _ in range(settings.accumulate)])
                 self.step += 1
                 self._note(loss)
                 progress.step(self.step, loss, tokens)
@@ -159,30 +161,32 @@ class Loop:
         patience = self.settings.patience
         return self.step >= self.settings.steps or (patience is not None and self.history["worse"] >= patience)
 
-    def _step(self, model: nn.Module, guard: Guard, micro_batches: list[list[int]]) -> tuple[float, int]:
+    def _step(self, guard: Guard, micro_batches: list[list[int]]) -> tuple[float, int]:
         """One optimiser step; returns the mean loss and the number of tokens, over all processes."""
         factor = _warmed_linear(self.step, self.settings.steps, self.settings.warmup)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         self.optimizer.zero_grad()
         totals = torch.zeros(3, dtype=torch.float64)  # loss, count, tokens
-        for i, indices in enumerate(micro_batches):
+        for indices in micro_batches:
             batch = self.task.augment(self._to_device(self.task.collate(self.train_set, indices)))
-            last = i == len(micro_batches) - 1
-            with self.accelerator.autocast(), _no_sync(model, self.accelerator, not last):
-                loss, count = self.task.loss(model(batch), batch)
+            with self.accelerator.autocast():
+                loss, count = self.task.loss(self.model(batch), batch)
                 guard.check_loss(loss.detach(), self.step + 1)
                 self.accelerator.backward(loss)
             totals += torch.tensor([float(loss.detach()), count, sum(self.train_set.lengths[j] for j in indices)])
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals.to(self.accelerator.device), "sum").cpu()
+            sum_gradients(self.trained.values())
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        torch._foreach_mul_(gradients, self.accelerator.num_processes / float(totals[1]))  # DDP has averaged the sums
+        torch._foreach_mul_(gradients, 1 / float(totals[1]))
         guard.clip_and_check(self.settings.clip)
         self.optimizer.step()
         return float(totals[0] / totals[1]), int(totals[2])
 
     def _evaluate(self, progress: Progress) -> None:
+        if self.accelerator.num_processes > 1:  # each has statistics of its own rows
+            same_everywhere(self.buffers.values())
         judged = predict(self.model, self.task, self.valid_set, self.accelerator, 2 * self.settings.batch)
         loss, value = judged.loss, self.task.score(judged.answers, self.valid_set.targets)[self.task.metric]
         self._point("valid loss", loss)
@@ -340,9 +344,3 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
     mixed = (seed * 1_000_003 + step) * 4_096 + rank
     random.seed(mixed)
     torch.manual_seed(mixed % (1 << 63))
-
-
-def _no_sync(model: nn.Module, accelerator: "Accelerator", hold: bool) -> Any:
-    from contextlib import nullcontext
-
-    return accelerator.no_sync(model) if hold and accelerator.num_processes > 1 else nullcontext()
