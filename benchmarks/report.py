@@ -1,10 +1,18 @@
-"""Make docs/benchmarks.md from benchmarks/results/*.json. Every benchmark calls this when it has saved its results."""
+"""Make docs/benchmarks.md and its plots from benchmarks/results/*.json. Every benchmark does so when it has saved."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PLOTS = ROOT / "docs" / "plots"
+PLOTTED = {  # result -> columns of its tables that are drawn as bars
+    "end_to_end": ("over HF as it comes",),
+    "linear_cross_entropy": ("of HF's",),
+    "training_step": ("time / floor", "kept for backward / floor"),
+}
+OURS, OTHERS = "#2563eb", "#94a3b8"
 INTRODUCTION = """# Benchmarks
 
 *Made by `benchmarks/report.py` from `benchmarks/results/*.json`. Change the benchmarks, not this page.*
@@ -23,9 +31,10 @@ make bench                                                # all, in full
 
 
 def main() -> None:
-    results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
-    parts = [INTRODUCTION, claims_table([claim for result in results for claim in result["claims"]])]
-    parts += [section(result) for result in results]
+    paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    results = {path.stem: json.loads(path.read_text()) for path in paths}
+    parts = [INTRODUCTION, claims_table([claim for result in results.values() for claim in result["claims"]])]
+    parts += [section(name, result) for name, result in results.items()]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts))
 
 
@@ -42,7 +51,7 @@ def met(claim: dict[str, Any]) -> bool:
     return bool(claim["is"] <= claim["limit"])
 
 
-def section(result: dict[str, Any]) -> str:
+def section(name: str, result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     where = (
         f"{machine['processor']} ({machine['instructions']}), {machine['cores']} cores, {machine['memory_gb']} GB, "
@@ -50,8 +59,51 @@ def section(result: dict[str, Any]) -> str:
         + ", ".join(f"{package} {release}" for package, release in versions.items())
     )
     parts = [f"## {result['title']}\n\n{result['text']}\n\n*{where}*\n"]
-    parts += [f"### {each['title']}\n\n{table_of(each)}" for each in result["tables"]]
+    for number, each in enumerate(result["tables"]):
+        parts.append(f"### {each['title']}\n\n{table_of(each)}")
+        columns = [column for column in PLOTTED.get(name, ()) if column in each["columns"]]
+        if columns:
+            file = f"{name}-{number}.svg"
+            draw(each, columns, PLOTS / file)
+            parts.append(f"![{each['title']}](plots/{file})\n")
     return "\n".join(parts)
+
+
+def draw(each: dict[str, Any], columns: list[str], file: Path) -> None:
+    """Bars of some columns of a table, ours in blue, with the quartiles where there were several rounds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = file.stem  # the same numbers give the same file
+    from matplotlib import pyplot
+
+    names = [str(row[0]).replace("**", "") for row in each["rows"]]
+    size = (5.2 * len(columns) + 2, 0.34 * len(names) + 1.1)
+    figure, axes = pyplot.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, column in zip(axes[0], columns, strict=True):
+        cells = [row[each["columns"].index(column)] for row in each["rows"]]
+        spreads = [cell if isinstance(cell, dict) else {"median": cell, "low": cell, "high": cell} for cell in cells]
+        values, lows, highs = (
+            [math.nan if spread[end] is None else spread[end] for spread in spreads]
+            for end in ("median", "low", "high")
+        )
+        ends = [
+            [v - low for v, low in zip(values, lows, strict=True)],
+            [h - v for v, h in zip(values, highs, strict=True)],
+        ]
+        colours = [OURS if "smidgen" in name else OTHERS for name in names]
+        axis.barh(names, values, color=colours, xerr=ends, error_kw={"elinewidth": 1, "ecolor": "#334155"})
+        for place, value in enumerate(values):
+            if not math.isnan(value):
+                axis.annotate(number(value), (value, place), (6, 0), textcoords="offset points", va="center", size=8)
+        axis.axvline(1, color="#334155", linewidth=0.8, linestyle=":")
+        axis.set_xlim(0, 1.15 * max([1.0, *(value for value in values if not math.isnan(value))]))
+        axis.set_xlabel(column)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].invert_yaxis()
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def table_of(each: dict[str, Any]) -> str:

@@ -1,0 +1,88 @@
+"""The two products with a frozen weight, x W^T and dy W, and by which library a processor makes them.
+
+PyTorch hands fp32 products on a CPU to MKL, which is slow on processors that are not Intel's; oneDNN, which it has as
+well, needs up to a quarter less time there (`benchmarks/kernels.py`).  Sums are rounded in another order, so which one
+is used is never left to chance: it is PyTorch's usual one unless `products_by` says otherwise.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Library = Literal["usual", "onednn"]
+_LEAST_ROWS = 16  # below, a product is one reading of W, and packing costs more than it brings
+_library: Library = "usual"
+
+
+@contextmanager
+def products_by(library: Library) -> Iterator[None]:
+    """While the context lasts, fp32 products with frozen weights on a CPU are made by this library.
+
+    "onednn" does nothing where PyTorch was built without it, on other devices, in other dtypes, and while compiling.
+    """
+    global _library
+    before, _library = _library, library if _has_onednn() else "usual"
+    try:
+        yield
+    finally:
+        _library = before
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """x W^T + b.   x: (..., I)   W: (O, I)   b: (O,).   Not differentiable where oneDNN makes it."""
+    if _by_onednn(x, W):
+        return _onednn(x.reshape(-1, x.shape[-1]), W, b).view(*x.shape[:-1], -1)
+    return F.linear(x, W, b)
+
+
+def times(dy: Tensor, W: Tensor) -> Tensor:
+    """dy W.   dy: (N, O)   W: (O, I).   Not differentiable where oneDNN makes it."""
+    return _onednn(dy, W.T, None) if _by_onednn(dy, W) else torch.mm(dy, W)
+
+
+def quicker_library(rows: int, fan_in: int, fan_out: int) -> tuple[Library, float]:
+    """Measured in milliseconds: which library needs less time for both products of a layer, and how many times as fast
+    oneDNN is.
+    """
+    if not _has_onednn() or rows < _LEAST_ROWS:
+        return "usual", 1.0
+    x, W, dy = torch.ones(rows, fan_in), torch.ones(fan_out, fan_in), torch.ones(rows, fan_out)
+    seconds: dict[Library, list[float]] = {"usual": [], "onednn": []}
+    with torch.no_grad():
+        for _ in range(6):
+            for library, found in seconds.items():
+                with products_by(library):
+                    found.append(_seconds(lambda: (linear(x, W, None), times(dy, W))))
+    faster = min(seconds["usual"][1:]) / min(seconds["onednn"][1:])  # the first of each makes what later ones find
+    return ("onednn" if faster > 1.05 else "usual"), faster
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def _by_onednn(x: Tensor, W: Tensor) -> bool:
+    return (
+        _library == "onednn"
+        and x.dtype == W.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() >= _LEAST_ROWS * x.shape[-1]
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _onednn(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    operators: Any = torch.ops.mkldnn
+    result: Tensor = operators._linear_pointwise(x.detach(), W.detach(), b, "none", [], "")
+    return result
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
