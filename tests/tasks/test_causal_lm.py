@@ -14,9 +14,9 @@ from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
 from smidgen.tasks.causal_lm import CausalLM, CausalLMSettings
-from smidgen.tasks.language_model import LanguageModel
+from smidgen.tasks.language.language_model import LanguageModel
+from smidgen.tasks.language.token_rows import IGNORED, best_fit, blocks, pieces
 from smidgen.tasks.models import locate
-from smidgen.tasks.token_rows import IGNORED, best_fit, blocks, pieces
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import tiny_bert

@@ -185,7 +185,7 @@ def test_bad_rows_are_named_with_what_is_wrong(tmp_path):
     nan, short = torch.tensor([float("nan"), 0, 0]), torch.zeros(2)
     bad = [PAIRS[0], (nan, PAIRS[0][1]), (short, PAIRS[0][1]), "row", (PAIRS[0][0],)]
     (tmp_path / "bad.py").write_text("rows = []\n")
-    from smidgen.tasks.python_file import object_in_file
+    from smidgen.tasks.own.python_file import object_in_file
 
     object_in_file(f"{tmp_path / 'bad.py'}:rows").extend(bad)
     table = task.read(f"{tmp_path / 'bad.py'}:rows", None)[0]["train"]

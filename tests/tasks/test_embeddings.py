@@ -16,9 +16,9 @@ from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
 from smidgen.tasks.embeddings import Embeddings, EmbeddingsSettings
 from smidgen.tasks.models import locate
-from smidgen.tasks.pair_columns import pair_columns, score_range
-from smidgen.tasks.sentence_pooling import Embedder, pool, trained_pooling, trained_prompts, usual_pooling
-from smidgen.tasks.similarity import Search, connected, contrastive_loss, cosent_loss
+from smidgen.tasks.text.pair_columns import pair_columns, score_range
+from smidgen.tasks.text.sentence_pooling import Embedder, pool, trained_pooling, trained_prompts, usual_pooling
+from smidgen.tasks.text.similarity import Search, connected, contrastive_loss, cosent_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import BAD, GOOD, tiny_bert, tiny_llama

@@ -15,7 +15,7 @@ from smidgen.methods.batchnorm_tuning import BatchNormTuning
 from smidgen.methods.lora import LoRA
 from smidgen.tasks.base import Asked
 from smidgen.tasks.image_classification import ImageClassification, ImageClassificationSettings
-from smidgen.tasks.image_models import ImageClassifier
+from smidgen.tasks.images.image_models import ImageClassifier
 from smidgen.tasks.models import locate
 
 MODEL = """

@@ -12,12 +12,12 @@ from PIL import Image, ImageDraw
 from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.data.boxes import Box
 from smidgen.tasks.base import Asked
-from smidgen.tasks.boxes import hits
-from smidgen.tasks.disturbed import GREY, disturbed
+from smidgen.tasks.images.boxes import hits
+from smidgen.tasks.images.disturbed import GREY, disturbed
 from smidgen.tasks.models import locate
 from smidgen.tasks.object_detection import ObjectDetection, ObjectDetectionSettings, letterbox
 
-MAKER = f"{Path(__file__).with_name('test_detectors.py')}:Yolo"
+MAKER = f"{Path(__file__).with_name('images') / 'test_detectors.py'}:Yolo"
 
 
 class Plan:

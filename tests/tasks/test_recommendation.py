@@ -21,10 +21,9 @@ from smidgen.recipes.save import load_result
 from smidgen.recipes.schema import Recipe
 from smidgen.recipes.use import merge
 from smidgen.tasks.base import Asked
-from smidgen.tasks.growing import GrownRecommender, matrix_of, mean_of_neighbours, neighbours
 from smidgen.tasks.models import Located
-from smidgen.tasks.recommendation import Recommendation, RecommendationSettings
-from smidgen.tasks.recommenders import (
+from smidgen.tasks.ranking.growing import GrownRecommender, matrix_of, mean_of_neighbours, neighbours
+from smidgen.tasks.ranking.recommenders import (
     KINDS,
     Known,
     MatrixFactorisation,
@@ -33,6 +32,7 @@ from smidgen.tasks.recommenders import (
     load_recommender,
     save_recommender,
 )
+from smidgen.tasks.recommendation import Recommendation, RecommendationSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import write_csv
@@ -112,7 +112,7 @@ def test_the_sequence_model_ignores_padding_and_minds_the_order():
 
 def test_a_module_that_is_no_recommender_is_refused_with_all_it_lacks(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import torch\nfrom smidgen.tasks.recommenders import Known, MatrixFactorisation\n"
+        "import torch\nfrom smidgen.tasks.ranking.recommenders import Known, MatrixFactorisation\n"
         "def plain(): return torch.nn.Linear(2, 2)\n"
         "def short():\n"
         "    model = MatrixFactorisation(Known(users=('a', 'b'), items=('x', 'y')), width=2)\n"

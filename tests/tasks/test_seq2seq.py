@@ -12,11 +12,11 @@ from smidgen.auto.plan import Plan
 from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
+from smidgen.tasks.language.rouge import rouge_l
+from smidgen.tasks.language.seq2seq_model import Seq2SeqModel
+from smidgen.tasks.language.token_rows import IGNORED
 from smidgen.tasks.models import locate
-from smidgen.tasks.rouge import rouge_l
 from smidgen.tasks.seq2seq import Seq2Seq, Seq2SeqSettings
-from smidgen.tasks.seq2seq_model import Seq2SeqModel
-from smidgen.tasks.token_rows import IGNORED
 
 WORDS = [
     *("the", "a", "cat", "dog", "ran", "sat", "on", "mat", "red", "blue", "big", "small", "hat"),

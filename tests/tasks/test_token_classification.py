@@ -13,7 +13,7 @@ from smidgen.core.errors import DataError, ModelError
 from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
 from smidgen.tasks.models import locate
-from smidgen.tasks.spans import NO_TAG
+from smidgen.tasks.text.spans import NO_TAG
 from smidgen.tasks.token_classification import TokenClassification, TokenClassificationSettings, TokenClassifier
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -19,14 +19,14 @@ from ..data.conversations import ROLES, Kind, Shape, before_answer, recognise
 from ..data.split import duplicate_groups, subset
 from ..data.table import Table
 from .base import Asked, Batch, Examples, TaskModel
-from .chat_template import answers_in, encoded, ensure_template, rendered
-from .language_model import LanguageModel
-from .likelihood import METRICS, LikelihoodTask
+from .language.chat_template import answers_in, encoded, ensure_template, rendered
+from .language.language_model import LanguageModel
+from .language.likelihood import METRICS, LikelihoodTask
+from .language.saying import opening, question, say
+from .language.token_rows import IGNORED, Tokens, blocks, pieces
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
-from .padding import padded
 from .registry import task
-from .saying import opening, question, say
-from .token_rows import IGNORED, Tokens, blocks, pieces
+from .text.padding import padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..core.errors import DataError, ModelError, RecipeError
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Examples, Task, TaskModel
+from .own.python_file import names_file, object_in_file
 from .pieces import TARGETS, Pieces, Rows, as_batch, call, form, told, wrong_with, wrong_with_model
-from .python_file import names_file, object_in_file
 from .registry import task
 
 _AT_ONCE = 64  # rows whose targets are read together

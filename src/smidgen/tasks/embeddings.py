@@ -26,12 +26,12 @@ from ..data.table import Table
 from ..data.values import number
 from .base import Asked, Batch, Example, Examples, Task, TaskModel
 from .loading import load_body, load_tokenizer, settle_length
-from .padding import padded
-from .pair_columns import ROLES, pair_columns, score_range
-from .ranking import mrr_at, recall_at
+from .ranking.ranks import mrr_at, recall_at
 from .registry import task
-from .sentence_pooling import Embedder, Pooling, save_trained, trained_pooling, trained_prompts, usual_pooling
-from .similarity import Search, connected, contrastive_loss, cosent_loss
+from .text.padding import padded
+from .text.pair_columns import ROLES, pair_columns, score_range
+from .text.sentence_pooling import Embedder, Pooling, save_trained, trained_pooling, trained_prompts, usual_pooling
+from .text.similarity import Search, connected, contrastive_loss, cosent_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,10 +25,10 @@ from ..data.images import Fit, content_key, decode_all, image_name, image_proble
 from ..data.labels import Kind, Labels, understand_labels
 from ..data.split import subset
 from ..data.table import Problem, Table
-from .augment import disturbed, flip_is_safe
 from .base import Asked, Batch, Examples, TaskModel
-from .image_input import Seen, with_said
-from .image_models import ImageClassifier, load_image_model
+from .images.augment import disturbed, flip_is_safe
+from .images.image_input import Seen, with_said
+from .images.image_models import ImageClassifier, load_image_model
 from .labelled import ROW_ROLES, LabelledTask, with_targets
 from .registry import task
 

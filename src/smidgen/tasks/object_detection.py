@@ -20,9 +20,9 @@ from ..data.boxes import BOXES, IMAGE, Box, read_boxes
 from ..data.images import Fit, content_key, decode, image_problem, image_size, in_threads
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Example, Examples, Task, TaskModel
-from .boxes import average_precision, detections, hits
-from .detectors import load_detector
-from .disturbed import GREY, disturbed
+from .images.boxes import average_precision, detections, hits
+from .images.detectors import load_detector
+from .images.disturbed import GREY, disturbed
 from .registry import task
 
 _DETECTIONS = 100  # kept of an image, as COCO counts them

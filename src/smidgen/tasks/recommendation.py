@@ -1,7 +1,7 @@
 """Recommendation: which item a user takes next, for users and items that the base model may never have seen.
 
-The body is a recommender (tasks/recommenders.py); the head is the new rows of its tables (tasks/growing.py).  New users
-and items are those of the training table that the base does not know; old rows stay as they are.
+The body is a recommender (ranking/recommenders.py); the head is the new rows of its tables (ranking/growing.py).  New
+users and items are those of the training table that the base does not know; old rows stay as they are.
 
     softmax    L = - log exp s(u, i) / sum_j exp s(u, j)          j: i and all items that u has not taken, or some drawn
     bpr        L = - mean_j log sigmoid(s(u, i) - s(u, j))        Rendle et al. 2009, arXiv:1205.2618
@@ -38,9 +38,9 @@ from ..data.read import read
 from ..data.table import Table
 from ..data.values import number
 from .base import Asked, Batch, Example, Examples, Task, TaskModel
-from .growing import GrownRecommender, WarmStart, warm_start
-from .ranking import mrr_at, ndcg_at, ranks, recall_at
-from .recommenders import SIDES, Known, Recommender, Side, load_recommender, write_recommender
+from .ranking.growing import GrownRecommender, WarmStart, warm_start
+from .ranking.ranks import mrr_at, ndcg_at, ranks, recall_at
+from .ranking.recommenders import SIDES, Known, Recommender, Side, load_recommender, write_recommender
 from .registry import task
 
 _ALL = 20_000  # items, up to which all are scored in a step

@@ -20,13 +20,13 @@ from ..data.labels import check_text
 from ..data.split import duplicate_groups, subset
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Examples, TaskModel
-from .likelihood import METRICS, LikelihoodTask
+from .language.likelihood import METRICS, LikelihoodTask
+from .language.rouge import rouge_l
+from .language.seq2seq_model import Seq2SeqModel
+from .language.source_target import by_language, source_alone, source_and_target
+from .language.token_rows import IGNORED
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
 from .registry import task
-from .rouge import rouge_l
-from .seq2seq_model import Seq2SeqModel
-from .source_target import by_language, source_alone, source_and_target
-from .token_rows import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

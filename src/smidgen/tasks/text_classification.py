@@ -27,8 +27,8 @@ from ..data.table import Table
 from .base import Asked, Batch, Examples, TaskModel
 from .labelled import ROW_ROLES, LabelledTask, with_targets
 from .loading import load_body, load_tokenizer, pooling_for, settle_length
-from .padding import padded
 from .registry import task
+from .text.padding import padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,10 +24,10 @@ from ..data.split import duplicate_groups, subset
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Example, Examples, Task, TaskModel
 from .loading import load_body, load_tokenizer, settle_length
-from .padding import padded
 from .registry import task
-from .spans import NO_TAG, SCHEMES, Scheme, Tags, f1_by_type, span_scores, understand_tags
-from .word_columns import WordColumns, guess_word_columns
+from .text.padding import padded
+from .text.spans import NO_TAG, SCHEMES, Scheme, Tags, f1_by_type, span_scores, understand_tags
+from .text.word_columns import WordColumns, guess_word_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score
 
-from smidgen.tasks import ranking
-from smidgen.tasks.ranking import mrr_at, ndcg_at, ranks, ranks_of_vectors, recall_at
+from smidgen.tasks.ranking import ranks as ranking
+from smidgen.tasks.ranking.ranks import mrr_at, ndcg_at, ranks, ranks_of_vectors, recall_at
 
 
 @pytest.fixture

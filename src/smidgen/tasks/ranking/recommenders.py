@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.errors import FolderError, ModelError, nearest
-from ..core.files import atomic_directory
-from ..core.safe import read_json, read_tensors, write_tensors
-from .models import Located
+from ...core.errors import FolderError, ModelError, nearest
+from ...core.files import atomic_directory
+from ...core.safe import read_json, read_tensors, write_tensors
+from ..models import Located
 
 Side = Literal["user", "item"]
 SIDES: tuple[Side, ...] = ("user", "item")
@@ -222,7 +222,9 @@ def _checked(module: nn.Module, name: str) -> Recommender:
     model, wrong = cast(Recommender, module), []
     known = getattr(module, "known", None)
     if not isinstance(known, Known):
-        raise ModelError(f"{name} is no recommender: it has no `known` that is a Known (smidgen.tasks.recommenders)")
+        raise ModelError(
+            f"{name} is no recommender: it has no `known` that is a Known (smidgen.tasks.ranking.recommenders)"
+        )
     if len(set(known.users)) < len(known.users) or len(set(known.items)) < len(known.items):
         wrong.append("known names a user or an item twice")
     pairs, sizes = known.interactions, torch.tensor([len(known.users), len(known.items)])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import RecipeError, nearest
+from ...core.errors import RecipeError, nearest
 
 
 def names_file(said: str) -> bool:

@@ -7,10 +7,10 @@ import pytest
 
 from smidgen.core.errors import DataError
 from smidgen.data.conversations import Turn
-from smidgen.tasks.chat_template import answers_in, encoded, ensure_template, rendered
-from smidgen.tasks.token_rows import IGNORED
+from smidgen.tasks.language.chat_template import answers_in, encoded, ensure_template, rendered
+from smidgen.tasks.language.token_rows import IGNORED
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from tiny_lm import CHAT, tokenizer_of
 
 TALK = [

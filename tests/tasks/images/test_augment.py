@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from smidgen.tasks import augment
-from smidgen.tasks.augment import disturbed, flip_is_safe
+from smidgen.tasks.images import augment
+from smidgen.tasks.images.augment import disturbed, flip_is_safe
 
 
 @pytest.fixture

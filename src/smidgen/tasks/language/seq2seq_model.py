@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import ModelError
-from ..core.linear_cross_entropy import linear_cross_entropy_rows
-from .base import Batch, TaskModel
+from ...core.errors import ModelError
+from ...core.linear_cross_entropy import linear_cross_entropy_rows
+from ..base import Batch, TaskModel
 from .language_model import Shaping
 from .saying import GREEDY
 from .token_rows import IGNORED

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.errors import MissingDependency, ModelError
-from .base import Asked, Batch, TaskModel
-from .loading import first_line, load_body
+from ...core.errors import MissingDependency, ModelError
+from ..base import Asked, Batch, TaskModel
+from ..loading import first_line, load_body
 
 _YOLO = "a .loss(batch, predictions) and a Detect head as .model[-1], with nc, stride, reg_max and cv3"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as all DETR-likes were trained with

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smidgen.tasks.boxes import THRESHOLDS, average_precision, detections, hits, overlaps
+from smidgen.tasks.images.boxes import THRESHOLDS, average_precision, detections, hits, overlaps
 
 CLASSES = 2
 COCO_50, COCO_50_95, COCO_BY_CLASS = 0.5302317632293733, 0.2893170172605627, [0.5725114819174226, 0.48795204454132407]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .base import Batch, Examples
+from ..base import Batch, Examples
 
 
 def padded(examples: Examples, indices: Sequence[int], fillers: Mapping[str, int]) -> Batch:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Batch, Task
+from ..base import Batch, Task
 
 METRICS = ("perplexity", "loss", "token_accuracy")
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from smidgen.auto.plan import Plan
 from smidgen.core.errors import MissingDependency, ModelError, RecipeError
-from smidgen.tasks import image_models
 from smidgen.tasks.base import Asked
-from smidgen.tasks.image_input import seen_by_processor, seen_by_timm, with_said
-from smidgen.tasks.image_models import ImageClassifier, load_image_model, outputs_of, pooled
+from smidgen.tasks.images import image_models
+from smidgen.tasks.images.image_input import seen_by_processor, seen_by_timm, with_said
+from smidgen.tasks.images.image_models import ImageClassifier, load_image_model, outputs_of, pooled
 from smidgen.tasks.models import locate
 
 SEEN = with_said(seen_by_timm({}), 16, None, None)

@@ -18,13 +18,13 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import HELD
-from ..core.errors import MissingDependency, ModelError
-from ..core.targets import modules_of
-from .base import Asked, Batch, TaskModel
+from ...core.adapter import HELD
+from ...core.errors import MissingDependency, ModelError
+from ...core.targets import modules_of
+from ..base import Asked, Batch, TaskModel
+from ..loading import first_line, load_body
+from ..models import TIMM
 from .image_input import Seen, seen_by_processor, seen_by_timm
-from .loading import first_line, load_body
-from .models import TIMM
 
 
 def load_image_model(asked: Asked) -> tuple[nn.Module, Seen]:

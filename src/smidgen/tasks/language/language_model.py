@@ -15,9 +15,9 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import ModelError
-from ..core.linear_cross_entropy import linear_cross_entropy_rows
-from .base import Batch, TaskModel
+from ...core.errors import ModelError
+from ...core.linear_cross_entropy import linear_cross_entropy_rows
+from ..base import Batch, TaskModel
 from .token_rows import IGNORED
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")

@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.metrics import f1_score as f1_of_classes
 
 from smidgen.core.errors import DataError
-from smidgen.tasks.spans import NO_TAG, Tags, f1_by_type, span_scores, split_tag, understand_tags
+from smidgen.tasks.text.spans import NO_TAG, Tags, f1_by_type, span_scores, split_tag, understand_tags
 
 WAYS = {
     "iob2": ["B-ORG", "O", "B-MISC", "O", "B-PER", "I-PER", "B-PER"],

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.errors import ModelError
-from .base import Batch, TaskModel
-from .loading import first_line, pooling_for
-from .models import Located
+from ...core.errors import ModelError
+from ..base import Batch, TaskModel
+from ..loading import first_line, pooling_for
+from ..models import Located
 
 Pooling = Literal["mean", "cls", "last", "max"]
 _MODES = {

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from .base import Batch, TaskModel
+from ..base import Batch, TaskModel
 from .recommenders import SIDES, Recommender, Rows, Side
 
 WarmStart = Literal["neighbours", "mean", "zeros"]

@@ -13,7 +13,7 @@ import smidgen
 from smidgen.core.errors import ModelError
 from smidgen.core.fingerprint import fingerprint
 from smidgen.methods.lora import LoRA
-from smidgen.tasks.detectors import Detector, DetrDetector, YoloDetector, detector_of
+from smidgen.tasks.images.detectors import Detector, DetrDetector, YoloDetector, detector_of
 
 SIDE = 32
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from ..data.conversations import Turn
+from ...data.conversations import Turn
 from .chat_template import rendered
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.errors import DataError
-from ..data.table import Table
+from ...core.errors import DataError
+from ...data.table import Table
 
 _PAIRS = (
     ("source", "target"),

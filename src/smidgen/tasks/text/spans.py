@@ -25,7 +25,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..core.errors import DataError
+from ...core.errors import DataError
 
 Scheme = Literal["iob2", "iob1", "bioes", "bilou", "plain"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..core.errors import DataError, RecipeError
-from ..data.columns import guess_columns
-from ..data.table import Table
-from ..data.values import number
+from ...core.errors import DataError, RecipeError
+from ...data.columns import guess_columns
+from ...data.table import Table
+from ...data.values import number
 
 ROLES = ("text", "text_pair", "negative", "score")
 _PAIRS = (("anchor", "positive"), ("query", "positive"), ("question", "positive"), ("query", "answer"))

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.errors import DataError, nearest
-from ..data.labels import check_text
-from ..data.table import Table
+from ...core.errors import DataError, nearest
+from ...data.labels import check_text
+from ...data.table import Table
 from .spans import Tags
 
 _WORDS = ("tokens", "words", "token", "word", "form")

@@ -20,9 +20,9 @@ Where a tokenizer has no template, turns are written plainly, each answer closed
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from ..core.errors import DataError, ModelError
-from ..data.conversations import Turn
-from .loading import first_line
+from ...core.errors import DataError, ModelError
+from ...data.conversations import Turn
+from ..loading import first_line
 from .token_rows import IGNORED, Tokens
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ranking import ranks_of_vectors
+from ..ranking.ranks import ranks_of_vectors
 
 
 def contrastive_loss(vectors: Tensor, ids: Tensor, temperature: float, *, symmetric: bool = False) -> Tensor:
