@@ -7,6 +7,12 @@ import torch
 from ..base import Batch, Examples
 
 
+def padded_ids(rows: Sequence[Sequence[int]], filler: int) -> Batch:
+    """ "input_ids" and "attention_mask" of rows of tokens, (rows, longest) each."""
+    examples = Examples([{"input_ids": row} for row in rows], torch.empty(0), [len(row) for row in rows])
+    return padded(examples, range(len(rows)), {"input_ids": filler})
+
+
 def padded(examples: Examples, indices: Sequence[int], fillers: Mapping[str, int]) -> Batch:
     """The mask and each of the inputs (lists of whole numbers), (rows, longest).   fillers: of names that want no 0."""
     shape = (len(indices), max(examples.lengths[i] for i in indices))

@@ -1,17 +1,66 @@
-"""Which columns hold the texts of a pair, a wrong text, and a score: those that were said, else by their names."""
+"""Rows that are a text, its pair, perhaps a wrong text, or a score: which column holds which, and what rows say.
+
+Texts that differ in case or white space only are the same text, and have the same number.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
 
 from ...core.errors import DataError, RecipeError
 from ...data.columns import guess_columns
+from ...data.split import duplicate_groups
 from ...data.table import Table
 from ...data.values import number
+from .rows import wrong_texts
 
-ROLES = ("text", "text_pair", "negative", "score")
+Side = Literal["text", "text_pair", "negative"]
+SIDES: tuple[Side, ...] = get_args(Side)
+ROLES = (*SIDES, "score")
 _PAIRS = (("anchor", "positive"), ("query", "positive"), ("question", "positive"), ("query", "answer"))
 _NEGATIVES = ("negative", "hard_negative")
 _SCORES = ("score", "similarity", "similarity_score", "label")
+
+
+@dataclass(frozen=True)
+class PairColumns:
+    """Role -> column, of those that are there."""
+
+    names: Mapping[str, str]
+
+    def sides(self, table: Table) -> list[Side]:
+        """The texts that a row of this table has."""
+        return [side for side in SIDES if self.names.get(side) in table.columns]
+
+    def texts(self, table: Table) -> dict[Side, list[str]]:
+        return {side: table.column(self.names[side]) for side in self.sides(table)}
+
+    def numbers(self, table: Table) -> Tensor:
+        """The number of each text, (N, S)."""
+        sides = self.texts(table).values()
+        return torch.tensor(duplicate_groups([text for texts in sides for text in texts])).view(len(sides), -1).T
+
+    def scores(self, table: Table) -> Tensor:
+        """(N,); zeros where the table has none."""
+        name = self.names.get("score")
+        if name not in table.columns:
+            return torch.zeros(len(table))
+        return torch.tensor([float(cast(float, number(value))) for value in table.column(name)])
+
+    def check(self, table: Table, *, differ: bool) -> dict[int, str]:
+        """What is wrong with rows.   differ: the texts of a row have to."""
+        names = [name for role, name in self.names.items() if role != "score"]
+        problems = wrong_texts(table, names)
+        for i, texts in enumerate(zip(*map(table.column, names), strict=True)):
+            if differ and i not in problems and len(set(duplicate_groups(texts))) < len(texts):
+                problems[i] = "two texts of the row are the same: there is nothing to tell apart"
+        for i, value in enumerate(table.column(self.names["score"]) if "score" in self.names else ()):
+            if number(value) is None:
+                problems[i] = f'column "{self.names["score"]}": {value!r:.40} is no number'
+        return problems
 
 
 def pair_columns(

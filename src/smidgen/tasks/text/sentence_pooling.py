@@ -5,7 +5,7 @@ max     per dimension the largest h_t               then z / |z|, so that inner 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import ModelError
-from ..base import Batch, TaskModel
+from ..base import Asked, Batch, TaskModel
 from ..loading import first_line, pooling_for
 from ..models import Located
+from .padding import padded_ids
 
 Pooling = Literal["mean", "cls", "last", "max"]
 _MODES = {
@@ -26,37 +27,76 @@ _MODES = {
     "lasttoken": "last",
     "pooling_mode_max_tokens": "max",
 }
+_PROMPTS = {"query_prompt": ("query",), "document_prompt": ("document", "passage")}
+_WORTH_A_CALL = 0.25  # share of the places
 _DONE_HERE = ("Transformer", "Pooling", "Normalize")  # the modules that `pool` stands for
 _SAY = "Say task.pooling to tune it without"
 
 
 class Embedder(TaskModel):
-    """A pre-trained body whose last hidden states are pooled.  forward(batch) -> (B, S, D): S texts of each row."""
+    """A pre-trained body whose last hidden states are pooled.  forward(batch) -> (B, S, D): S texts of each row.
+
+    batch: "input_ids" and "attention_mask" of all sides, one after the other (S B, T); or "input_ids.SIDE" and
+    "attention_mask.SIDE" (B, T) of each, where they are of so different a length that a call each costs less.
+    """
 
     def __init__(self, body: nn.Module, pooling: Pooling) -> None:
         super().__init__()
         self.body, self.head, self.pooling = body, nn.Identity(), pooling
 
     def forward(self, batch: Batch) -> Tensor:
-        mask = batch["attention_mask"]
-        hidden = self.body(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state  # (S B, T, D)
-        vectors = pool(hidden, mask, self.pooling)
+        sides = [name.removeprefix("input_ids") for name in batch if name.startswith("input_ids")]
+        vectors = torch.cat([self._vectors(batch[f"input_ids{s}"], batch[f"attention_mask{s}"]) for s in sides])
         return vectors.view(-1, len(batch["targets"]), vectors.shape[-1]).transpose(0, 1)
 
+    def _vectors(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.body(input_ids=ids, attention_mask=mask).last_hidden_state  # (N, T, D)
+        return F.normalize(pooled(hidden, mask, self.pooling), dim=1)
 
-def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """Normalised embeddings (N, D) in fp32 of hidden states (N, T, D) and their mask (N, T), padded at the end."""
+
+def sides_as_batch(sides: Mapping[str, Sequence[Sequence[int]]], filler: int) -> Batch:
+    """The tokens of each side's B texts as `Embedder` takes them.
+
+    A side apart saves the padding up to the longest text of all sides, and costs a call: apart they go where at least
+    a quarter of the places would be padding of that kind.
+    """
+    longest = [max(map(len, rows)) for rows in sides.values()]
+    if 1 - sum(longest) / (len(longest) * max(longest)) < _WORTH_A_CALL:
+        return padded_ids([row for rows in sides.values() for row in rows], filler)
+    return {
+        f"{name}.{side}": tensor for side, rows in sides.items() for name, tensor in padded_ids(rows, filler).items()
+    }
+
+
+def as_trained(asked: Asked, pooling: Pooling | None, prompts: Mapping[str, str | None]) -> dict[str, Any]:
+    """Pooling and prompts: as said, else as the model was trained; entered in the plan.
+
+    prompts: "query_prompt" and "document_prompt", as far as said.
+    """
+    trained = pooling or trained_pooling(asked.model, asked.revision)
+    why = "as the model was trained" if trained else "usual for a model of this kind"
+    chosen = trained or usual_pooling(asked.model, asked.revision)
+    values: dict[str, Any] = {"pooling": asked.plan.decide("pooling", pooling, chosen, why)}
+    known = trained_prompts(asked.model, asked.revision)
+    for name, said in prompts.items():
+        prompt = next((known[key] for key in _PROMPTS[name] if known.get(key)), "")
+        if said is not None or prompt:
+            prompt = asked.plan.decide(name, said, prompt, "the model was trained with it")
+        values[name] = prompt
+    return values
+
+
+def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """One vector (N, D) in fp32 of the hidden states (N, T, D) of each row.   mask: (N, T), padded at the end."""
     hidden = hidden.float()
     if pooling == "cls":
-        pooled = hidden[:, 0]
-    elif pooling == "last":
-        pooled = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
-    elif pooling == "max":
-        pooled = hidden.masked_fill(mask[:, :, None] == 0, -torch.inf).amax(1)
-    else:
-        weights = mask.to(hidden.dtype)[:, :, None]
-        pooled = (hidden * weights).sum(1) / weights.sum(1)
-    return F.normalize(pooled, dim=1)
+        return hidden[:, 0]
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+    if pooling == "max":
+        return hidden.masked_fill(mask[:, :, None] == 0, -torch.inf).amax(1)
+    weights = mask.to(hidden.dtype)[:, :, None]
+    return (hidden * weights).sum(1) / weights.sum(1)
 
 
 def trained_pooling(located: Located, revision: str | None = None) -> Pooling | None:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -81,6 +81,40 @@ class Tags:
         """The entities of one row (W,): first word, word after the last, type."""
         types, ends = (found[0].tolist() for found in self.entities(tags[None]))
         return [(i, ends[i], self.types[kind]) for i, kind in enumerate(types) if kind >= 0]
+
+    def of_words(self, words: Sequence[str], tags: Tensor) -> list[str | None]:
+        """The tag of each word of a row by name, None for those that were cut off."""
+        said = [self.names[tag] if tag >= 0 else None for tag in tags[: len(words)].tolist()]
+        return said + [None] * (len(words) - len(said))
+
+    def in_words(self, words: Sequence[str], tags: Tensor) -> str:
+        """What the tags of a row say: "EU (ORG), Peter Blackburn (PER)"; without a scheme the tags themselves."""
+        if self.scheme == "plain":
+            return " ".join(name or "(cut off)" for name in self.of_words(words, tags))
+        spans = self.spans(tags[: len(words)])
+        return ", ".join(f"{' '.join(words[start:end])} ({kind})" for start, end, kind in spans) or "none"
+
+    def shown(self, words: Sequence[str], tags: Tensor) -> dict[str, Any]:
+        """The tags of a row as JSON: entities from word "start" to the one before "end"; else each word's tag."""
+        if self.scheme == "plain":
+            return {"tags": self.of_words(words, tags)}
+        spans = self.spans(tags[: len(words)])
+        return {
+            "entities": [
+                {"type": kind, "words": words[start:end], "start": start, "end": end} for start, end, kind in spans
+            ]
+        }
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What such tags are judged by."""
+        return ("accuracy", "macro_f1") if self.scheme == "plain" else ("f1", "precision", "recall", "macro_f1")
+
+    def figures(self, counts: Tensor) -> dict[str, Tensor]:
+        """The metrics (...) of summed counts (..., types, 3)."""
+        found = span_scores(counts)
+        found["accuracy"] = found["recall"]  # where each word is an entity of its own
+        return {name: found[name] for name in self.metrics}
 
     def counts(self, answers: Tensor, targets: Tensor) -> Tensor:
         """Per row and type how many entities are right, predicted and there, (N, types, 3).
