@@ -310,8 +310,6 @@ def test_rows_of_one_prompt_are_not_split(llama):
     assert task.groups(rows) == [0, 0, 1]
     remarks = task.remarks(rows.select([0]), rows.select([0, 2]))
     assert remarks[0].startswith("1 of 2 test prompts stand in the training rows too")
-        "1 of 2 test prompts stand in the training rows too"
-    )
 
 
 def test_samples_are_what_generate_says(llama):

@@ -20,7 +20,7 @@ from ..data.split import duplicate_groups
 from ..data.table import Table
 from .base import Asked, Batch, Examples, TaskModel
 from .judging import seen_before
-from .language.asking import AskingRows
+from .language.asking import AskingRows, in_words
 from .language.chat_template import ensure_template
 from .language.language_model import LanguageModel
 from .language.likelihood import METRICS, LikelihoodTask
@@ -84,7 +84,7 @@ class CausalLM(LikelihoodTask):
         shape = recognise(tables["train"], asked.columns)
         tokenizer = load_tokenizer(asked.model, asked.revision)
         made = cls(tokenizer, shape, settings, asked.metric)
-        asked.plan.decide("rows", None, made.rows.in_words(), shape.reason)
+        asked.plan.decide("rows", None, in_words(shape), shape.reason)
         if shape.kind != "text":
             asked.plan.decide("chat template", None, *ensure_template(tokenizer))
         why = "a text has no answers" if shape.kind == "text" else "as task.loss_on says; what is asked is given"
@@ -214,11 +214,10 @@ class CausalLM(LikelihoodTask):
 
     def rows_for(self, table: Table, *, labelled: bool) -> None:
         if any(name not in table.columns for name in self.shape.columns.values()):
-            learned_from, found = self.rows, recognise(table, {})
+            found = recognise(table, {})
+            if (found.kind == "text") != (self.shape.kind == "text"):
+                raise DataError(f"the rows are {in_words(found)}; this adapter learned from {in_words(self.shape)}")
             self.read_as(found)
-            if (found.kind == "text") != (learned_from.shape.kind == "text"):
-                learned = learned_from.in_words()
-                raise DataError(f"the rows are {self.rows.in_words()}; this adapter learned from {learned}")
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
         return [{"prompt": self.prompt_of(table, i), **self.likelihood(row)} for i, row in enumerate(answers)]

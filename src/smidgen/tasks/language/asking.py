@@ -94,6 +94,7 @@ class AskingRows:
             found.append(say(body, self.tokenizer, ids, _SAID))
         return found
 
-    def in_words(self) -> str:
-        words = {"text": "plain texts", "completion": "prompts and completions", "chat": "chats"}
-        return f"{words[self.shape.kind]} ({', '.join(self.shape.columns.values())})"
+
+def in_words(shape: Shape) -> str:
+    words = {"text": "plain texts", "completion": "prompts and completions", "chat": "chats"}
+    return f"{words[shape.kind]} ({', '.join(shape.columns.values())})"

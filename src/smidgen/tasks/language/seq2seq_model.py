@@ -7,6 +7,8 @@ The body is called as a whole, so that adapters at the model itself act.
 """
 
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -30,11 +32,12 @@ class Seq2SeqModel(TaskModel):
     """A pre-trained encoder-decoder; it has all it needs, so there is no head of the task's.
 
     forward(batch) -> per row (rows, 3): summed loss, how many tokens are to be learned, how many of those have the
-    largest logit; with what the model says itself beside it, (rows, T') ids, where `says` and in eval mode.
-    batch: "input_ids" and "attention_mask" (rows, S), "targets" (rows, T).
+    largest logit; in eval mode beside it what the model says itself to the rows "written", (W, T') ids, if there are.
+    batch: "input_ids" and "attention_mask" (rows, S), "targets" (rows, T), and perhaps "written" (rows,) bool.
     """
 
-    says: int | None = None  # tokens, at most; None: it is not asked
+    says: int | None = None  # tokens, at most
+    begins: Mapping[str, int] = MappingProxyType({})  # settings of generation in place of the model's own
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -61,8 +64,9 @@ class Seq2SeqModel(TaskModel):
             "tokens": counts.index_add(0, rows, torch.ones_like(rows)),
             "right": counts.index_add(0, rows, right.long()),
         }
-        if self.says is not None and not self.training:
-            outputs["said"] = self.say(batch, self.says)
+        if self.says is not None and not self.training and "written" in batch and batch["written"].any():
+            rows_written = {name: batch[name][batch["written"]] for name in ("input_ids", "attention_mask")}
+            outputs["said"] = self.say(rows_written, self.says)
         return outputs
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -126,6 +130,6 @@ class Seq2SeqModel(TaskModel):
 
         body = cast(Any, self.body)
         kept = {name: getattr(body.generation_config, name, None) for name in _KEPT}
-        how = cast(Any, GenerationConfig)(**kept, **GREEDY, max_new_tokens=count)
+        how = cast(Any, GenerationConfig)(**{**kept, **self.begins}, **GREEDY, max_new_tokens=count)
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return cast(Tensor, body.generate(**given, generation_config=how))
