@@ -73,7 +73,7 @@ class PairTokens:
             return {}
         names = getattr(self.tokenizer, "lang_code_to_token", {})
         token = cast(int, self.tokenizer.convert_tokens_to_ids(names.get(language, language)))
-        is_first = cast(Any, self.tokenizer)(text_target=language)["input_ids"][0] == token
+        is_first = cast(Any, self.tokenizer)(text_target="")["input_ids"][0] == token
         return {"forced_bos_token_id" if is_first else "decoder_start_token_id": token}
 
 
