@@ -8,11 +8,10 @@ a saved result tells which it was, and never runs it.
 
 import copy
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,10 @@ from torch import Tensor, nn
 from ..core.errors import DataError, ModelError, RecipeError
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Examples, Task, TaskModel
+from .judging import counted
 from .own.python_file import names_file, object_in_file
-from .pieces import TARGETS, Pieces, Rows, as_batch, call, form, told, wrong_with, wrong_with_model
+from .own.rows import Row, as_table, rows_said, wrong_rows
+from .pieces import TARGETS, Pieces, call, told, wrong_with, wrong_with_model
 from .registry import task
 
 _AT_ONCE = 64  # rows whose targets are read together
@@ -51,24 +52,6 @@ def brings_model_and_data(said: str) -> bool:
         return names_file(said) and issubclass(cls := task_in_file(said), Custom) and cls.file == said
     except RecipeError:
         return False
-
-
-class _Row(NamedTuple):
-    """A row of a data set, not read yet."""
-
-    rows: Rows
-    at: int
-
-    def read(self) -> Any:
-        return self.rows[self.at]
-
-    def __repr__(self) -> str:
-        """What is in the row, in short: a resumed run compares it."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(as_batch(self.read()).items()):
-            digest.update(name.encode())
-            digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +87,10 @@ class Custom(Task):
         """where: the task's own file, for the data sets of its pieces, or FILE.py:NAME of a function that makes one."""
         pieces = cls._pieces()
         if where == cls.file:
-            return {name: _table(rows, name) for name, rows in pieces.parts.items()}, []
+            return {name: as_table(rows, name) for name, rows in pieces.parts.items()}, []
         if not names_file(where):
             raise DataError(f"{where}: the rows of {cls.file} come from Python; say FILE.py:NAME of a data set")
-        rows = object_in_file(where)
-        try:
-            rows = rows() if inspect.isroutine(rows) else rows
-        except Exception as error:
-            raise DataError(f"{where}: {told(error, inspect.getfile(rows))}") from error
-        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__") and len(rows)):
-            raise DataError(f"{where} gives a {type(rows).__name__}; it is to give rows by number, one at least")
-        return {"train": _table(rows, where.rpartition(":")[2])}, []
+        return {"train": rows_said(where)}, []
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
@@ -137,24 +113,7 @@ class Custom(Task):
         return inspect.getfile(inspect.unwrap(cast(Callable[[], Any], cls.maker)))
 
     def check(self, table: Table) -> dict[int, str]:
-        usual, problems = form(self.pieces.train[0]), {}
-        for i, row in enumerate(table.column("row")):
-            try:
-                found = as_batch(row.read())
-            except Exception as error:
-                problems[i] = told(error, self._path())
-                continue
-            if not self.labelled:
-                found.setdefault(TARGETS, torch.zeros(usual[TARGETS]))
-            shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-            if shapes.keys() != usual.keys():
-                problems[i] = f"it has {', '.join(shapes)}; the first training row has {', '.join(usual)}"
-            elif shapes != usual and self.pieces.collate is None:
-                other = next(name for name in usual if shapes[name] != usual[name])
-                problems[i] = f"{other} has the shape {shapes[other]}; in the first training row it is {usual[other]}"
-            elif broken := [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]:
-                problems[i] = f"not finite: {', '.join(broken)}"
-        return problems
+        return wrong_rows(table, self.pieces, self._path(), labelled=self.labelled)
 
     # -- the model --------------------------------------------------------------------------------------------------
     def build(self, asked: Asked) -> "CustomModel":
@@ -177,7 +136,7 @@ class Custom(Task):
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def encode(self, table: Table) -> Examples:
-        rows: list[_Row] = table.column("row")
+        rows: list[Row] = table.column("row")
         found = []
         for start in range(0, len(rows), _AT_ONCE):
             some = [row.read() for row in rows[start : start + _AT_ONCE]]
@@ -208,10 +167,7 @@ class Custom(Task):
     def parts(self, answers: Tensor, targets: Tensor) -> Tensor | None:
         """Where the loss is the metric and is said per row: that, beside a 1 that counts rows."""
         value = self.pieces.losses(answers, targets) if self.metric == "loss" else torch.zeros(())
-        return torch.stack([value, torch.ones_like(value)], dim=1) if value.ndim else None
-
-    def value_of(self, sums: Tensor) -> Tensor:
-        return sums[..., 0] / sums[..., 1]
+        return counted(value) if value.ndim else None
 
     # -- using a result ---------------------------------------------------------------------------------------------
     def describe(self) -> dict[str, Any]:
@@ -266,11 +222,6 @@ def _pieces_of(said: str, maker: Callable[[], Any]) -> Pieces:
     if wrong := wrong_with(pieces):
         raise RecipeError(_listed(said, wrong))
     return pieces
-
-
-def _table(rows: Rows, name: str) -> Table:
-    indices = range(len(rows))
-    return Table({"row": [_Row(rows, i) for i in indices]}, [f"{name}[{i}]" for i in indices])
 
 
 def _listed(said: str, wrong: Sequence[str]) -> str:

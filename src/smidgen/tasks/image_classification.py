@@ -29,6 +29,7 @@ from .base import Asked, Batch, Examples, TaskModel
 from .images.augment import disturbed, flip_is_safe
 from .images.image_input import Seen, with_said
 from .images.image_models import ImageClassifier, load_image_model
+from .judging import seen_before
 from .labelled import ROW_ROLES, LabelledTask, with_targets
 from .registry import task
 
@@ -117,13 +118,7 @@ class ImageClassification(LabelledTask):
         return in_threads(content_key, table.column(self.image_column))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        seen = set(self._contents(train))
-        again = sum(key in seen for key in self._contents(test))
-        if not again:
-            return []
-        return [
-            f"{again} of {len(test)} test images stand in the training rows too: the figures are flattered by that much"
-        ]
+        return seen_before(self._contents(train), self._contents(test), "images")
 
     # -- the model --------------------------------------------------------------------------------------------------
     def build(self, asked: Asked) -> ImageClassifier:

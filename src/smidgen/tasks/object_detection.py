@@ -1,9 +1,8 @@
 """Object detection: boxes with classes, judged by COCO's mean average precision.
 
 The body is the detector as it was trained; classes that the data names and the detector does not know grow behind its
-own (`detectors.py`), and are the head.  The base of the comparison is the untouched model, new classes at random.
-
-Images are letterboxed: scaled to fit a square of `image_size`, the rest grey.
+own (images/detectors.py), and are the head.  The base of the comparison is the untouched model, new classes at random.
+Images are letterboxed into a square of `image_size`.
 """
 
 from collections import Counter
@@ -16,13 +15,15 @@ from torch import Tensor
 
 from ..core.checks import require_whole
 from ..core.errors import DataError, ModelError, RecipeError, require
-from ..data.boxes import BOXES, IMAGE, Box, read_boxes
-from ..data.images import Fit, content_key, decode, image_problem, image_size, in_threads
+from ..data.boxes import BOXES, IMAGE, read_boxes
+from ..data.images import content_key, image_problem, image_size, in_threads
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Example, Examples, Task, TaskModel
 from .images.boxes import average_precision, detections, hits
 from .images.detectors import load_detector
 from .images.disturbed import GREY, disturbed
+from .images.letterbox import Letterbox
+from .judging import contrasted
 from .registry import task
 
 _DETECTIONS = 100  # kept of an image, as COCO counts them
@@ -137,20 +138,17 @@ class ObjectDetection(Task):
 
     def encode(self, table: Table) -> Examples:
         images, boxes = table.column(IMAGE), table.column(BOXES)
-        placed = [letterbox(size, self.image_size) for size in in_threads(image_size, images)]
+        placed = [Letterbox.of(size, self.image_size) for size in in_threads(image_size, images)]
         pixels = torch.full((len(table), 3, self.image_size, self.image_size), GREY, dtype=torch.uint8)
         targets = torch.full((len(table), max(map(len, boxes), default=0), 5), -1.0)
 
         def put(i: int) -> None:
-            top, left, height, width = placed[i]
             try:
-                pixels[i, :, top : top + height, left : left + width] = decode(
-                    images[i], Fit(height=height, width=width)
-                )
+                placed[i].put(images[i], pixels[i])
             except DataError as error:
                 raise DataError(f"{table.where(i)}: {error}") from None
             for j, box in enumerate(boxes[i]):
-                targets[i, j] = torch.tensor([self.index[box.name], *_in_pixels(box, *placed[i])])
+                targets[i, j] = torch.tensor([self.index[box.name], *placed[i].placed(box)])
 
         in_threads(put, range(len(table)))
         return Examples([{IMAGE: image} for image in pixels], targets, [1] * len(table))
@@ -185,15 +183,13 @@ class ObjectDetection(Task):
         """Images in which one of the two finds all things and nothing else."""
         marked = (targets[..., 0] >= 0).sum(1)
         right = [self._all_right(answers, marked) for answers in (base, tuned)]
-        found = []
-        for i in (right[0] != right[1]).nonzero()[:, 0].tolist():
+
+        def words(i: int) -> tuple[str, str, str, str]:
             truth = self._in_words(targets[i, :, 0])
             said = [self._in_words(rows[i, rows[i, :, _SCORE] >= _SHOWN, _CLASS]) for rows in (base, tuned)]
-            name = table.column(IMAGE)[i]
-            found.append(
-                Example(text=name, truth=truth, base=said[0], tuned=said[1], better="tuned" if right[1][i] else "base")
-            )
-        return found
+            return table.column(IMAGE)[i], truth, said[0], said[1]
+
+        return contrasted(right[0], right[1], words)
 
     def _all_right(self, answers: Tensor, marked: Tensor) -> Tensor:
         shown = answers[..., _SCORE] >= _SHOWN
@@ -208,16 +204,12 @@ class ObjectDetection(Task):
         """Boxes in pixels of the image itself."""
         lines = []
         for image, rows in zip(table.column(IMAGE), answers, strict=True):
-            height, width = image_size(image)
-            top, left, inner_height, inner_width = letterbox((height, width), self.image_size)
-            shift = torch.tensor([left, top, left, top])
-            scale = torch.tensor([width / inner_width, height / inner_height] * 2)
-            most = torch.tensor([width, height, width, height])
+            place = Letterbox.of(image_size(image), self.image_size)
             boxes = [
                 {
                     "class": self.names[int(row[_CLASS])],
                     "score": round(float(row[_SCORE]), 4),
-                    "box": [round(v, 1) for v in ((row[_BOX] - shift) * scale).clamp(min=0).minimum(most).tolist()],
+                    "box": [round(v, 1) for v in place.back(row[_BOX]).tolist()],
                 }
                 for row in rows[rows[:, _SCORE] >= _SHOWN]
             ]
@@ -245,19 +237,6 @@ class ObjectDetection(Task):
 
     def table_of(self, inputs: Sequence[str]) -> Table:
         return Table({IMAGE: list(inputs), BOXES: [[] for _ in inputs]}, list(inputs))
-
-
-def letterbox(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
-    """Where an image of (height, width) lies in a square: top, left, height, width in pixels."""
-    scale = side / max(size)
-    height, width = (max(1, round(length * scale)) for length in size)
-    return (side - height) // 2, (side - width) // 2, height, width
-
-
-def _in_pixels(box: Box, top: int, left: int, height: int, width: int) -> list[float]:
-    """The corners of a box in the letterboxed image."""
-    x1, y1 = box.cx - box.width / 2, box.cy - box.height / 2
-    return [left + x1 * width, top + y1 * height, left + (x1 + box.width) * width, top + (y1 + box.height) * height]
 
 
 def _counts(table: Table) -> Counter[str]:
