@@ -175,7 +175,7 @@ def test_lora_on_a_grown_table_leaves_new_rows_to_the_head():
 
 def test_what_is_new_is_found_and_said(folder):
     task, _, _, asked = settled(folder)
-    assert task.new == {"user": ["new"], "item": ["fresh"]}
+    assert task.catalogue.new == {"user": ["new"], "item": ["fresh"]}
     plan = {name: (value, why) for name, value, why in asked.plan.entries}
     assert plan["new users"] == ("1", "3 of 4 in training are among the base's 6")
     assert plan["new items"][0] == "1"
@@ -210,7 +210,7 @@ def test_features_choose_neighbours_and_reach_the_towers(tmp_path):
     task, model, _, asked = settled(
         tmp_path / "base", rows=[("new", "fresh", 1), ("other", "i1", 2)], items=str(tmp_path / "items.csv")
     )
-    assert task.features["item"] == [[1]]
+    assert task.catalogue.features["item"] == [[1]]
     old = model.body.items.weight
     assert torch.allclose(model.head.items.weight[0], old[1::2].mean(0), atol=1e-6)  # no known user took it
     assert model.body.item_features(torch.tensor([8])).tolist() == [[0.0, 1.0]]
