@@ -10,7 +10,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-import torch
 from torch import Tensor
 
 from ..core.checks import require_one_of, require_whole
@@ -24,10 +23,9 @@ from .language.asking import AskingRows, in_words
 from .language.chat_template import ensure_template
 from .language.language_model import LanguageModel
 from .language.likelihood import METRICS, LikelihoodTask
-from .language.token_rows import IGNORED, blocks, pieces
+from .language.token_rows import as_batch, as_examples, learns, pieces
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
 from .registry import task
-from .text.padding import padded
 from .text.rows import said_rows, some_of
 
 if TYPE_CHECKING:
@@ -121,7 +119,7 @@ class CausalLM(LikelihoodTask):
         tokens = self.rows.tokens(some_of(train, asked.seed))
         lengths = [len(ids) for ids, _ in tokens]
         self.max_length = settle_length(self.settings.max_length, lengths, model.body, self.tokenizer, asked)
-        if lost := sum(not self._learns(targets) for _, targets in tokens):
+        if lost := sum(not learns(targets[: self.max_length]) for _, targets in tokens):
             if lost == len(tokens):
                 raise DataError(f"no row has an answer within {self.max_length} tokens: raise task.max_length")
             share = f"{lost / len(tokens):.1%} of the training rows"
@@ -138,31 +136,16 @@ class CausalLM(LikelihoodTask):
         why = why_not or "documents share blocks and do not see each other; checked on this model"
         return asked.plan.decide("packing", True if said == "on" else None, why_not is None, why)
 
-    def _learns(self, targets: list[int]) -> bool:
-        return any(target != IGNORED for target in targets[: self.max_length])
-
     # -- rows -------------------------------------------------------------------------------------------------------
     def encode(self, table: Table) -> Examples:
         assert self.max_length is not None
         rows = self.rows.tokens(table)
         if self.packs and self.shape.kind == "text":
             rows = [piece for row in rows for piece in pieces(row, self.max_length)]
-        cut = sum(len(ids) > self.max_length for ids, _ in rows)
-        rows = [(ids[: self.max_length], targets[: self.max_length]) for ids, targets in rows]
-        if not self.keeps_rows:
-            rows = [row for row in rows if self._learns(row[1])]
-        inputs: list[dict[str, list[int]]] = [{"input_ids": ids, "targets": targets} for ids, targets in rows]
-        if self.packs:
-            inputs = blocks(rows, self.max_length)
-        counts = [sum(target != IGNORED for target in row["targets"]) for row in inputs]
-        return Examples(inputs, torch.tensor(counts), [len(row["input_ids"]) for row in inputs], cut)
+        return as_examples(rows, self.max_length, packed=self.packs, keep_all=self.keeps_rows)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        fillers = {"input_ids": cast(int, self.tokenizer.pad_token_id or 0), "targets": IGNORED}
-        batch = padded(examples, indices, fillers)
-        if "position_ids" in batch:
-            del batch["attention_mask"]  # padding stands at position 0 each: documents of one token
-        return batch
+        return as_batch(examples, indices, cast(int, self.tokenizer.pad_token_id or 0))
 
     # -- saying something -------------------------------------------------------------------------------------------
     def prompt_of(self, table: Table, row: int) -> str:

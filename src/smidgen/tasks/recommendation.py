@@ -6,36 +6,26 @@ users and items are those of the training table that the base does not know; old
 Judged by the rank of the item among all items that the user has not taken while training; no candidate is sampled.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..core.checks import require_finite, require_one_of, require_whole
 from ..core.errors import DataError
-from ..data.interactions import (
-    ROLES,
-    at_random,
-    check_interaction,
-    identity,
-    interaction_columns,
-    latest,
-    leave_one_out,
-    read_features,
-)
+from ..data.interactions import ROLES, identity, interaction_columns, read_features
 from ..data.read import read
 from ..data.table import Table
-from ..data.values import number
 from .base import Asked, Batch, Example, Examples, Task, TaskModel
 from .judging import contrasted, seen_before
 from .ranking.catalogue import Catalogue, Words
-from .ranking.figures import COUNTS, ITEM, answer, losses, metrics_at, padded_rows, values_of
+from .ranking.figures import COUNTS, ITEM, answer, losses, metrics_at, values_of
 from .ranking.growing import GrownRecommender, WarmStart, warm_start
+from .ranking.interaction_rows import InteractionRows, Split
 from .ranking.recommenders import SIDES, Recommender, Side, load_recommender, write_recommender
 from .ranking.taken import Taken
 from .registry import task
@@ -43,11 +33,6 @@ from .text.rows import said_rows
 
 _ALL = 20_000  # items, up to which all are scored in a step
 _DRAWN = 1000  # of more items
-_STARTS = {
-    "neighbours": "the old rows most like them, by interactions and features",
-    "mean": "the mean of the old rows",
-    "zeros": "zeros",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +44,7 @@ class RecommendationSettings:
     least_rating: a lower one is known but neither learned nor judged.   few: a user with fewer interactions is cold.
     """
 
-    split: Literal["leave_one_out", "time", "random"] | None = None
+    split: Split | None = None
     warm_start: WarmStart = "neighbours"
     users: str | None = None
     items: str | None = None
@@ -73,7 +58,7 @@ class RecommendationSettings:
     def __post_init__(self) -> None:
         require_whole(self, "negatives", "history", "few", "k")
         require_finite(self, "least_rating")
-        require_one_of(self, "split", ("leave_one_out", "time", "random"))
+        require_one_of(self, "split", get_args(Split))
         require_one_of(self, "warm_start", ("neighbours", "mean", "zeros"))
         require_one_of(self, "loss", ("softmax", "bpr"))
 
@@ -96,8 +81,8 @@ class Recommendation(Task):
         settings: RecommendationSettings,
         metric: str | None = None,
     ) -> None:
-        self.catalogue, self.columns, self.settings = catalogue, columns, settings
-        self.taken = Taken(catalogue, [], [], [])
+        self.catalogue, self.columns, self.settings = catalogue, InteractionRows(columns), settings
+        self.taken = Taken(catalogue, [], [])
         self.metrics = metrics_at(settings.k)
         self.judge_by(metric)
         self.notes: list[str] = []
@@ -119,12 +104,13 @@ class Recommendation(Task):
         made._words = words
         ordered = "time" in columns
         why = "each user's last interaction judges" if ordered else "there is no time to split by"
-        made.split = asked.plan.decide("split", settings.split, "leave_one_out" if ordered else "random", why)
+        chosen: Split = "leave_one_out" if ordered else "random"
+        made.split = asked.plan.decide("split", settings.split, chosen, why)
         if made.split != "random" and not ordered:
             raise DataError(f"task.split is {made.split} and no column says the time: --column time=NAME")
         return made
 
-    split: str = "leave_one_out"
+    split: Split = "leave_one_out"
     negatives: int | None = None
     _words: Words = MappingProxyType({})  # of the files of features
     _train: Table | None = None
@@ -132,50 +118,18 @@ class Recommendation(Task):
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def check(self, table: Table) -> dict[int, str]:
-        there = {role: name for role, name in self.columns.items() if name in table.columns}
-        problems: dict[int, str] = {}
-        for i in range(len(table)):
-            row = {role: table.column(name)[i] for role, name in there.items()}
-            what = check_interaction(row)
-            for side in SIDES:
-                if what is None and side in row and identity(row[side]) not in self.catalogue.rows[side]:
-                    what = f'{side} "{row[side]}" is known neither to the base nor to the training rows'
-            if what:
-                problems[i] = what
-        return problems
+        return self.columns.check(table, self.catalogue)
 
     def hold_out(self, table: Table, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-        if self.split == "random":
-            return at_random(len(table), fraction, seed)
-        times = [float(number(value) or 0) for value in table.column(self.columns["time"])]
-        if self.split == "time":
-            return latest(times, fraction)
-        return leave_one_out([identity(value) for value in table.column(self.columns["user"])], times)
+        return self.columns.split(table, self.split, fraction, seed)
 
     def encode(self, table: Table) -> Examples:
-        users, items, times = self._rows(table, "user"), self._rows(table, "item"), self._times(table)
-        histories, few = self.taken.histories, self.settings.few
-        inputs = [{"user": u, "before": histories.count_before(u, t)} for u, t in zip(users, times, strict=True)]
-        counts = [True] * len(table)
-        if self.settings.least_rating is not None and self.columns.get("rating") in table.columns:
-            ratings = [number(value) for value in table.column(self.columns["rating"])]
-            counts = [rating is not None and rating >= self.settings.least_rating for rating in ratings]
-        kinds, rare = self.taken.kinds[items].tolist(), [len(histories.items(user)) < few for user in users]
-        targets = torch.tensor([items, counts, kinds, rare, self.taken.by_popularity(users, items)]).T
-        return Examples(inputs, targets, [1] * len(table))
+        times = self.columns.times(table, in_order=table is self._train)
+        counts = self.columns.counts(table, self.settings.least_rating)
+        return self.taken.examples(self.columns.pairs(table, self.catalogue), times, counts, self.settings.few)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        some = [examples.inputs[i] for i in indices]
-        taken = [self.taken.histories.items(row["user"]) for row in some]
-        history = [
-            row[max(0, x["before"] - self.settings.history) : x["before"]] for row, x in zip(taken, some, strict=True)
-        ]
-        return {
-            "users": torch.tensor([row["user"] for row in some]),
-            "history": padded_rows(history, at_end=False),
-            "taken": padded_rows(taken, at_end=True),
-            "targets": examples.targets[list(indices)],
-        }
+        return self.taken.batch(examples, indices, self.settings.history)
 
     def augment(self, batch: Batch) -> Batch:
         if self.negatives is None:
@@ -196,17 +150,12 @@ class Recommendation(Task):
         count, said, self._train = len(self.catalogue.rows["item"]), self.settings.warm_start, train
         chosen, why = (None, f"all {count:,} items are scored") if count <= _ALL else (_DRAWN, "there are many items")
         self.negatives = asked.plan.decide("negatives", self.settings.negatives, chosen, why)
-        users, items = self._rows(train, "user"), self._rows(train, "item")
-        self.taken = Taken(self.catalogue, users, items, self._times(train))
+        pairs, times = self.columns.pairs(train, self.catalogue), self.columns.times(train, in_order=True)
+        self.taken = Taken(self.catalogue, pairs, times)
         words = {side: [self._words[side].get(name, []) for name in self.catalogue.names[side]] for side in SIDES}
-        alone = warm_start(model, said, self.taken.pairs(), words)
-        rest = "".join(
-            f"; {count} of {len(self.catalogue.new[side])} {side}s are like none, and start from the mean"
-            for side, count in alone.items()
-            if count
-        )
+        why = warm_start(model, said, self.taken.pairs(), words)
         if model.grown:
-            asked.plan.decide("warm start", None, said, f"of the new rows, from {_STARTS[said]}{rest}")
+            asked.plan.decide("warm start", None, said, why)
         self._start = {name: value.detach().clone() for name, value in model.head.state_dict().items()}
 
     # -- learning and judging ---------------------------------------------------------------------------------------
@@ -229,7 +178,7 @@ class Recommendation(Task):
         return "popularity", torch.zeros(count, 1 + min(self.settings.k, len(self.catalogue.rows["item"])))
 
     def contrasts(self, table: Table, targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
-        users, names, k = table.column(self.columns["user"]), self.catalogue.names["item"], self.settings.k
+        users, names, k = table.column(self.columns.names["user"]), self.catalogue.names["item"], self.settings.k
 
         def words(i: int) -> tuple[str, str, str, str]:
             by_base, by_tuned = (
@@ -241,7 +190,8 @@ class Recommendation(Task):
 
     def remarks(self, train: Table, test: Table) -> list[str]:
         known = map(tuple, self.catalogue.known.interactions.tolist())
-        return seen_before([*known, *self._pairs(train)], self._pairs(test), "interactions")
+        learned, judged = (self.columns.pairs(table, self.catalogue) for table in (train, test))
+        return seen_before([*known, *learned], judged, "interactions")
 
     # -- using a result ---------------------------------------------------------------------------------------------
     def describe(self) -> dict[str, Any]:
@@ -249,7 +199,7 @@ class Recommendation(Task):
         return {
             "task": self.name,
             "metric": self.metric,
-            "columns": dict(self.columns),
+            "columns": dict(self.columns.names),
             "settings": {name: getattr(self.settings, name) for name in names},
             **self.catalogue.describe(),
             "taken": self.taken.describe(),
@@ -264,13 +214,10 @@ class Recommendation(Task):
         return made
 
     def table_of(self, inputs: Sequence[str]) -> Table:
-        return said_rows(self.columns["user"], inputs)
+        return said_rows(self.columns.names["user"], inputs)
 
     def rows_for(self, table: Table, *, labelled: bool) -> None:
-        if not labelled:
-            self.columns = {role: name for role, name in self.columns.items() if role == "user"}
-        if self.columns["user"] not in table.columns or (labelled and self.columns.get("item") not in table.columns):
-            self.columns, _ = interaction_columns(table, {})
+        self.columns = self.columns.fitting(table, labelled=labelled)
 
     def save_body(self, body: nn.Module, folder: str) -> None:
         if not isinstance(body, Recommender):
@@ -278,22 +225,8 @@ class Recommendation(Task):
         write_recommender(cast(Recommender, body), Path(folder))
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
-        users, names = table.column(self.columns["user"]), self.catalogue.names["item"]
+        users, names = table.column(self.columns.names["user"]), self.catalogue.names["item"]
         return [
             {"user": str(user), "items": [names[int(item)] for item in line[1:]]}
             for user, line in zip(users, answers.tolist(), strict=True)
         ]
-
-    # -- helpers ----------------------------------------------------------------------------------------------------
-    def _pairs(self, table: Table) -> list[tuple[int, int]]:
-        return list(zip(self._rows(table, "user"), self._rows(table, "item"), strict=True))
-
-    def _rows(self, table: Table, side: Side) -> list[int]:
-        return self.catalogue.rows_in(table, self.columns.get(side), side)
-
-    def _times(self, table: Table) -> list[float]:
-        """When each row was; without a column, training rows in their order and all others later."""
-        name = self.columns.get("time")
-        if name is not None and name in table.columns:
-            return [float(number(value) or 0) for value in table.column(name)]
-        return [float(i) if table is self._train else math.inf for i in range(len(table))]

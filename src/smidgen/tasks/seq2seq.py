@@ -7,14 +7,12 @@ two columns, by their languages.  With a metric of what is written (language/wri
 token, when it is judged, to a bounded number of rows.
 """
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..core.checks import require_whole
 from ..core.errors import RecipeError
@@ -26,7 +24,6 @@ from .language.likelihood import METRICS, LikelihoodTask
 from .language.pair_tokens import PairTokens
 from .language.seq2seq_model import Seq2SeqModel
 from .language.source_target import by_language, source_alone, source_and_target
-from .language.token_rows import IGNORED
 from .language.writing import RATIOS, SUMS, sums_of
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
 from .registry import task
@@ -141,32 +138,11 @@ class Seq2Seq(LikelihoodTask):
     def encode(self, table: Table) -> Examples:
         assert self.max_length is not None
         assert self.max_target_length is not None
-        rows = [*zip(*self._tokens(table), strict=True)]
-        cut = sum(len(source) > self.max_length or len(target) > self.max_target_length for source, target in rows)
-        every = math.ceil(len(rows) / self.settings.written)
-        inputs = [
-            {
-                "input_ids": self.tokens.cut(source, self.max_length),
-                "targets": self.tokens.cut(target, self.max_target_length),
-                "written": self.writes and i % every == 0,
-            }
-            for i, (source, target) in enumerate(rows)
-        ]
-        counts = [sum(token != IGNORED for token in row["targets"]) for row in inputs]
-        lengths = [len(row["input_ids"]) + len(row["targets"]) for row in inputs]
-        return Examples(inputs, torch.tensor(counts), lengths, cut)
+        written = self.settings.written if self.writes else 0
+        return self.tokens.examples(*self._tokens(table), self.max_length, self.max_target_length, written)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        def padded(name: str, filler: int) -> Tensor:
-            rows = [torch.tensor(examples.inputs[i][name]) for i in indices]
-            return pad_sequence(rows, batch_first=True, padding_value=filler)
-
-        return {
-            "input_ids": padded("input_ids", cast(int, self.tokenizer.pad_token_id)),
-            "attention_mask": (padded("input_ids", -1) != -1).long(),
-            "targets": padded("targets", IGNORED),
-            "written": torch.tensor([examples.inputs[i]["written"] for i in indices]),
-        }
+        return self.tokens.batch(examples, indices)
 
     # -- learning and judging ---------------------------------------------------------------------------------------
     def answer(self, outputs: Any, batch: Batch) -> Tensor:
@@ -176,9 +152,8 @@ class Seq2Seq(LikelihoodTask):
             return answers
         sums = answers.new_zeros(len(answers), SUMS)
         if "said" in outputs:
-            said, truths = (self.tokens.texts(ids) for ids in (outputs["said"], batch["targets"][batch["written"]]))
-            pairs = zip(said, truths, strict=True)
-            sums[batch["written"]] = sums.new_tensor([sums_of(*pair) for pair in pairs])
+            said, truths = self.tokens.texts(outputs["said"]), self.tokens.texts(batch["targets"][batch["written"]])
+            sums[batch["written"]] = sums.new_tensor([*map(sums_of, said, truths)])
         return torch.cat([answers, sums], dim=1)
 
     def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
@@ -223,6 +198,7 @@ class Seq2Seq(LikelihoodTask):
             "prefix": self.settings.prefix,
             "source_language": self.settings.source_language,
             "target_language": self.settings.target_language,
+            "written": self.settings.written,
             "max_length": self.max_length,
             "max_target_length": self.max_target_length,
             "metric": self.metric,
@@ -234,6 +210,7 @@ class Seq2Seq(LikelihoodTask):
             prefix=str(description["prefix"]),
             source_language=description.get("source_language"),
             target_language=description.get("target_language"),
+            written=int(description.get("written", Seq2SeqSettings.written)),
             max_length=int(description["max_length"]),
             max_target_length=int(description["max_target_length"]),
         )

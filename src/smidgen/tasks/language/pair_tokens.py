@@ -4,13 +4,17 @@ A tokenizer of many languages (mBART, NLLB, M2M100) marks a text with its langua
 write with that of the target: it is the first token after the start, or, in mBART-25, the start itself.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ...core.errors import RecipeError, nearest
+from ..base import Batch, Examples
 from .token_rows import IGNORED
 
 if TYPE_CHECKING:
@@ -50,6 +54,40 @@ class PairTokens:
         if targets is None:
             return found, [[IGNORED]] * len(sources)
         return found, encode(text_target=list(targets), verbose=False)["input_ids"]
+
+    def examples(
+        self,
+        sources: Sequence[list[int]],
+        targets: Sequence[list[int]],
+        size: int,
+        target_size: int,
+        written: int,
+    ) -> Examples:
+        """Rows ready for the model, cut to sizes.   written: so many of them at most, evenly spread, are written to."""
+        cut = sum(len(s) > size or len(t) > target_size for s, t in zip(sources, targets, strict=True))
+        sources, targets = [self.cut(s, size) for s in sources], [self.cut(t, target_size) for t in targets]
+        every = math.ceil(len(sources) / written) if written else 0
+        inputs = [
+            {"input_ids": source, "targets": target, "written": every > 0 and i % every == 0}
+            for i, (source, target) in enumerate(zip(sources, targets, strict=True))
+        ]
+        counts = [sum(token != IGNORED for token in target) for target in targets]
+        lengths = [len(source) + len(target) for source, target in zip(sources, targets, strict=True)]
+        return Examples(inputs, torch.tensor(counts), lengths, cut)
+
+    def batch(self, examples: Examples, indices: Sequence[int]) -> Batch:
+        """The rows at these indices as `Seq2SeqModel` takes them, each side padded to its longest."""
+
+        def padded(name: str, filler: int) -> Tensor:
+            rows = [torch.tensor(examples.inputs[i][name]) for i in indices]
+            return pad_sequence(rows, batch_first=True, padding_value=filler)
+
+        return {
+            "input_ids": padded("input_ids", cast(int, self.tokenizer.pad_token_id)),
+            "attention_mask": (padded("input_ids", -1) != -1).long(),
+            "targets": padded("targets", IGNORED),
+            "written": torch.tensor([examples.inputs[i]["written"] for i in indices]),
+        }
 
     def cut(self, ids: list[int], size: int) -> list[int]:
         """At most `size` tokens; the token that ends a text stays."""

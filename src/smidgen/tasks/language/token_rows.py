@@ -7,8 +7,35 @@ that are longer than a block.   Ding et al. 2024, arXiv:2404.10830.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import torch
+
+from ..base import Batch, Examples
+from ..text.padding import padded
+
 IGNORED = -100  # the target of a token that is not learned
 Tokens = tuple[list[int], list[int]]  # ids; targets: the id itself where it is to be learned, else IGNORED
+
+
+def as_examples(rows: Sequence[Tokens], size: int, *, packed: bool, keep_all: bool) -> Examples:
+    """Rows cut to `size` tokens, each alone or in blocks of that size; without those that have nothing to learn."""
+    cut = sum(len(ids) > size for ids, _ in rows)
+    rows = [(ids[:size], targets[:size]) for ids, targets in rows if keep_all or learns(targets[:size])]
+    inputs = blocks(rows, size) if packed else [{"input_ids": ids, "targets": targets} for ids, targets in rows]
+    counts = [sum(target != IGNORED for target in row["targets"]) for row in inputs]
+    return Examples(inputs, torch.tensor(counts), [len(row["input_ids"]) for row in inputs], cut)
+
+
+def as_batch(examples: Examples, indices: Sequence[int], filler: int) -> Batch:
+    """The rows at these indices, padded; without a mask where positions say which document a token is of."""
+    batch = padded(examples, indices, {"input_ids": filler, "targets": IGNORED})
+    if "position_ids" in batch:
+        del batch["attention_mask"]  # padding stands at position 0 each: documents of one token
+    return batch
+
+
+def learns(targets: Sequence[int]) -> bool:
+    """True if a token is to be learned."""
+    return any(target != IGNORED for target in targets)
 
 
 def pieces(row: Tokens, size: int) -> Iterator[Tokens]:

@@ -6,8 +6,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ...data.interactions import identity
-from ...data.table import Table
 from .recommenders import SIDES, Known, Side
 
 Words = Mapping[Side, Mapping[str, Sequence[str]]]  # of each side and name, its features
@@ -40,12 +38,6 @@ class Catalogue:
                 sorted({place[word] for word in words[side].get(name, ()) if word in place}) for name in new[side]
             ]
         return cls(known, new, features)
-
-    def rows_in(self, table: Table, column: str | None, side: Side) -> list[int]:
-        """The rows of the users or items in a column; zeros where the table has none, for predicting."""
-        if column is None or column not in table.columns:
-            return [0] * len(table)
-        return [self.rows[side][identity(value)] for value in table.column(column)]
 
     def values(self) -> dict[Side, Tensor]:
         """The features of the new rows, (n, F) 0 or 1."""

@@ -10,7 +10,7 @@ USER_KIND, 0 for many interactions and 1 for few; POPULARITY, twice the rank tha
 An answer is the item's rank, 0 for that of popularity, and the rows of the items ranked first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -71,13 +71,6 @@ def answer(scores: Tensor, batch: Mapping[str, Tensor], k: int) -> Tensor:
     found = ranks(scores, batch["targets"][:, ITEM], out)
     best = scores.masked_fill(out, -torch.inf).topk(min(k, scores.shape[1]), dim=1).indices
     return torch.cat([found[:, None], best.float()], dim=1)
-
-
-def padded_rows(rows: Sequence[Sequence[int]], *, at_end: bool) -> Tensor:
-    """Rows of different lengths as one (N, longest), -1 where there is nothing."""
-    longest = max(map(len, rows), default=0)
-    filled = [[*row, *[-1] * (longest - len(row))] if at_end else [*[-1] * (longest - len(row)), *row] for row in rows]
-    return torch.tensor(filled, dtype=torch.int64).view(len(rows), longest)
 
 
 def _taken(scores: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

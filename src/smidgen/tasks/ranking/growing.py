@@ -16,6 +16,11 @@ from ..base import Batch, TaskModel
 from .recommenders import SIDES, Recommender, Rows, Side
 
 WarmStart = Literal["neighbours", "mean", "zeros"]
+_STARTS = {
+    "neighbours": "the old rows most like them, by interactions and features",
+    "mean": "the mean of the old rows",
+    "zeros": "zeros",
+}
 _NEIGHBOURS = 20
 _BLOCK = 64  # new rows at a time
 
@@ -79,21 +84,22 @@ class Growth:
 @torch.no_grad()
 def warm_start(
     model: GrownRecommender, how: WarmStart, pairs: Tensor, words: Mapping[Side, Sequence[Sequence[str]]]
-) -> dict[Side, int]:
-    """Let the new rows begin where `how` says; returns for how many no neighbour was found.
+) -> str:
+    """Let the new rows begin where `how` says; returns that in words, and of how many no neighbour was found.
 
     pairs: (M, 2) rows of users and items, all that is known.   words: of each row its features; empty for none.
     """
     shape = (len(words["user"]), len(words["item"]))
     took = matrix_of(pairs, shape)
-    alone: dict[Side, int] = {}
+    why = f"of the new rows, from {_STARTS[how]}"
     for side in SIDES:
         paths = [path for path, grown in model.grown.items() if grown == side]
         weights = places = None
         if paths and how == "neighbours":
             seen_with = took if side == "user" else took.T.coalesce()
             weights, places = neighbours((seen_with, _features(words[side])), len(model.body.known.names(side)))
-            alone[side] = int((weights.sum(1) == 0).sum())
+            if alone := int((weights.sum(1) == 0).sum()):
+                why += f"; {alone} of {len(weights)} {side}s are like none, and start from the mean"
         for path in paths:
             old = cast(Tensor, model.body.get_submodule(path).weight)
             rows = cast(Tensor, model.head.get_submodule(_plain(path)).weight)
@@ -101,7 +107,7 @@ def warm_start(
                 rows.copy_(mean_of_neighbours(old, weights.to(old.device), places.to(old.device)))
             else:
                 rows.copy_(old.mean(0) if how == "mean" else torch.zeros_like(old[0]))
-    return alone
+    return why
 
 
 def neighbours(views: Sequence[Tensor], old: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...data.interactions import Histories
+from ..base import Batch, Examples
 from .catalogue import Catalogue
 from .recommenders import SIDES
 
@@ -20,17 +21,15 @@ _KEPT = 200_000  # interactions, the newest, that are written into a result
 class Taken:
     """The base's interactions and those that were learned from: they are not recommended again.
 
-    users, items: rows of the catalogue.   kinds: of each item, HEAD, TAIL or NEW.
+    pairs: rows of the catalogue, user and item.   kinds: of each item, HEAD, TAIL or NEW.
     """
 
-    def __init__(
-        self, catalogue: Catalogue, users: Sequence[int], items: Sequence[int], times: Sequence[float]
-    ) -> None:
-        before = catalogue.known.interactions
-        old_users, old_items = before[:, 0].tolist(), before[:, 1].tolist()
-        self.catalogue, self.learned = catalogue, sorted(zip(times, users, items, strict=True))
-        self.histories = Histories([*old_users, *users], [*old_items, *items], [*[-math.inf] * len(before), *times])
-        taken = torch.tensor([*old_items, *items], dtype=torch.int64)
+    def __init__(self, catalogue: Catalogue, pairs: Sequence[tuple[int, int]], times: Sequence[float]) -> None:
+        before = catalogue.known.interactions.tolist()
+        self.catalogue, self.learned = catalogue, sorted(zip(times, pairs, strict=True))
+        users, items = [user for user, _ in (*before, *pairs)], [item for _, item in (*before, *pairs)]
+        self.histories = Histories(users, items, [*[-math.inf] * len(before), *times])
+        taken = torch.tensor(items, dtype=torch.int64)
         self.counts = torch.bincount(taken, minlength=len(catalogue.rows["item"]))
         self.kinds = torch.full_like(self.counts, TAIL)
         popular = self.counts.argsort(descending=True, stable=True)
@@ -39,8 +38,7 @@ class Taken:
 
     def pairs(self) -> Tensor:
         """(M, 2): users and items of all interactions."""
-        learned = [(user, item) for _, user, item in self.learned]
-        return torch.tensor([*self.catalogue.known.interactions.tolist(), *learned])
+        return torch.tensor([*self.catalogue.known.interactions.tolist(), *(pair for _, pair in self.learned)])
 
     def by_popularity(self, users: Sequence[int], items: Sequence[int]) -> list[int]:
         """Twice the rank of each item for its user, if all were recommended what is taken most."""
@@ -54,10 +52,32 @@ class Taken:
             found.append(2 + 2 * higher + equal[i] - sum(count == counts[item] for count in taken))
         return found
 
+    def examples(
+        self, pairs: Sequence[tuple[int, int]], times: Sequence[float], counts: Sequence[bool], few: int
+    ) -> Examples:
+        """Rows ready for the model, with the targets of ranking/figures.py.   few: interactions of a cold user."""
+        users, items = [user for user, _ in pairs], [item for _, item in pairs]
+        inputs = [{"user": u, "before": self.histories.count_before(u, t)} for u, t in zip(users, times, strict=True)]
+        rare = [len(self.histories.items(user)) < few for user in users]
+        columns = [items, counts, self.kinds[items].tolist(), rare, self.by_popularity(users, items)]
+        return Examples(inputs, torch.tensor(columns, dtype=torch.int64).T, [1] * len(pairs))
+
+    def batch(self, examples: Examples, indices: Sequence[int], history: int) -> Batch:
+        """Users with the last `history` items they took before the row, and all that they took."""
+        some = [examples.inputs[i] for i in indices]
+        taken = [self.histories.items(row["user"]) for row in some]
+        before = [row[max(0, x["before"] - history) : x["before"]] for row, x in zip(taken, some, strict=True)]
+        return {
+            "users": torch.tensor([row["user"] for row in some]),
+            "history": _padded(before, at_end=False),
+            "taken": _padded(taken, at_end=True),
+            "targets": examples.targets[list(indices)],
+        }
+
     def describe(self) -> dict[str, str]:
         """The items of each user that were learned from, as words of numbers."""
         found = defaultdict[int, list[int]](list)
-        for _, user, item in self.learned[-_KEPT:]:
+        for _, (user, item) in self.learned[-_KEPT:]:
             found[user].append(item)
         return {str(user): " ".join(map(str, items)) for user, items in found.items()}
 
@@ -65,8 +85,14 @@ class Taken:
     def from_description(cls, catalogue: Catalogue, said: Mapping[str, Any]) -> Self:
         """The other way of `describe`.  Raises ValueError."""
         pairs = [(int(user), int(item)) for user, some in dict(said).items() for item in str(some).split()]
-        users, items = [user for user, _ in pairs], [item for _, item in pairs]
-        for side, rows in zip(SIDES, (users, items), strict=True):
-            if rows and not 0 <= min(rows) <= max(rows) < len(catalogue.rows[side]):
+        for side, rows in zip(SIDES, zip(*pairs, strict=True), strict=False):
+            if not 0 <= min(rows) <= max(rows) < len(catalogue.rows[side]):
                 raise ValueError(f"an interaction is with {side} {max(rows)} of {len(catalogue.rows[side])}")
-        return cls(catalogue, users, items, [float(i) for i in range(len(pairs))])
+        return cls(catalogue, pairs, [float(i) for i in range(len(pairs))])
+
+
+def _padded(rows: Sequence[Sequence[int]], *, at_end: bool) -> Tensor:
+    """Rows of different lengths as one (N, longest), -1 where there is nothing."""
+    longest = max(map(len, rows), default=0)
+    filled = [[*row, *[-1] * (longest - len(row))] if at_end else [*[-1] * (longest - len(row)), *row] for row in rows]
+    return torch.tensor(filled, dtype=torch.int64).view(len(rows), longest)
