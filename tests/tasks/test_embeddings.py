@@ -20,11 +20,11 @@ from smidgen.tasks.text.pair_columns import SIDES, pair_columns, score_range
 from smidgen.tasks.text.sentence_pooling import (
     Embedder,
     pooled,
-    sides_as_batch,
     trained_pooling,
     trained_prompts,
     usual_pooling,
 )
+from smidgen.tasks.text.sides import sides_as_batch
 from smidgen.tasks.text.similarity import Search, connected, contrastive_loss, cosent_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

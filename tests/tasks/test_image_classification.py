@@ -111,7 +111,7 @@ def test_images_become_bytes_in_memory_or_are_decoded_by_the_batch(asked):
     kept = task.encode(table)
     assert kept.inputs[0]["pixels"].dtype == torch.uint8
     assert kept.lengths == [1] * 12
-    task._room = 0
+    task.pixels.room = 0
     later = task.encode(table)
     assert "pixels" not in later.inputs[0]
     for name in ("pixels", "targets"):

@@ -24,9 +24,10 @@ from .judging import counted, seen_before
 from .loading import load_body, load_tokenizer, settle_length
 from .registry import task
 from .text.objectives import Finding, Likeness, Objective, cosines
-from .text.pair_columns import ROLES, PairColumns, Side, pair_columns, score_range
+from .text.pair_columns import ROLES, PairColumns, pair_columns, score_range
 from .text.rows import said_rows, some_of
-from .text.sentence_pooling import Embedder, Pooling, as_trained, save_trained, sides_as_batch
+from .text.sentence_pooling import Embedder, Pooling, as_trained, save_trained
+from .text.sides import Sides
 from .text.similarity import connected
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Embeddings(Task):
     ) -> None:
         """scores: those that stand for the cosines 0 and 1."""
         self.tokenizer, self.columns, self.settings, self.scores = tokenizer, PairColumns(columns), settings, scores
+        self.sides = Sides(tokenizer, settings.query_prompt or "", settings.document_prompt or "")
         self.max_length = settings.max_length
         self.finds = settings.loss == "contrastive"
         self.objective: Objective = (
@@ -138,35 +140,16 @@ class Embeddings(Task):
         return Embedder(load_body(asked.model, asked.dtype, asked.revision), self._pooling)
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
-        tokenize: Any = self.tokenizer
-        some = self._prompted(some_of(train, asked.seed)).values()
-        sides = [tokenize(texts, verbose=False)["input_ids"] for texts in some]
-        lengths = [max(map(len, row)) for row in zip(*sides, strict=True)]
+        lengths = self.sides.lengths(self.columns, some_of(train, asked.seed))
         self.max_length = settle_length(self.settings.max_length, lengths, model.body, self.tokenizer, asked)
 
     # -- rows -------------------------------------------------------------------------------------------------------
-    def _prompted(self, table: Table) -> dict[Side, list[str]]:
-        """The texts of each side with their prompts."""
-        query, document = self.settings.query_prompt or "", self.settings.document_prompt or ""
-        sides = self.columns.texts(table).items()
-        return {side: [(query if side == "text" else document) + text for text in texts] for side, texts in sides}
-
     def encode(self, table: Table) -> Examples:
-        tokenize: Any = self.tokenizer
-        sides = {
-            str(side): tokenize(texts, truncation=True, max_length=self.max_length)
-            for side, texts in self._prompted(table).items()
-        }
-        inputs = [{name: side["input_ids"][i] for name, side in sides.items()} for i in range(len(table))]
-        cut = sum(any(side.encodings[i].overflowing for side in sides.values()) for i in range(len(table)))
         targets = self.objective.targets(self.columns, table)
-        return Examples(inputs, targets, [max(map(len, row.values())) for row in inputs], cut)
+        return self.sides.examples(self.columns, table, targets, self.max_length)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        """All sides as rows of one batch, a side after the other, or each apart: `Embedder`."""
-        rows = {side: [examples.inputs[i][side] for i in indices] for side in examples.inputs[indices[0]]}
-        batch = sides_as_batch(rows, cast(int, self.tokenizer.pad_token_id or 0))
-        return {**batch, "targets": examples.targets[list(indices)]}
+        return self.sides.batch(examples, indices)
 
     # -- learning and judging ---------------------------------------------------------------------------------------
     def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
@@ -229,6 +212,6 @@ class Embeddings(Task):
     def save_body(self, body: nn.Module, folder: str) -> None:
         """So that sentence-transformers reads it too."""
         super().save_body(body, folder)
-        prompts = {"query": self.settings.query_prompt or "", "document": self.settings.document_prompt or ""}
+        prompts = {"query": self.sides.query_prompt, "document": self.sides.document_prompt}
         width = cast(Any, body).config.hidden_size
         save_trained(folder, self._pooling, prompts, width=width, max_length=self.max_length)

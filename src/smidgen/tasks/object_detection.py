@@ -19,16 +19,13 @@ from ..data.boxes import BOXES, IMAGE, read_boxes
 from ..data.images import content_key, image_problem, image_size, in_threads
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Example, Examples, Task, TaskModel
-from .images.boxes import average_precision, detections, hits
 from .images.detectors import load_detector
 from .images.disturbed import GREY, disturbed
+from .images.found import Classes, answers_of
 from .images.letterbox import Letterbox
 from .judging import contrasted
 from .registry import task
 
-_DETECTIONS = 100  # kept of an image, as COCO counts them
-_SHOWN = 0.25  # the score from which a detection is shown
-_BOX, _SCORE, _CLASS, _RIGHT = slice(0, 4), 4, 5, 6  # columns of an answer
 _ON_CPU, _ELSEWHERE = 320, 640
 
 
@@ -51,9 +48,7 @@ class ObjectDetectionSettings:
 class ObjectDetection(Task):
     """Object detection with given classes and image size.
 
-    names: of all classes; the first `own` are the detector's, the others are new.
-    answers: (N, 100, 7): box, score, class and at which thresholds it is right (`hits`), which is found when the batch
-    is there, because it goes image by image; what is then left to do is quick enough for a bootstrap.
+    names: of all classes; the first `own` are the detector's, the others are new.   answers: images/found.py.
     """
 
     summary = "boxes with classes in images, for YOLO and DETR-like detectors; new classes grow"
@@ -67,10 +62,11 @@ class ObjectDetection(Task):
     def __init__(
         self, names: Sequence[str], own: int, image_size: int, *, augment: bool = True, metric: str | None = None
     ) -> None:
-        self.names, self.own, self.image_size, self.augments = list(names), own, image_size, augment
+        self.classes, self.image_size, self.augments = Classes(list(names), own), image_size, augment
+        self.names, self.own = self.classes.names, own
         self.index = {name: i for i, name in reversed(list(enumerate(self.names)))}
         self.taught, self.suppress = [True] * len(self.names), True
-        self.metrics = ("map50", "map50_95", *(("map50 old", "map50 new") if len(self.names) > own else ()))
+        self.metrics = self.classes.metrics
         self.judge_by(metric)
         self.notes = []
 
@@ -168,53 +164,26 @@ class ObjectDetection(Task):
         return outputs["loss"], len(batch["targets"])
 
     def answer(self, outputs: Any, batch: Batch) -> Tensor:
-        found = detections(outputs["boxes"].float(), outputs["scores"].float(), _DETECTIONS, suppress=self.suppress)
-        return torch.cat([found, hits(found, batch["targets"])[..., None].to(found.dtype)], dim=-1)
+        return answers_of(outputs["boxes"], outputs["scores"], batch["targets"], suppress=self.suppress)
 
     def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        found = (answers[..., _SCORE], answers[..., _CLASS], answers[..., _RIGHT])
-        ap = average_precision(*found, targets[..., 0], len(self.names))  # (T, K)
-        scores = {"map50": ap[0], "map50_95": ap}
-        if len(self.names) > self.own:
-            scores |= {"map50 old": ap[0, : self.own], "map50 new": ap[0, self.own :]}
-        return {name: float(values.nanmean()) for name, values in scores.items()}
+        return self.classes.score(answers, targets)
 
     def contrasts(self, table: Table, targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
         """Images in which one of the two finds all things and nothing else."""
-        marked = (targets[..., 0] >= 0).sum(1)
-        right = [self._all_right(answers, marked) for answers in (base, tuned)]
 
         def words(i: int) -> tuple[str, str, str, str]:
-            truth = self._in_words(targets[i, :, 0])
-            said = [self._in_words(rows[i, rows[i, :, _SCORE] >= _SHOWN, _CLASS]) for rows in (base, tuned)]
-            return table.column(IMAGE)[i], truth, said[0], said[1]
+            by_base, by_tuned = (self.classes.found_in_words(rows[i]) for rows in (base, tuned))
+            return table.column(IMAGE)[i], self.classes.in_words(targets[i, :, 0]), by_base, by_tuned
 
+        right = [self.classes.all_right(answers, targets) for answers in (base, tuned)]
         return contrasted(right[0], right[1], words)
 
-    def _all_right(self, answers: Tensor, marked: Tensor) -> Tensor:
-        shown = answers[..., _SCORE] >= _SHOWN
-        at_half = shown & (answers[..., _RIGHT].long() & 1).bool()
-        return (at_half.sum(1) == marked) & (shown.sum(1) == marked)
-
-    def _in_words(self, classes: Tensor) -> str:
-        counts = Counter(self.names[int(label)] for label in classes if label >= 0)
-        return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
-
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
-        """Boxes in pixels of the image itself."""
-        lines = []
-        for image, rows in zip(table.column(IMAGE), answers, strict=True):
-            place = Letterbox.of(image_size(image), self.image_size)
-            boxes = [
-                {
-                    "class": self.names[int(row[_CLASS])],
-                    "score": round(float(row[_SCORE]), 4),
-                    "box": [round(v, 1) for v in place.back(row[_BOX]).tolist()],
-                }
-                for row in rows[rows[:, _SCORE] >= _SHOWN]
-            ]
-            lines.append({"image": image, "boxes": boxes})
-        return lines
+        return [
+            {"image": image, "boxes": self.classes.shown(rows, Letterbox.of(image_size(image), self.image_size))}
+            for image, rows in zip(table.column(IMAGE), answers, strict=True)
+        ]
 
     def resolved_settings(self) -> dict[str, Any]:
         return {"image_size": self.image_size, "augment": self.augments}

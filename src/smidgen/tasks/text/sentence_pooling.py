@@ -5,7 +5,7 @@ max     per dimension the largest h_t               then z / |z|, so that inner 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -17,7 +17,6 @@ from ...core.errors import ModelError
 from ..base import Asked, Batch, TaskModel
 from ..loading import first_line, pooling_for
 from ..models import Located
-from .padding import padded_ids
 
 Pooling = Literal["mean", "cls", "last", "max"]
 _MODES = {
@@ -28,7 +27,6 @@ _MODES = {
     "pooling_mode_max_tokens": "max",
 }
 _PROMPTS = {"query_prompt": ("query",), "document_prompt": ("document", "passage")}
-_WORTH_A_CALL = 0.25  # share of the places
 _DONE_HERE = ("Transformer", "Pooling", "Normalize")  # the modules that `pool` stands for
 _SAY = "Say task.pooling to tune it without"
 
@@ -52,20 +50,6 @@ class Embedder(TaskModel):
     def _vectors(self, ids: Tensor, mask: Tensor) -> Tensor:
         hidden = self.body(input_ids=ids, attention_mask=mask).last_hidden_state  # (N, T, D)
         return F.normalize(pooled(hidden, mask, self.pooling), dim=1)
-
-
-def sides_as_batch(sides: Mapping[str, Sequence[Sequence[int]]], filler: int) -> Batch:
-    """The tokens of each side's B texts as `Embedder` takes them.
-
-    A side apart saves the padding up to the longest text of all sides, and costs a call: apart they go where at least
-    a quarter of the places would be padding of that kind.
-    """
-    longest = [max(map(len, rows)) for rows in sides.values()]
-    if 1 - sum(longest) / (len(longest) * max(longest)) < _WORTH_A_CALL:
-        return padded_ids([row for rows in sides.values() for row in rows], filler)
-    return {
-        f"{name}.{side}": tensor for side, rows in sides.items() for name, tensor in padded_ids(rows, filler).items()
-    }
 
 
 def as_trained(asked: Asked, pooling: Pooling | None, prompts: Mapping[str, str | None]) -> dict[str, Any]:
