@@ -17,8 +17,8 @@ from smidgen.data.table import Table
 from smidgen.recipes.save import load_result
 from smidgen.tasks.base import Asked, Task, TaskModel
 from smidgen.tasks.models import locate
+from smidgen.tasks.ranking.recommenders import save_recommender
 from smidgen.tasks.recommendation import Recommendation, RecommendationSettings
-from smidgen.tasks.recommenders import save_recommender
 
 TUNED = Path("out/recommendation")
 FILES = {side: OUT / f"{side}s.csv" for side in ("user", "item")}

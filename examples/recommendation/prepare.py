@@ -19,7 +19,7 @@ from pathlib import Path
 from train_base import train_base
 
 from smidgen.data.interactions import leave_one_out
-from smidgen.tasks.recommenders import save_recommender
+from smidgen.tasks.ranking.recommenders import save_recommender
 
 OUT = Path(".cache/recommendation")
 NEW_USERS, NEW_ITEMS, LATEST, COLD = 0.2, 0.1, 0.2, 5

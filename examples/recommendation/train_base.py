@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smidgen.data.interactions import Histories, read_features
 from smidgen.data.read import read
-from smidgen.tasks.recommenders import SIDES, Known, MatrixFactorisation, Recommender, SASRec, TwoTowers
+from smidgen.tasks.ranking.recommenders import SIDES, Known, MatrixFactorisation, Recommender, SASRec, TwoTowers
 
 BATCH, HISTORY = 512, 30
 RATE, DECAY = 3e-3, 0.2  # the decay is of rows of tables alone

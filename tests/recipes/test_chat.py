@@ -18,8 +18,8 @@ from smidgen.recipes import chat
 from smidgen.recipes.save import Tuned
 from smidgen.tasks.base import Asked
 from smidgen.tasks.causal_lm import CausalLM, CausalLMSettings
+from smidgen.tasks.language.saying import question, say
 from smidgen.tasks.models import locate
-from smidgen.tasks.saying import question, say
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_lm import tiny_lm

@@ -12,7 +12,7 @@ from smidgen.core.errors import DataError, FolderError, ModelError, RecipeError
 from smidgen.core.safe import read_tensors
 from smidgen.recipes.save import load_result
 from smidgen.recipes.use import evaluate, merge, predict
-from smidgen.tasks.text_classification import TextClassifier
+from smidgen.tasks.text.classifiers import TextClassifier
 
 from ..tiny import reviews, write_csv
 

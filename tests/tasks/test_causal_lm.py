@@ -14,9 +14,9 @@ from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
 from smidgen.tasks.causal_lm import CausalLM, CausalLMSettings
-from smidgen.tasks.language_model import LanguageModel
+from smidgen.tasks.language.language_model import LanguageModel
+from smidgen.tasks.language.token_rows import IGNORED, best_fit, blocks, pieces
 from smidgen.tasks.models import locate
-from smidgen.tasks.token_rows import IGNORED, best_fit, blocks, pieces
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import tiny_bert
@@ -153,7 +153,7 @@ def test_padding_changes_no_row(llama):
 def test_documents_in_a_packed_row_do_not_see_each_other(folders, kind):
     task, model, asked = ready(folders[kind], TEXTS)
     assert ("packing", "True") in [entry[:2] for entry in asked.plan.entries]
-    documents = task._tokens(TEXTS.select([0, 2, 1]))
+    documents = task.rows.tokens(TEXTS.select([0, 2, 1]))
     [block] = blocks(documents, 100)
     order = best_fit([len(ids) for ids, _ in documents], 100)[0]
     padded = {name: torch.tensor([values + [0] * 3]) for name, values in block.items() if name != "targets"}
@@ -177,7 +177,7 @@ def test_a_long_text_is_packed_in_pieces_and_nothing_of_it_is_lost(llama):
     task, _, _ = ready(llama, table(text=["the colour of hello " * 20, "short"]), max_length=16)
     examples = task.encode(table(text=["the colour of hello " * 20]))
     assert examples.truncated == 0
-    assert sum(examples.lengths) == len(task._tokens(table(text=["the colour of hello " * 20]))[0][0])
+    assert sum(examples.lengths) == len(task.rows.tokens(table(text=["the colour of hello " * 20]))[0][0])
     assert max(examples.lengths) <= 16
 
 
@@ -308,7 +308,8 @@ def test_rows_of_one_prompt_are_not_split(llama):
     rows = chats(("Hi", "Hello"), ("hi ", "Hey"), ("Ho", "Hello"))
     task, _, _ = ready(llama, rows)
     assert task.groups(rows) == [0, 0, 1]
-    assert task.remarks(rows.select([0]), rows.select([0, 2])) == ["1 of 2 test prompts stand in the training rows too"]
+    remarks = task.remarks(rows.select([0]), rows.select([0, 2]))
+    assert remarks[0].startswith("1 of 2 test prompts stand in the training rows too")
 
 
 def test_samples_are_what_generate_says(llama):

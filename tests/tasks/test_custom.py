@@ -14,8 +14,10 @@ from smidgen.auto.plan import Plan
 from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.recipes.load import load_recipe
 from smidgen.tasks.base import Asked
-from smidgen.tasks.custom import Custom, CustomModel, _Row, task_in_file
+from smidgen.tasks.custom import Custom, task_in_file
 from smidgen.tasks.models import Located
+from smidgen.tasks.own.maker import CustomModel
+from smidgen.tasks.own.rows import Row
 from smidgen.tasks.pieces import Pieces, as_batch, wrong_with, wrong_with_model
 
 PAIRS = [(torch.tensor([float(i), 1.0, 0.0]), torch.tensor([2.0 * i, -i])) for i in range(12)]
@@ -185,7 +187,7 @@ def test_bad_rows_are_named_with_what_is_wrong(tmp_path):
     nan, short = torch.tensor([float("nan"), 0, 0]), torch.zeros(2)
     bad = [PAIRS[0], (nan, PAIRS[0][1]), (short, PAIRS[0][1]), "row", (PAIRS[0][0],)]
     (tmp_path / "bad.py").write_text("rows = []\n")
-    from smidgen.tasks.python_file import object_in_file
+    from smidgen.tasks.own.python_file import object_in_file
 
     object_in_file(f"{tmp_path / 'bad.py'}:rows").extend(bad)
     table = task.read(f"{tmp_path / 'bad.py'}:rows", None)[0]["train"]
@@ -351,7 +353,7 @@ def test_rows_that_change_are_refused_and_equal_rows_are_known_again():
 
     found = wrong_with_model(pieces(train=Shaken()), nn.Linear(3, 2), "")
     assert found == ["train: row 0 is another each time it is read; what is drawn belongs in `augment`"]
-    one, same, other = _Row(PAIRS, 1), _Row([PAIRS[1]], 0), _Row(PAIRS, 2)
+    one, same, other = Row(PAIRS, 1), Row([PAIRS[1]], 0), Row(PAIRS, 2)
     assert repr(one) == repr(same) != repr(other)
 
 

@@ -16,9 +16,16 @@ from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
 from smidgen.tasks.embeddings import Embeddings, EmbeddingsSettings
 from smidgen.tasks.models import locate
-from smidgen.tasks.pair_columns import pair_columns, score_range
-from smidgen.tasks.sentence_pooling import Embedder, pool, trained_pooling, trained_prompts, usual_pooling
-from smidgen.tasks.similarity import Search, connected, contrastive_loss, cosent_loss
+from smidgen.tasks.text.pair_columns import SIDES, pair_columns, score_range
+from smidgen.tasks.text.sentence_pooling import (
+    Embedder,
+    pooled,
+    trained_pooling,
+    trained_prompts,
+    usual_pooling,
+)
+from smidgen.tasks.text.sides import sides_as_batch
+from smidgen.tasks.text.similarity import Search, connected, contrastive_loss, cosent_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import BAD, GOOD, tiny_bert, tiny_llama
@@ -43,6 +50,13 @@ def task_of(folder, rows, columns=None, **settings) -> Embeddings:
 
 def unit(*shape) -> torch.Tensor:
     return F.normalize(torch.randn(*shape), dim=-1)
+
+
+@torch.no_grad()
+def vectors_of(task, model, texts) -> torch.Tensor:
+    """(N, D), by one call for these queries alone."""
+    prompted = [(task.settings.query_prompt or "") + text for text in texts]
+    return model({**task.tokenizer(prompted, padding=True, return_tensors="pt"), "targets": texts})[:, 0]
 
 
 PAIRS = table(anchor=["good film", "a dull plot", "fine music"], positive=["lovely", "boring", "superb"])
@@ -181,9 +195,34 @@ def test_both_sides_are_one_batch_and_come_back_by_row(folder):
     assert batch["input_ids"].shape == (4, 4)
     vectors = model(batch)
     assert vectors.shape == (2, 2, 32)
-    torch.testing.assert_close(vectors[1, 0], task.embed(model, ["fine music"])[0])
-    torch.testing.assert_close(vectors[1, 1], task.embed(model, ["superb"], side="text_pair")[0])
+    torch.testing.assert_close(vectors[1, 0], vectors_of(task, model, ["fine music"])[0])
+    torch.testing.assert_close(vectors[1, 1], vectors_of(task, model, ["superb"])[0])
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2, 2))
+
+
+def test_sides_of_other_lengths_are_called_apart_and_give_the_same_vectors(folder):
+    rows = table(anchor=["good", "fine music"], positive=["a dull plot and a good film", "lovely"])
+    task = task_of(folder, rows)
+    task.max_length = 16
+    model = task.build(asked(folder)).eval()
+    apart = task.collate(task.encode(rows), [0, 1])
+    assert {name: tuple(tensor.shape) for name, tensor in apart.items()} == {
+        "input_ids.text": (2, 4),
+        "attention_mask.text": (2, 4),
+        "input_ids.text_pair": (2, 9),
+        "attention_mask.text_pair": (2, 9),
+        "targets": (2, 2),
+    }
+    ids = [F.pad(apart[f"input_ids.{side}"], (0, 9 - width)) for side, width in (("text", 4), ("text_pair", 9))]
+    masks = [F.pad(apart[f"attention_mask.{side}"], (0, 9 - width)) for side, width in (("text", 4), ("text_pair", 9))]
+    together = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks), "targets": apart["targets"]}
+    torch.testing.assert_close(model(apart), model(together))
+
+
+@pytest.mark.parametrize(("lengths", "is_apart"), [((6, 6), False), ((4, 8), True), ((5, 8), False), ((4, 4, 8), True)])
+def test_sides_go_apart_where_a_quarter_of_the_places_would_be_padding(lengths, is_apart):
+    batch = sides_as_batch({str(i): [[7] * length] for i, length in enumerate(lengths)}, filler=0)
+    assert ("input_ids" not in batch) == is_apart
 
 
 def test_prompts_stand_before_the_texts_of_their_side(folder):
@@ -191,7 +230,7 @@ def test_prompts_stand_before_the_texts_of_their_side(folder):
     task = task_of(folder, rows, query_prompt="the ", document_prompt="it ")
     task.max_length = 16
     ids = task.encode(rows).inputs[0]
-    decoded = [task.tokenizer.decode(ids[side], skip_special_tokens=True) for side in ("0", "1", "2")]
+    decoded = [task.tokenizer.decode(ids[side], skip_special_tokens=True) for side in SIDES]
     assert decoded == ["the good film", "it lovely", "it bad"]
 
 
@@ -264,7 +303,7 @@ def test_poolings_leave_padding_out(kind):
         "max": [row.max(0).values for row in rows],
     }[kind]
     expected = torch.stack([v / v.norm() for v in by_hand])
-    torch.testing.assert_close(pool(hidden, mask, kind), expected)
+    torch.testing.assert_close(F.normalize(pooled(hidden, mask, kind), dim=1), expected)
 
 
 def trained(tmp_path, modes, layers=("Transformer", "Pooling", "Normalize"), **more):
@@ -335,7 +374,7 @@ def test_predictions_are_similarities_of_pairs_and_vectors_of_single_texts(folde
         return task.answer(model(batch), batch)
 
     shown = task.predicted(PAIRS, answers(PAIRS))
-    expected = F.cosine_similarity(*(task.embed(model, [text])[0] for text in ("good film", "lovely")), dim=0)
+    expected = F.cosine_similarity(*(vectors_of(task, model, [text])[0] for text in ("good film", "lovely")), dim=0)
     assert shown[0] == {
         "text": "good film",
         "text_pair": "lovely",
@@ -359,7 +398,7 @@ def test_a_merged_model_brings_its_tokenizer_pooling_and_prompts(folder, tmp_pat
     again.max_length = 16
     assert (again.settings.pooling, again.settings.query_prompt) == ("max", "the ")
     saved = again.build(asked(tmp_path)).eval()
-    torch.testing.assert_close(again.embed(saved, ["fine music"]), task.embed(model, ["fine music"]))
+    torch.testing.assert_close(vectors_of(again, saved, ["fine music"]), vectors_of(task, model, ["fine music"]))
     kinds = [module["type"].split(".")[-1] for module in json.loads((tmp_path / "modules.json").read_text())]
     assert kinds == ["Transformer", "Pooling", "Normalize"]
 

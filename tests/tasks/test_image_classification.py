@@ -15,7 +15,7 @@ from smidgen.methods.batchnorm_tuning import BatchNormTuning
 from smidgen.methods.lora import LoRA
 from smidgen.tasks.base import Asked
 from smidgen.tasks.image_classification import ImageClassification, ImageClassificationSettings
-from smidgen.tasks.image_models import ImageClassifier
+from smidgen.tasks.images.image_models import ImageClassifier
 from smidgen.tasks.models import locate
 
 MODEL = """
@@ -111,7 +111,7 @@ def test_images_become_bytes_in_memory_or_are_decoded_by_the_batch(asked):
     kept = task.encode(table)
     assert kept.inputs[0]["pixels"].dtype == torch.uint8
     assert kept.lengths == [1] * 12
-    task._room = 0
+    task.pixels.room = 0
     later = task.encode(table)
     assert "pixels" not in later.inputs[0]
     for name in ("pixels", "targets"):

@@ -12,12 +12,13 @@ from PIL import Image, ImageDraw
 from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.data.boxes import Box
 from smidgen.tasks.base import Asked
-from smidgen.tasks.boxes import hits
-from smidgen.tasks.disturbed import GREY, disturbed
+from smidgen.tasks.images.boxes import hits
+from smidgen.tasks.images.disturbed import GREY, disturbed
+from smidgen.tasks.images.letterbox import Letterbox
 from smidgen.tasks.models import locate
-from smidgen.tasks.object_detection import ObjectDetection, ObjectDetectionSettings, letterbox
+from smidgen.tasks.object_detection import ObjectDetection, ObjectDetectionSettings
 
-MAKER = f"{Path(__file__).with_name('test_detectors.py')}:Yolo"
+MAKER = f"{Path(__file__).with_name('images') / 'test_detectors.py'}:Yolo"
 
 
 class Plan:
@@ -88,7 +89,7 @@ def test_images_are_letterboxed_and_boxes_with_them(tmp_path: Path) -> None:
     inside = batch["image"][0, :, 28:36, 20:28]
     assert inside[0].min() > 0.9  # the red square is where the box is
     assert inside[1].max() < 0.1
-    assert letterbox((20, 40), 64) == (16, 0, 32, 64)
+    assert Letterbox.of((20, 40), 64) == Letterbox((20, 40), top=16, left=0, height=32, width=64)
 
 
 def test_training_and_answers_go_through_and_the_right_boxes_score_1(tmp_path: Path) -> None:

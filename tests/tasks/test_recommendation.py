@@ -21,10 +21,9 @@ from smidgen.recipes.save import load_result
 from smidgen.recipes.schema import Recipe
 from smidgen.recipes.use import merge
 from smidgen.tasks.base import Asked
-from smidgen.tasks.growing import GrownRecommender, matrix_of, mean_of_neighbours, neighbours
 from smidgen.tasks.models import Located
-from smidgen.tasks.recommendation import Recommendation, RecommendationSettings
-from smidgen.tasks.recommenders import (
+from smidgen.tasks.ranking.growing import GrownRecommender, matrix_of, mean_of_neighbours, neighbours
+from smidgen.tasks.ranking.recommenders import (
     KINDS,
     Known,
     MatrixFactorisation,
@@ -33,6 +32,7 @@ from smidgen.tasks.recommenders import (
     load_recommender,
     save_recommender,
 )
+from smidgen.tasks.recommendation import Recommendation, RecommendationSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import write_csv
@@ -112,7 +112,7 @@ def test_the_sequence_model_ignores_padding_and_minds_the_order():
 
 def test_a_module_that_is_no_recommender_is_refused_with_all_it_lacks(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import torch\nfrom smidgen.tasks.recommenders import Known, MatrixFactorisation\n"
+        "import torch\nfrom smidgen.tasks.ranking.recommenders import Known, MatrixFactorisation\n"
         "def plain(): return torch.nn.Linear(2, 2)\n"
         "def short():\n"
         "    model = MatrixFactorisation(Known(users=('a', 'b'), items=('x', 'y')), width=2)\n"
@@ -175,7 +175,7 @@ def test_lora_on_a_grown_table_leaves_new_rows_to_the_head():
 
 def test_what_is_new_is_found_and_said(folder):
     task, _, _, asked = settled(folder)
-    assert task.new == {"user": ["new"], "item": ["fresh"]}
+    assert task.catalogue.new == {"user": ["new"], "item": ["fresh"]}
     plan = {name: (value, why) for name, value, why in asked.plan.entries}
     assert plan["new users"] == ("1", "3 of 4 in training are among the base's 6")
     assert plan["new items"][0] == "1"
@@ -210,7 +210,7 @@ def test_features_choose_neighbours_and_reach_the_towers(tmp_path):
     task, model, _, asked = settled(
         tmp_path / "base", rows=[("new", "fresh", 1), ("other", "i1", 2)], items=str(tmp_path / "items.csv")
     )
-    assert task.features["item"] == [[1]]
+    assert task.catalogue.features["item"] == [[1]]
     old = model.body.items.weight
     assert torch.allclose(model.head.items.weight[0], old[1::2].mean(0), atol=1e-6)  # no known user took it
     assert model.body.item_features(torch.tensor([8])).tolist() == [[0.0, 1.0]]

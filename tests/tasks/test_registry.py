@@ -9,7 +9,7 @@ from smidgen.core.errors import ModelError, RecipeError
 from smidgen.tasks import registry
 from smidgen.tasks.custom import Custom
 from smidgen.tasks.models import locate
-from smidgen.tasks.python_file import names_file, object_in_file
+from smidgen.tasks.own.python_file import names_file, object_in_file
 from smidgen.tasks.registry import task_named, task_said, tasks
 
 PACKAGED = """

@@ -12,11 +12,11 @@ from smidgen.auto.plan import Plan
 from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
+from smidgen.tasks.language.seq2seq_model import Seq2SeqModel
+from smidgen.tasks.language.token_rows import IGNORED
+from smidgen.tasks.language.writing import rouge_l
 from smidgen.tasks.models import locate
-from smidgen.tasks.rouge import rouge_l
 from smidgen.tasks.seq2seq import Seq2Seq, Seq2SeqSettings
-from smidgen.tasks.seq2seq_model import Seq2SeqModel
-from smidgen.tasks.token_rows import IGNORED
 
 WORDS = [
     *("the", "a", "cat", "dog", "ran", "sat", "on", "mat", "red", "blue", "big", "small", "hat"),
@@ -195,8 +195,8 @@ def test_rouge_is_measured_on_what_the_model_writes_where_it_is_asked_for(folder
         answers = task.answer(model(batch), batch)
     said = task.samples(model, ROWS, range(4))
     expected = [rouge_l(*pair) for pair in zip(said, ROWS.column("target"), strict=True)]
-    assert answers.shape == (4, 4)
-    assert answers[:, 3].tolist() == pytest.approx(expected)
+    assert answers.shape == (4, 3 + 7)
+    assert answers[:, -1].tolist() == pytest.approx(expected)
     figures = task.score(answers, batch["targets"])
     assert figures["rouge_l"] == pytest.approx(sum(expected) / 4)
     assert float(task.value_of(task.parts(answers, batch["targets"]).sum(0))) == pytest.approx(figures["rouge_l"])
@@ -296,7 +296,7 @@ def test_equal_sources_stay_together_and_are_told(folders):
     task, _, _ = ready(folders["t5"])
     groups = task.groups(table(source=["a dog", "the cat", "a dog"], target=["x", "y", "z"]))
     assert groups[0] == groups[2] != groups[1]
-    assert task.remarks(ROWS, ROWS) == ["4 of 4 test sources stand in the training rows too"]
+    assert task.remarks(ROWS, ROWS)[0].startswith("4 of 4 test sources stand in the training rows too")
 
 
 def test_a_saved_task_is_used_again_also_without_targets(folders):
@@ -361,11 +361,67 @@ def test_models_and_tokenizers_of_another_kind_are_refused(folders, tmp_path):
     with pytest.raises(ModelError, match="LlamaForCausalLM is no encoder-decoder that writes text"):
         Seq2SeqModel(LlamaForCausalLM(small))
 
-    class OfLanguages:
-        tgt_lang = None
 
-    with pytest.raises(ModelError, match="wants to be told languages"):
-        Seq2Seq(OfLanguages(), "source", "target", Seq2SeqSettings())
+LANGUAGES = {"NllbTokenizer": ("eng_Latn", "fra_Latn"), "MBart50Tokenizer": ("en_XX", "fr_XX")} | {
+    "MBartTokenizer": ("en_XX", "fr_XX")
+}
+
+
+def of_languages(kind: str, folder: Path) -> Any:
+    """A tokenizer of many languages with our few words, in a folder with a model of its size."""
+    import transformers as T
+
+    special = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    words = [(f"▁{word}", -float(i)) for i, word in enumerate(WORDS)]
+    vocabulary = [*special, *words, *((language, 0.0) for language in LANGUAGES[kind]), ("<mask>", 0.0)]
+    if kind == "NllbTokenizer":  # of pairs, merged
+        made = T.NllbTokenizer(vocab={word: i for i, (word, _) in enumerate(vocabulary)}, merges=[])
+    else:
+        made = getattr(T, kind)(vocab=vocabulary)
+    made.save_pretrained(folder)
+    bart: dict[str, Any] = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    bart |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    bart |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 24)
+    bart |= {"vocab_size": len(made), "d_model": 16, "max_position_embeddings": 32, "init_std": 0.3}
+    bart |= {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+    family = "M2M100" if kind == "NllbTokenizer" else "MBart"
+    model = getattr(T, f"{family}ForConditionalGeneration")(getattr(T, f"{family}Config")(**bart))
+    model.save_pretrained(folder)
+    return made
+
+
+@pytest.mark.parametrize("kind", LANGUAGES)
+def test_a_tokenizer_of_many_languages_marks_them_and_the_model_writes_in_the_target(kind, tmp_path):
+    source, target = LANGUAGES[kind]
+    made = of_languages(kind, tmp_path)
+    task, model, asked = ready(tmp_path, source_language=source, target_language=target)
+    batch = batch_of(task, ROWS.select([0]))
+    mark, other = (made.convert_tokens_to_ids(language) for language in (target, source))
+    assert mark in batch["targets"][0]
+    assert other in batch["input_ids"][0]
+    with torch.no_grad():
+        own = model.body(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["targets"]
+        ).loss
+        loss, count = task.loss(model(batch), batch)
+    torch.testing.assert_close(loss / count, own)
+    written = model.say(batch, 4)[0].tolist()
+    learned = [*model.decoder_inputs(batch["targets"])[0].tolist(), *batch["targets"][0, -1:].tolist()]
+    place = learned.index(mark)  # the start itself, or the first after it
+    assert written[: place + 1] == learned[: place + 1]
+    again = Seq2Seq.from_description(task.describe(), asked)
+    assert [*again.build(asked).begins.values()] == [mark]
+    assert batch_of(again, ROWS.select([0]))["targets"].tolist() == batch["targets"].tolist()
+
+
+def test_languages_are_asked_for_by_their_names_and_refused_where_there_are_none(folders, tmp_path):
+    of_languages("MBart50Tokenizer", tmp_path)
+    with pytest.raises(RecipeError, match=r"MBart50Tokenizer wants to be told languages: say task\.source_language"):
+        ready(tmp_path)
+    with pytest.raises(RecipeError, match=r'task\.target_language: MBart50Tokenizer does not know "fr"'):
+        ready(tmp_path, source_language="en_XX", target_language="fr")
+    with pytest.raises(RecipeError, match=r"knows no languages: leave out task\.source_language"):
+        ready(folders["t5"], source_language="en_XX")
 
 
 def test_settings_that_cannot_be_are_refused():
@@ -375,19 +431,35 @@ def test_settings_that_cannot_be_are_refused():
         Seq2SeqSettings(max_target_length=0)
 
 
-@pytest.mark.parametrize(
-    ("said", "reference", "expected"),
-    [  # the first three: Lin 2004, section 3.1
-        ("police kill the gunman", "police killed the gunman", 3 / 4),
-        ("the gunman kill police", "police killed the gunman", 2 / 4),
-        ("the gunman police killed", "police killed the gunman", 2 / 4),
-        ("The cat, the CAT!", "the cat", 2 * 2 / (4 + 2)),
-        ("größer als Öl", "Größer öl", 2 * 2 / (3 + 2)),
-        ("dog", "cat", 0.0),
-        ("", "cat", 0.0),
-        ("...", "...", 0.0),
-    ],
-)
-def test_rouge_l_is_lins_definition(said, reference, expected):
-    assert rouge_l(said, reference) == pytest.approx(expected)
-    assert rouge_l(reference, said) == pytest.approx(expected)
+def test_errors_and_right_rows_are_counted_over_what_was_written(folders):
+    task, model, _ = ready(folders["t5"], asked=asked_of(folders["t5"], metric="cer"), written=2)
+    assert task.metrics[3:] == ("exact_match", "cer", "wer", "rouge_l")
+    assert not task.higher_is_better
+    batch = batch_of(task)
+    assert batch["written"].tolist() == [True, False, True, False]  # two of four, evenly spread
+    with torch.no_grad():
+        outputs = model(batch)
+    assert len(outputs["said"]) == 2
+    truth = batch["targets"][[0, 2]]
+    outputs["said"] = truth.masked_fill(truth == IGNORED, task.tokenizer.pad_token_id)
+    outputs["said"][1, 0] = task.tokenizer.convert_tokens_to_ids("un")  # un chat rouge : le hat
+    answers = task.answer(outputs, batch)
+    figures = task.score(answers, batch["targets"])
+    characters = len("le chat") + len("le chat rouge : le hat")
+    assert figures["exact_match"] == 0.5
+    assert figures["cer"] == pytest.approx(2 / characters)
+    assert figures["wer"] == pytest.approx(1 / (2 + 6))
+    for metric in ("exact_match", "cer", "wer", "rouge_l"):
+        task.metric = metric
+        assert float(task.value_of(task.parts(answers, batch["targets"]).sum(0))) == pytest.approx(figures[metric])
+    with torch.no_grad():
+        outputs = model({**batch, "written": torch.zeros(4, dtype=torch.bool)})
+    assert "said" not in outputs
+    assert task.answer(outputs, {**batch, "written": torch.zeros(4, dtype=torch.bool)})[:, 3:].abs().sum() == 0
+
+
+def test_a_task_whose_metric_needs_no_writing_writes_to_no_row(folders):
+    task, model, _ = ready(folders["t5"])
+    batch = batch_of(task)
+    assert not batch["written"].any()
+    assert "said" not in model(batch)

@@ -17,7 +17,8 @@ from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
 from smidgen.tasks.loading import pooling_for
 from smidgen.tasks.models import locate
-from smidgen.tasks.text_classification import TextClassification, TextClassifier
+from smidgen.tasks.text.classifiers import TextClassifier
+from smidgen.tasks.text_classification import TextClassification
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import tiny_bert, tiny_llama

@@ -13,8 +13,9 @@ from smidgen.core.errors import DataError, ModelError
 from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
 from smidgen.tasks.models import locate
-from smidgen.tasks.spans import NO_TAG
-from smidgen.tasks.token_classification import TokenClassification, TokenClassificationSettings, TokenClassifier
+from smidgen.tasks.text.classifiers import TokenClassifier
+from smidgen.tasks.text.spans import NO_TAG
+from smidgen.tasks.token_classification import TokenClassification, TokenClassificationSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import tiny_bert, tiny_llama
@@ -274,7 +275,7 @@ def test_plain_tags_have_a_majority_to_be_compared_with(folder):
 def test_a_decoder_reads_words_too_and_an_encoder_decoder_is_refused(tmp_path):
     llama = tiny_llama(tmp_path)
     task = task_of(llama)
-    assert task._space == ""
+    assert task.sub_words.space == ""
     _, batch = batch_of(task, table())
     assert task.build(asked_for(llama))(batch).shape == (9, 5)
     from transformers import T5Config, T5Model

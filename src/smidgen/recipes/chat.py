@@ -19,7 +19,7 @@ from ..core.composition import Expression
 from ..core.errors import DataError, RecipeError
 from ..data.conversations import Turn
 from ..tasks.causal_lm import CausalLM
-from ..tasks.saying import opening, question, say
+from ..tasks.language.saying import opening, question, say
 from .prepare import best_device
 from .save import Tuned, load_result
 

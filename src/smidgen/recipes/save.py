@@ -22,7 +22,7 @@ from ..evaluate.report import Report
 from ..tasks.base import Asked, Task, TaskModel
 from ..tasks.custom import Custom, brings_model_and_data
 from ..tasks.models import Located, locate
-from ..tasks.python_file import names_file
+from ..tasks.own.python_file import names_file
 from ..tasks.registry import task_named, task_said
 from .prepare import Work
 from .schema import TaskPart

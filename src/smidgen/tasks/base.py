@@ -97,6 +97,11 @@ class Asked:
     revision: str | None = None
     reserved: int = 0
 
+    def decide_columns(self, chosen: Mapping[str, str], reasons: Mapping[str, str]) -> None:
+        """Enter in the plan which column has which role, and why."""
+        for role, why in reasons.items():
+            self.plan.decide(f"{role} column", self.columns.get(role), chosen[role], why)
+
 
 class TaskModel(nn.Module):
     """A pre-trained body and what the task puts on it.  forward(batch) -> outputs: a tensor, or several.
@@ -254,8 +259,8 @@ class Task(ABC):
         return None
 
     def value_of(self, sums: Tensor) -> Tensor:
-        """(..., S) -> (...): the metric of summed `parts`."""
-        raise NotImplementedError
+        """(..., S) -> (...): the metric of summed `parts`; unless told otherwise, the first over the second."""
+        return sums[..., 0] / sums[..., 1]
 
     def constant(self, targets: Tensor, count: int) -> tuple[str, Tensor] | None:
         """The answers of someone who knows only the training targets, `count` times, and what to call that; or None."""

@@ -10,30 +10,26 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-import torch
 from torch import Tensor
 
 from ..core.checks import require_one_of, require_whole
 from ..core.errors import DataError, RecipeError
-from ..data.conversations import ROLES, Kind, Shape, before_answer, recognise
-from ..data.split import duplicate_groups, subset
+from ..data.conversations import ROLES, Kind, Shape, recognise
+from ..data.split import duplicate_groups
 from ..data.table import Table
 from .base import Asked, Batch, Examples, TaskModel
-from .chat_template import answers_in, encoded, ensure_template, rendered
-from .language_model import LanguageModel
-from .likelihood import METRICS, LikelihoodTask
+from .judging import seen_before
+from .language.asking import AskingRows, in_words
+from .language.chat_template import ensure_template
+from .language.language_model import LanguageModel
+from .language.likelihood import METRICS, LikelihoodTask
+from .language.token_rows import as_batch, as_examples, learns, pieces
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
-from .padding import padded
 from .registry import task
-from .saying import opening, question, say
-from .token_rows import IGNORED, Tokens, blocks, pieces
+from .text.rows import said_rows, some_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_SAMPLE = 2000  # rows measured for their length
-_OPENING, _GOES_ON = 60, 200  # characters of a text that is to go on, and of how it does
-_SAID = 48  # tokens of a sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,69 +64,40 @@ class CausalLM(LikelihoodTask):
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", shape: Shape, settings: CausalLMSettings, metric: str | None = None
     ) -> None:
-        self.tokenizer, self.shape, self.settings, self.notes = tokenizer, shape, settings, []
-        self.learns_all = settings.loss_on == "all" or shape.kind == "text"
+        self.tokenizer, self.settings, self.notes = tokenizer, settings, []
+        self.read_as(shape)
         self.packs = False
         self.keeps_rows = False  # every row of a table, also one with nothing to judge, is a row of the examples
         self.metrics = METRICS
         self.judge_by(metric)
 
+    def read_as(self, shape: Shape) -> None:
+        """Read rows as being of this shape."""
+        self.shape = shape
+        learns_all = self.settings.loss_on == "all" or shape.kind == "text"
+        self.rows = AskingRows(self.tokenizer, shape, learns_all)
+
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         shape = recognise(tables["train"], asked.columns)
-        asked.plan.decide("rows", None, _in_words(shape), shape.reason)
         tokenizer = load_tokenizer(asked.model, asked.revision)
+        made = cls(tokenizer, shape, settings, asked.metric)
+        asked.plan.decide("rows", None, in_words(shape), shape.reason)
         if shape.kind != "text":
             asked.plan.decide("chat template", None, *ensure_template(tokenizer))
-        made = cls(tokenizer, shape, settings, asked.metric)
         why = "a text has no answers" if shape.kind == "text" else "as task.loss_on says; what is asked is given"
-        asked.plan.decide("learned tokens", None, "all" if made.learns_all else "answers", why)
+        asked.plan.decide("learned tokens", None, "all" if made.rows.learns_all else "answers", why)
         return made
 
     def check(self, table: Table) -> dict[int, str]:
-        problems: dict[int, str] = {}
-        for name in self.shape.columns.values():
-            table.column(name)  # one mistake, not one per row
-        for i in range(len(table)):
-            try:
-                self._rendered(table, i)
-            except DataError as error:
-                problems[i] = str(error)
-        return problems
-
-    def _rendered(self, table: Table, i: int) -> tuple[str, Any]:
-        """Row i as text, and the spans of its answers in it, None where all is learned.  Raises DataError."""
-        if self.shape.kind == "text":
-            return self.shape.text(table, i), None
-        turns = self.shape.turns(table, i)
-        if self.learns_all:
-            return rendered(self.tokenizer, turns, asks=False), None
-        return answers_in(self.tokenizer, turns)
-
-    def _tokens(self, table: Table) -> list[Tokens]:
-        """All rows as tokens, uncut."""
-        rows = [self._rendered(table, i) for i in range(len(table))]
-        if self.shape.kind != "text":
-            return encoded(self.tokenizer, [text for text, _ in rows], [spans for _, spans in rows])
-        found: Any = cast(Any, self.tokenizer)([text for text, _ in rows], verbose=False)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        ids = [row if end is None or row[-1:] == [end] else [*row, end] for row in found]
-        return [(row, [IGNORED, *row[1:]]) for row in ids]
+        return self.rows.check(table)
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        return duplicate_groups(self._asked(table))
+        return duplicate_groups(self.rows.asked(table))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        seen = set(self._asked(train))
-        again = sum(text in seen for text in self._asked(test))
         what = "texts" if self.shape.kind == "text" else "prompts"
-        return [f"{again} of {len(test)} test {what} stand in the training rows too"] if again else []
-
-    def _asked(self, table: Table) -> list[str]:
-        """What makes rows the same: the whole text, or all before the first answer."""
-        if self.shape.kind == "text":
-            return table.column(self.shape.columns["text"])
-        return [self.prompt_of(table, i) for i in range(len(table))]
+        return seen_before(self.rows.asked(train), self.rows.asked(test), what)
 
     # -- the model --------------------------------------------------------------------------------------------------
     def build(self, asked: Asked) -> LanguageModel:
@@ -149,10 +116,10 @@ class CausalLM(LikelihoodTask):
             if self.max_length > limit:
                 raise RecipeError(f"task.max_length is {self.max_length}, and {asked.model.name} has {limit} positions")
             return
-        tokens = self._tokens(train.select(subset(len(train), None, _SAMPLE, asked.seed)))
+        tokens = self.rows.tokens(some_of(train, asked.seed))
         lengths = [len(ids) for ids, _ in tokens]
         self.max_length = settle_length(self.settings.max_length, lengths, model.body, self.tokenizer, asked)
-        if lost := sum(not self._learns(targets) for _, targets in tokens):
+        if lost := sum(not learns(targets[: self.max_length]) for _, targets in tokens):
             if lost == len(tokens):
                 raise DataError(f"no row has an answer within {self.max_length} tokens: raise task.max_length")
             share = f"{lost / len(tokens):.1%} of the training rows"
@@ -169,59 +136,26 @@ class CausalLM(LikelihoodTask):
         why = why_not or "documents share blocks and do not see each other; checked on this model"
         return asked.plan.decide("packing", True if said == "on" else None, why_not is None, why)
 
-    def _learns(self, targets: list[int]) -> bool:
-        return any(target != IGNORED for target in targets[: self.max_length])
-
     # -- rows -------------------------------------------------------------------------------------------------------
     def encode(self, table: Table) -> Examples:
         assert self.max_length is not None
-        rows = self._tokens(table)
+        rows = self.rows.tokens(table)
         if self.packs and self.shape.kind == "text":
             rows = [piece for row in rows for piece in pieces(row, self.max_length)]
-        cut = sum(len(ids) > self.max_length for ids, _ in rows)
-        rows = [(ids[: self.max_length], targets[: self.max_length]) for ids, targets in rows]
-        if not self.keeps_rows:
-            rows = [row for row in rows if self._learns(row[1])]
-        inputs: list[dict[str, list[int]]] = [{"input_ids": ids, "targets": targets} for ids, targets in rows]
-        if self.packs:
-            inputs = blocks(rows, self.max_length)
-        counts = [sum(target != IGNORED for target in row["targets"]) for row in inputs]
-        return Examples(inputs, torch.tensor(counts), [len(row["input_ids"]) for row in inputs], cut)
+        return as_examples(rows, self.max_length, packed=self.packs, keep_all=self.keeps_rows)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        fillers = {"input_ids": cast(int, self.tokenizer.pad_token_id or 0), "targets": IGNORED}
-        batch = padded(examples, indices, fillers)
-        if "position_ids" in batch:
-            del batch["attention_mask"]  # padding stands at position 0 each: documents of one token
-        return batch
+        return as_batch(examples, indices, cast(int, self.tokenizer.pad_token_id or 0))
 
-    # -- learning and judging ---------------------------------------------------------------------------------------
     # -- saying something -------------------------------------------------------------------------------------------
     def prompt_of(self, table: Table, row: int) -> str:
-        """What a model is asked in a row, in words: all before the first answer, or how a text begins."""
-        if self.shape.kind == "text":
-            return self.shape.text(table, row)[:_OPENING].rpartition(" ")[0] or self.shape.text(table, row)[:_OPENING]
-        before = before_answer(self.shape.turns(table, row))
-        if len(before) == 1:
-            return before[0].content
-        return "\n".join(f"{turn.role}: {turn.content}" for turn in before)
+        return self.rows.prompt(table, row)
 
     def truth_of(self, table: Table, row: int) -> str:
-        """The first answer, or how the text goes on."""
-        if self.shape.kind == "text":
-            return self.shape.text(table, row)[len(self.prompt_of(table, row)) :][:_GOES_ON].strip()
-        return next(turn.content for turn in self.shape.turns(table, row) if turn.is_answer)
+        return self.rows.truth(table, row)
 
     def samples(self, model: TaskModel, table: Table, rows: Sequence[int]) -> list[str]:
-        """What the model says to the prompts of these rows: the likeliest token each time, 48 tokens at most."""
-        said = []
-        for row in rows:
-            if self.shape.kind == "text":
-                ids = opening(self.tokenizer, self.prompt_of(table, row))
-            else:
-                ids = question(self.tokenizer, before_answer(self.shape.turns(table, row)))
-            said.append(say(model.body, self.tokenizer, ids, _SAID))
-        return said
+        return self.rows.said(model.body, table, rows)
 
     def resolved_settings(self) -> dict[str, Any]:
         packing = "on" if self.packs else "off"
@@ -259,22 +193,14 @@ class CausalLM(LikelihoodTask):
     def table_of(self, inputs: Sequence[str]) -> Table:
         if self.shape.kind != "text":
             raise DataError("this adapter answers: talk to it with smidgen chat, or give rows with --data FILE")
-        return Table({self.shape.columns["text"]: list(inputs)}, [f"--text {i + 1}" for i in range(len(inputs))])
+        return said_rows(self.shape.columns["text"], inputs)
 
     def rows_for(self, table: Table, *, labelled: bool) -> None:
         if any(name not in table.columns for name in self.shape.columns.values()):
             found = recognise(table, {})
             if (found.kind == "text") != (self.shape.kind == "text"):
-                raise DataError(f"the rows are {_in_words(found)}; this adapter learned from {_in_words(self.shape)}")
-            self.shape = found
+                raise DataError(f"the rows are {in_words(found)}; this adapter learned from {in_words(self.shape)}")
+            self.read_as(found)
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
-        lines = []
-        for i, row in enumerate(answers):
-            lines.append({"prompt": self.prompt_of(table, i), **self.likelihood(row)})
-        return lines
-
-
-def _in_words(shape: Shape) -> str:
-    words = {"text": "plain texts", "completion": "prompts and completions", "chat": "chats"}
-    return f"{words[shape.kind]} ({', '.join(shape.columns.values())})"
+        return [{"prompt": self.prompt_of(table, i), **self.likelihood(row)} for i, row in enumerate(answers)]

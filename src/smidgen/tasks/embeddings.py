@@ -14,32 +14,26 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.checks import require_above_zero, require_one_of, require_whole
 from ..core.errors import DataError
-from ..data.labels import check_text
-from ..data.split import duplicate_groups, subset
 from ..data.table import Table
-from ..data.values import number
 from .base import Asked, Batch, Example, Examples, Task, TaskModel
+from .judging import counted, seen_before
 from .loading import load_body, load_tokenizer, settle_length
-from .padding import padded
-from .pair_columns import ROLES, pair_columns, score_range
-from .ranking import mrr_at, recall_at
 from .registry import task
-from .sentence_pooling import Embedder, Pooling, save_trained, trained_pooling, trained_prompts, usual_pooling
-from .similarity import Search, connected, contrastive_loss, cosent_loss
+from .text.objectives import Finding, Likeness, Objective, cosines
+from .text.pair_columns import ROLES, PairColumns, pair_columns, score_range
+from .text.rows import said_rows, some_of
+from .text.sentence_pooling import Embedder, Pooling, as_trained, save_trained
+from .text.sides import Sides
+from .text.similarity import connected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Loss = Literal["contrastive", "cosent", "cosine"]
-Side = Literal["text", "text_pair", "negative"]
-_SIDES: tuple[Side, ...] = get_args(Side)
-_SAMPLE = 2000  # rows measured for their length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +81,17 @@ class Embeddings(Task):
         scores: tuple[float, float] = (0.0, 1.0),
         metric: str | None = None,
     ) -> None:
-        self.tokenizer, self.columns, self.settings, self.scores = tokenizer, dict(columns), settings, scores
+        """scores: those that stand for the cosines 0 and 1."""
+        self.tokenizer, self.columns, self.settings, self.scores = tokenizer, PairColumns(columns), settings, scores
+        self.sides = Sides(tokenizer, settings.query_prompt or "", settings.document_prompt or "")
         self.max_length = settings.max_length
         self.finds = settings.loss == "contrastive"
-        self.metrics = ("mrr@10", "recall@1", "recall@5", "recall@10") if self.finds else ("spearman", "pearson")
+        self.objective: Objective = (
+            Finding(temperature=settings.temperature, symmetric=settings.symmetric)
+            if self.finds
+            else Likeness(temperature=settings.temperature, squared=settings.loss == "cosine", scores=scores)
+        )
+        self.metrics = self.objective.metrics
         self.judge_by(metric)
         self.notes: list[str] = []
         self._is_judged = True
@@ -100,189 +101,79 @@ class Embeddings(Task):
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         scored = None if settings.loss is None else settings.loss != "contrastive"
         columns, reasons = pair_columns(tables["train"], asked.columns, scored=scored)
-        for role, why in reasons.items():
-            asked.plan.decide(f"{role} column", asked.columns.get(role), columns[role], why)
-        found, why = (
-            ("cosent", "the pairs have scores") if "score" in columns else ("contrastive", "no scores are given")
-        )
-        loss = asked.plan.decide("loss", settings.loss, cast(Loss, found), why)
+        asked.decide_columns(columns, reasons)
+        found: Loss = "cosent" if "score" in columns else "contrastive"
+        why = "the pairs have scores" if "score" in columns else "no scores are given"
+        loss = asked.plan.decide("loss", settings.loss, found, why)
         tokenizer = load_tokenizer(asked.model, asked.revision)
-        made = cls(
-            tokenizer, columns, replace(settings, loss=loss, **_as_trained(settings, asked)), metric=asked.metric
-        )
-        if "score" in columns:
-            made.scores = score_range(tables["train"].column(columns["score"]))
-        else:
+        prompts = {"query_prompt": settings.query_prompt, "document_prompt": settings.document_prompt}
+        settings = replace(settings, loss=loss, **as_trained(asked, settings.pooling, prompts))
+        scores = score_range(tables["train"].column(columns["score"])) if "score" in columns else (0.0, 1.0)
+        made = cls(tokenizer, columns, settings, scores, asked.metric)
+        if made.finds:
             made.notes.append("queries are ranked among the different documents of the rows that judge, and no others")
         return made
 
-    def _sides(self, table: Table) -> list[Side]:
-        return [side for side in _SIDES if self.columns.get(side) in table.columns]
-
     def check(self, table: Table) -> dict[int, str]:
-        problems: dict[int, str] = {}
-        names = [name for role, name in self.columns.items() if role != "score"]
-        for i, texts in enumerate(zip(*map(table.column, names), strict=True)):
-            wrong = [
-                f'column "{name}": {what}'
-                for name, text in zip(names, texts, strict=True)
-                if (what := check_text(text))
-            ]
-            if not wrong and self.finds and self._is_judged and len(set(duplicate_groups(texts))) < len(texts):
-                wrong = ["two texts of the row are the same: there is nothing to tell apart"]
-            if wrong:
-                problems[i] = "; ".join(wrong)
-        if "score" in self.columns:
-            for i, value in enumerate(table.column(self.columns["score"])):
-                if number(value) is None:
-                    problems[i] = f'column "{self.columns["score"]}": {value!r:.40} is no number'
-        return problems
+        return self.columns.check(table, differ=self.finds and self._is_judged)
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
         """Rows that share a text, whichever side it is on, and rows that share one with those."""
-        ids = self._numbers(table)
-        return connected([row[:2] for row in ids.tolist()])
+        return connected([row[:2] for row in self.columns.numbers(table).tolist()])
 
     def strata(self, table: Table) -> Sequence[Any] | None:
-        return None if self.finds else self._scores(table).tolist()
+        return None if self.finds else self.columns.scores(table).tolist()
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        seen = {text for side in _SIDES[:2] for text in train.column(self.columns[side])}
-        again = sum(any(test.column(self.columns[side])[i] in seen for side in _SIDES[:2]) for i in range(len(test)))
-        if not again:
-            return []
-        return [f"{again} of {len(test)} test rows have a text of the training rows: the figures are flattered by that"]
+        trained, judged = ([*self.columns.texts(some).values()][:2] for some in (train, test))
+        seen = {text for texts in trained for text in texts}
+        known = [next((text for text in texts if text in seen), None) for texts in zip(*judged, strict=True)]
+        return seen_before(seen, known, "rows, by one of their texts,")
 
     # -- the model --------------------------------------------------------------------------------------------------
-    def build(self, asked: Asked) -> "Embedder":
-        assert self.settings.pooling is not None
-        return Embedder(load_body(asked.model, asked.dtype, asked.revision), self.settings.pooling)
+    @property
+    def _pooling(self) -> Pooling:
+        assert self.settings.pooling is not None, "understand comes first"
+        return self.settings.pooling
+
+    def build(self, asked: Asked) -> Embedder:
+        return Embedder(load_body(asked.model, asked.dtype, asked.revision), self._pooling)
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
-        some = train.select(subset(len(train), None, _SAMPLE, asked.seed))
-        tokenize: Any = self.tokenizer
-        sides = [tokenize(texts, verbose=False)["input_ids"] for texts in self._texts(some)]
-        lengths = [max(map(len, row)) for row in zip(*sides, strict=True)]
+        lengths = self.sides.lengths(self.columns, some_of(train, asked.seed))
         self.max_length = settle_length(self.settings.max_length, lengths, model.body, self.tokenizer, asked)
 
-    def embed(self, model: TaskModel, texts: Sequence[str], side: Side = "text", batch: int = 64) -> Tensor:
-        """The vectors of texts, (N, D) in fp32, normalised; with the prompt of queries, or else of documents."""
-        only = Embeddings(self.tokenizer, {side: side}, self.settings, self.scores)
-        only.max_length = self.max_length
-        examples = only.encode(only.table_of(texts))
-        device, was_training = next(model.parameters()).device, model.training
-        model.eval()
-        found = []
-        with torch.no_grad():
-            for start in range(0, len(texts), batch):
-                rows = only.collate(examples, range(start, min(start + batch, len(texts))))
-                found.append(model({name: tensor.to(device) for name, tensor in rows.items()})[:, 0])
-        model.train(was_training)
-        return torch.cat(found)
-
     # -- rows -------------------------------------------------------------------------------------------------------
-    def _texts(self, table: Table) -> list[list[str]]:
-        """The texts of each side with their prompts."""
-        query, document = self.settings.query_prompt or "", self.settings.document_prompt or ""
-        return [
-            [(query if side == "text" else document) + text for text in table.column(self.columns[side])]
-            for side in self._sides(table)
-        ]
-
-    def _numbers(self, table: Table) -> Tensor:
-        """A number for each text, the same for texts that differ in case or white space only, (N, S)."""
-        sides = [table.column(self.columns[side]) for side in self._sides(table)]
-        return torch.tensor(duplicate_groups([text for texts in sides for text in texts])).view(len(sides), -1).T
-
-    def _scores(self, table: Table) -> Tensor:
-        name = self.columns.get("score")
-        if name not in table.columns:
-            return torch.zeros(len(table))
-        return torch.tensor([float(cast(float, number(value))) for value in table.column(name)])
-
     def encode(self, table: Table) -> Examples:
-        tokenize: Any = self.tokenizer
-        sides = [tokenize(texts, truncation=True, max_length=self.max_length) for texts in self._texts(table)]
-        inputs = [{str(s): side["input_ids"][i] for s, side in enumerate(sides)} for i in range(len(table))]
-        cut = sum(any(side.encodings[i].overflowing for side in sides) for i in range(len(table)))
-        targets = self._numbers(table) if self.finds else self._scores(table)
-        return Examples(inputs, targets, [max(map(len, row.values())) for row in inputs], cut)
+        targets = self.objective.targets(self.columns, table)
+        return self.sides.examples(self.columns, table, targets, self.max_length)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        """All sides as rows of one batch, a side after the other: (S B, T)."""
-        sides = list(examples.inputs[indices[0]])
-        rows = [{"input_ids": examples.inputs[i][side]} for side in sides for i in indices]
-        flat = Examples(rows, torch.empty(0), [len(row["input_ids"]) for row in rows])
-        batch = padded(flat, range(len(rows)), {"input_ids": cast(int, self.tokenizer.pad_token_id or 0)})
-        batch["targets"] = examples.targets[list(indices)]
-        return batch
+        return self.sides.batch(examples, indices)
 
     # -- learning and judging ---------------------------------------------------------------------------------------
     def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        """A sum over the rows.  CoSENT has one number for the batch, which counts for each of its rows."""
-        targets, temperature, count = batch["targets"], self.settings.temperature, len(outputs)
-        if self.finds:
-            return contrastive_loss(outputs, targets, temperature, symmetric=self.settings.symmetric), count
-        cosines = _cosines(outputs)
-        if self.settings.loss == "cosent":
-            return cosent_loss(cosines, targets, temperature) * count, count
-        low, high = self.scores
-        return F.mse_loss(cosines, (targets - low) / (high - low), reduction="sum"), count
+        return self.objective.loss(outputs, batch["targets"]), len(outputs)
 
     def answer(self, outputs: Any, batch: Batch) -> Tensor:
-        """The vectors (B, S, D), or where only the similarity of a pair counts, that (B,)."""
-        return outputs if self.finds or outputs.shape[1] == 1 else _cosines(outputs)
-
-    def _per_row(self, answers: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        ranks = Search.of(answers, targets).ranks()
-        return {"mrr@10": mrr_at(ranks, 10), **{f"recall@{k}": recall_at(ranks, k) for k in (1, 5, 10)}}
+        return self.objective.kept(outputs)
 
     def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        if self.finds:
-            return {name: float(values.mean()) for name, values in self._per_row(answers, targets).items()}
-        from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
-
-        if len(answers) < 2 or not answers.std() or not targets.std():  # what is all the same ranks nothing
-            return {"spearman": 0.0, "pearson": 0.0}
-        return {
-            "spearman": float(spearman_corrcoef(answers, targets)),
-            "pearson": float(pearson_corrcoef(answers, targets)),
-        }
+        return self.objective.score(answers, targets)
 
     def parts(self, answers: Tensor, targets: Tensor) -> Tensor | None:
-        if not self.finds:
-            return None
-        values = self._per_row(answers, targets)[self.metric]
-        return torch.stack([values, torch.ones_like(values)], dim=1)
-
-    def value_of(self, sums: Tensor) -> Tensor:
-        return sums[..., 0] / sums[..., 1]
+        values = self.objective.values(answers, targets)
+        return None if values is None else counted(values[self.metric])
 
     def contrasts(self, table: Table, targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
-        """Queries whose document only one of two models finds first."""
-        if not self.finds:
-            return []
-        searches = [Search.of(answers, targets) for answers in (base, tuned)]
-        first = [search.ranks() == 1 for search in searches]
-        documents = [text for side in self._sides(table)[1:] for text in table.column(self.columns[side])]
-        queries = table.column(self.columns["text"])
-        return [
-            Example(
-                text=queries[i],
-                truth=documents[i],
-                base=documents[searches[0].best(i)],
-                tuned=documents[searches[1].best(i)],
-                better="tuned" if first[1][i] else "base",
-            )
-            for i in (first[0] != first[1]).nonzero()[:, 0].tolist()
-        ]
+        return self.objective.contrasts([*self.columns.texts(table).values()], targets, base, tuned)
 
     # -- using a result ---------------------------------------------------------------------------------------------
     def describe(self) -> dict[str, Any]:
         settings = {**asdict(self.settings), "max_length": self.max_length}
         return {
             "task": self.name,
-            "columns": self.columns,
+            "columns": dict(self.columns.names),
             "settings": settings,
             "scores": list(self.scores),
             "metric": self.metric,
@@ -300,50 +191,27 @@ class Embeddings(Task):
         )
 
     def table_of(self, inputs: Sequence[str]) -> Table:
-        side = next(iter(self.columns))
-        return Table({self.columns[side]: list(inputs)}, [f"--text {i + 1}" for i in range(len(inputs))])
+        return said_rows(next(iter(self.columns.names.values())), inputs)
 
     def rows_for(self, table: Table, *, labelled: bool) -> None:
         """Where nothing is judged, one side of the pair is enough: its vectors are shown."""
         self._is_judged = labelled
         if not labelled:
-            self.columns = {role: name for role, name in self.columns.items() if name in table.columns}
-            self.columns.pop("score", None)
-        if not self._sides(table):
+            self.columns = PairColumns({side: self.columns.names[side] for side in self.columns.sides(table)})
+        if not self.columns.sides(table):
             raise DataError(f"no column of texts: {', '.join(table.names)}")
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
-        shown = {str(side): table.column(self.columns[side]) for side in self._sides(table)}
-        rows = [{side: texts[i] for side, texts in shown.items()} for i in range(len(table))]
+        sides = self.columns.texts(table)
+        rows: list[dict[str, Any]] = [{side: texts[i] for side, texts in sides.items()} for i in range(len(table))]
         if answers.ndim == 3 and answers.shape[1] == 1:
             return [{**row, "embedding": vector.tolist()} for row, vector in zip(rows, answers[:, 0], strict=True)]
-        cosines = _cosines(answers) if answers.ndim == 3 else answers
-        return [{**row, "similarity": round(float(c), 4)} for row, c in zip(rows, cosines, strict=True)]
+        likeness = cosines(answers) if answers.ndim == 3 else answers
+        return [{**row, "similarity": round(float(c), 4)} for row, c in zip(rows, likeness, strict=True)]
 
     def save_body(self, body: nn.Module, folder: str) -> None:
         """So that sentence-transformers reads it too."""
         super().save_body(body, folder)
-        prompts = {"query": self.settings.query_prompt or "", "document": self.settings.document_prompt or ""}
-        assert self.settings.pooling is not None
+        prompts = {"query": self.sides.query_prompt, "document": self.sides.document_prompt}
         width = cast(Any, body).config.hidden_size
-        save_trained(folder, self.settings.pooling, prompts, width=width, max_length=self.max_length)
-
-
-def _cosines(vectors: Tensor) -> Tensor:
-    return (vectors[:, 0] * vectors[:, 1]).sum(-1)
-
-
-def _as_trained(settings: EmbeddingsSettings, asked: Asked) -> dict[str, Any]:
-    """Pooling and prompts: as said, else as the model was trained; entered in the plan."""
-    trained = settings.pooling or trained_pooling(asked.model, asked.revision)
-    why = "as the model was trained" if trained else "usual for a model of this kind"
-    pooling = trained or usual_pooling(asked.model, asked.revision)
-    values: dict[str, Any] = {"pooling": asked.plan.decide("pooling", settings.pooling, pooling, why)}
-    prompts = trained_prompts(asked.model, asked.revision)
-    for name, keys in (("query_prompt", ("query",)), ("document_prompt", ("document", "passage"))):
-        prompt = next((prompts[key] for key in keys if prompts.get(key)), "")
-        said = getattr(settings, name)
-        if said is not None or prompt:
-            prompt = asked.plan.decide(name, said, prompt, "the model was trained with it")
-        values[name] = prompt
-    return values
+        save_trained(folder, self._pooling, prompts, width=width, max_length=self.max_length)

@@ -21,20 +21,21 @@ from ..core.checks import require_whole
 from ..core.safe import write_tensors
 from ..data.image_columns import image_column, label_column
 from ..data.image_folder import FOLDER, read_images
-from ..data.images import Fit, content_key, decode_all, image_name, image_problem, image_size, in_threads
+from ..data.images import Fit, content_key, image_name, image_problem, image_size, in_threads
 from ..data.labels import Kind, Labels, understand_labels
 from ..data.split import subset
 from ..data.table import Problem, Table
-from .augment import disturbed, flip_is_safe
 from .base import Asked, Batch, Examples, TaskModel
-from .image_input import Seen, with_said
-from .image_models import ImageClassifier, load_image_model
+from .images.augment import disturbed, flip_is_safe
+from .images.image_input import Seen, with_said
+from .images.image_models import ImageClassifier, load_image_model
+from .images.pixels import Pixels
+from .judging import seen_before
 from .labelled import ROW_ROLES, LabelledTask, with_targets
 from .registry import task
 
 Augment = Literal["crop", "shift", "off"]
 
-_ROOM = 2 << 30  # bytes of decoded images that are kept in memory
 _SAMPLE = 200  # images measured for their size
 _SMALL = 64  # pixels: images of no more are small
 
@@ -77,7 +78,7 @@ class ImageClassification(LabelledTask):
         self.notes = list(labels.notes)
         self.augmented: Augment = "off"
         self.flips = False
-        self._room = _ROOM
+        self.pixels = Pixels()
 
     seen: Seen | None = None  # known once the model is built, or from a saved result
 
@@ -117,13 +118,7 @@ class ImageClassification(LabelledTask):
         return in_threads(content_key, table.column(self.image_column))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        seen = set(self._contents(train))
-        again = sum(key in seen for key in self._contents(test))
-        if not again:
-            return []
-        return [
-            f"{again} of {len(test)} test images stand in the training rows too: the figures are flattered by that much"
-        ]
+        return seen_before(self._contents(train), self._contents(test), "images")
 
     # -- the model --------------------------------------------------------------------------------------------------
     def build(self, asked: Asked) -> ImageClassifier:
@@ -157,21 +152,11 @@ class ImageClassification(LabelledTask):
 
     # -- batches ----------------------------------------------------------------------------------------------------
     def encode(self, table: Table) -> Examples:
-        images, fit = table.column(self.image_column), self._seen.fit
-        size = len(images) * fit.channels * fit.height * fit.width
-        if size <= self._room:
-            self._room -= size
-            inputs = [{"pixels": pixels} for pixels in decode_all(images, fit, table.origins)]
-        else:  # decoded when their batch comes
-            inputs = [{"image": image, "name": name} for image, name in zip(images, table.origins, strict=True)]
+        inputs = self.pixels.inputs(table.column(self.image_column), table.origins, self._seen.fit)
         return Examples(inputs, self.targets_of(table), [1] * len(table), 0, self.weights_of(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        rows = [examples.inputs[i] for i in indices]
-        if "pixels" in rows[0]:
-            pixels = torch.stack([row["pixels"] for row in rows])
-        else:
-            pixels = decode_all([row["image"] for row in rows], self._seen.fit, [row["name"] for row in rows])
+        pixels = self.pixels.batch([examples.inputs[i] for i in indices], self._seen.fit)
         return with_targets({"pixels": pixels}, examples, indices)
 
     def augment(self, batch: Batch) -> Batch:

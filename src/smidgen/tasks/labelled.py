@@ -21,6 +21,7 @@ from ..data.labels import Kind, Labels
 from ..data.table import Table
 from ..data.values import number
 from .base import Asked, Batch, Example, Examples, Task
+from .judging import contrasted, counted
 
 _METRICS = {"regression": ("spearman", "r2", "mae"), "multilabel": ("macro_f1", "micro_f1", "exact_match")}
 ROW_ROLES = ("group", "time", "weight")
@@ -217,10 +218,7 @@ class LabelledTask(Task):
             right = _equal(predictions, targets).float()
         else:
             return None
-        return torch.stack([right, torch.ones_like(right)], dim=1)
-
-    def value_of(self, sums: Tensor) -> Tensor:
-        return sums[..., 0] / sums[..., 1]
+        return counted(right)
 
     def constant(self, targets: Tensor, count: int) -> tuple[str, Tensor] | None:
         """The usual class or classes, or the mean."""
@@ -241,17 +239,13 @@ class LabelledTask(Task):
     def contrasts(self, table: Table, targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
         if self.labels.kind == "regression":
             return []
-        said = [self.predictions(base), self.predictions(tuned)]
-        right = [_equal(p, targets) for p in said]
-        found = []
-        for i in (right[0] != right[1]).nonzero()[:, 0].tolist():
-            truth, by_base, by_tuned = (str(self.named(p[i])) for p in (targets, *said))
-            text = self.shown_input(table, i)
-            if right[1][i]:
-                found.append(Example(text=text, truth=truth, base=by_base, tuned=by_tuned, better="tuned"))
-            else:
-                found.append(Example(text=text, truth=truth, base=by_base, tuned=by_tuned, better="base"))
-        return found
+        said = (targets, self.predictions(base), self.predictions(tuned))
+
+        def words(i: int) -> tuple[str, str, str, str]:
+            truth, by_base, by_tuned = (str(self.named(some[i])) for some in said)
+            return self.shown_input(table, i), truth, by_base, by_tuned
+
+        return contrasted(_equal(said[1], targets), _equal(said[2], targets), words)
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
         lines = []

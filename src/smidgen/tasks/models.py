@@ -23,7 +23,7 @@ from torch import nn
 
 from ..core.errors import FolderError, MissingDependency, ModelError, nearest
 from ..core.safe import read_json
-from .python_file import names_file, object_in_file
+from .own.python_file import names_file, object_in_file
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = "package:"

@@ -1,9 +1,8 @@
 """Object detection: boxes with classes, judged by COCO's mean average precision.
 
 The body is the detector as it was trained; classes that the data names and the detector does not know grow behind its
-own (`detectors.py`), and are the head.  The base of the comparison is the untouched model, new classes at random.
-
-Images are letterboxed: scaled to fit a square of `image_size`, the rest grey.
+own (images/detectors.py), and are the head.  The base of the comparison is the untouched model, new classes at random.
+Images are letterboxed into a square of `image_size`.
 """
 
 from collections import Counter
@@ -16,18 +15,17 @@ from torch import Tensor
 
 from ..core.checks import require_whole
 from ..core.errors import DataError, ModelError, RecipeError, require
-from ..data.boxes import BOXES, IMAGE, Box, read_boxes
-from ..data.images import Fit, content_key, decode, image_problem, image_size, in_threads
+from ..data.boxes import BOXES, IMAGE, read_boxes
+from ..data.images import content_key, image_problem, image_size, in_threads
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Example, Examples, Task, TaskModel
-from .boxes import average_precision, detections, hits
-from .detectors import load_detector
-from .disturbed import GREY, disturbed
+from .images.detectors import load_detector
+from .images.disturbed import GREY, disturbed
+from .images.found import Classes, answers_of
+from .images.letterbox import Letterbox
+from .judging import contrasted
 from .registry import task
 
-_DETECTIONS = 100  # kept of an image, as COCO counts them
-_SHOWN = 0.25  # the score from which a detection is shown
-_BOX, _SCORE, _CLASS, _RIGHT = slice(0, 4), 4, 5, 6  # columns of an answer
 _ON_CPU, _ELSEWHERE = 320, 640
 
 
@@ -50,9 +48,7 @@ class ObjectDetectionSettings:
 class ObjectDetection(Task):
     """Object detection with given classes and image size.
 
-    names: of all classes; the first `own` are the detector's, the others are new.
-    answers: (N, 100, 7): box, score, class and at which thresholds it is right (`hits`), which is found when the batch
-    is there, because it goes image by image; what is then left to do is quick enough for a bootstrap.
+    names: of all classes; the first `own` are the detector's, the others are new.   answers: images/found.py.
     """
 
     summary = "boxes with classes in images, for YOLO and DETR-like detectors; new classes grow"
@@ -66,10 +62,11 @@ class ObjectDetection(Task):
     def __init__(
         self, names: Sequence[str], own: int, image_size: int, *, augment: bool = True, metric: str | None = None
     ) -> None:
-        self.names, self.own, self.image_size, self.augments = list(names), own, image_size, augment
+        self.classes, self.image_size, self.augments = Classes(list(names), own), image_size, augment
+        self.names, self.own = self.classes.names, own
         self.index = {name: i for i, name in reversed(list(enumerate(self.names)))}
         self.taught, self.suppress = [True] * len(self.names), True
-        self.metrics = ("map50", "map50_95", *(("map50 old", "map50 new") if len(self.names) > own else ()))
+        self.metrics = self.classes.metrics
         self.judge_by(metric)
         self.notes = []
 
@@ -137,20 +134,17 @@ class ObjectDetection(Task):
 
     def encode(self, table: Table) -> Examples:
         images, boxes = table.column(IMAGE), table.column(BOXES)
-        placed = [letterbox(size, self.image_size) for size in in_threads(image_size, images)]
+        placed = [Letterbox.of(size, self.image_size) for size in in_threads(image_size, images)]
         pixels = torch.full((len(table), 3, self.image_size, self.image_size), GREY, dtype=torch.uint8)
         targets = torch.full((len(table), max(map(len, boxes), default=0), 5), -1.0)
 
         def put(i: int) -> None:
-            top, left, height, width = placed[i]
             try:
-                pixels[i, :, top : top + height, left : left + width] = decode(
-                    images[i], Fit(height=height, width=width)
-                )
+                placed[i].put(images[i], pixels[i])
             except DataError as error:
                 raise DataError(f"{table.where(i)}: {error}") from None
             for j, box in enumerate(boxes[i]):
-                targets[i, j] = torch.tensor([self.index[box.name], *_in_pixels(box, *placed[i])])
+                targets[i, j] = torch.tensor([self.index[box.name], *placed[i].placed(box)])
 
         in_threads(put, range(len(table)))
         return Examples([{IMAGE: image} for image in pixels], targets, [1] * len(table))
@@ -170,59 +164,26 @@ class ObjectDetection(Task):
         return outputs["loss"], len(batch["targets"])
 
     def answer(self, outputs: Any, batch: Batch) -> Tensor:
-        found = detections(outputs["boxes"].float(), outputs["scores"].float(), _DETECTIONS, suppress=self.suppress)
-        return torch.cat([found, hits(found, batch["targets"])[..., None].to(found.dtype)], dim=-1)
+        return answers_of(outputs["boxes"], outputs["scores"], batch["targets"], suppress=self.suppress)
 
     def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        found = (answers[..., _SCORE], answers[..., _CLASS], answers[..., _RIGHT])
-        ap = average_precision(*found, targets[..., 0], len(self.names))  # (T, K)
-        scores = {"map50": ap[0], "map50_95": ap}
-        if len(self.names) > self.own:
-            scores |= {"map50 old": ap[0, : self.own], "map50 new": ap[0, self.own :]}
-        return {name: float(values.nanmean()) for name, values in scores.items()}
+        return self.classes.score(answers, targets)
 
     def contrasts(self, table: Table, targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
         """Images in which one of the two finds all things and nothing else."""
-        marked = (targets[..., 0] >= 0).sum(1)
-        right = [self._all_right(answers, marked) for answers in (base, tuned)]
-        found = []
-        for i in (right[0] != right[1]).nonzero()[:, 0].tolist():
-            truth = self._in_words(targets[i, :, 0])
-            said = [self._in_words(rows[i, rows[i, :, _SCORE] >= _SHOWN, _CLASS]) for rows in (base, tuned)]
-            name = table.column(IMAGE)[i]
-            found.append(
-                Example(text=name, truth=truth, base=said[0], tuned=said[1], better="tuned" if right[1][i] else "base")
-            )
-        return found
 
-    def _all_right(self, answers: Tensor, marked: Tensor) -> Tensor:
-        shown = answers[..., _SCORE] >= _SHOWN
-        at_half = shown & (answers[..., _RIGHT].long() & 1).bool()
-        return (at_half.sum(1) == marked) & (shown.sum(1) == marked)
+        def words(i: int) -> tuple[str, str, str, str]:
+            by_base, by_tuned = (self.classes.found_in_words(rows[i]) for rows in (base, tuned))
+            return table.column(IMAGE)[i], self.classes.in_words(targets[i, :, 0]), by_base, by_tuned
 
-    def _in_words(self, classes: Tensor) -> str:
-        counts = Counter(self.names[int(label)] for label in classes if label >= 0)
-        return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
+        right = [self.classes.all_right(answers, targets) for answers in (base, tuned)]
+        return contrasted(right[0], right[1], words)
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
-        """Boxes in pixels of the image itself."""
-        lines = []
-        for image, rows in zip(table.column(IMAGE), answers, strict=True):
-            height, width = image_size(image)
-            top, left, inner_height, inner_width = letterbox((height, width), self.image_size)
-            shift = torch.tensor([left, top, left, top])
-            scale = torch.tensor([width / inner_width, height / inner_height] * 2)
-            most = torch.tensor([width, height, width, height])
-            boxes = [
-                {
-                    "class": self.names[int(row[_CLASS])],
-                    "score": round(float(row[_SCORE]), 4),
-                    "box": [round(v, 1) for v in ((row[_BOX] - shift) * scale).clamp(min=0).minimum(most).tolist()],
-                }
-                for row in rows[rows[:, _SCORE] >= _SHOWN]
-            ]
-            lines.append({"image": image, "boxes": boxes})
-        return lines
+        return [
+            {"image": image, "boxes": self.classes.shown(rows, Letterbox.of(image_size(image), self.image_size))}
+            for image, rows in zip(table.column(IMAGE), answers, strict=True)
+        ]
 
     def resolved_settings(self) -> dict[str, Any]:
         return {"image_size": self.image_size, "augment": self.augments}
@@ -245,19 +206,6 @@ class ObjectDetection(Task):
 
     def table_of(self, inputs: Sequence[str]) -> Table:
         return Table({IMAGE: list(inputs), BOXES: [[] for _ in inputs]}, list(inputs))
-
-
-def letterbox(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
-    """Where an image of (height, width) lies in a square: top, left, height, width in pixels."""
-    scale = side / max(size)
-    height, width = (max(1, round(length * scale)) for length in size)
-    return (side - height) // 2, (side - width) // 2, height, width
-
-
-def _in_pixels(box: Box, top: int, left: int, height: int, width: int) -> list[float]:
-    """The corners of a box in the letterboxed image."""
-    x1, y1 = box.cx - box.width / 2, box.cy - box.height / 2
-    return [left + x1 * width, top + y1 * height, left + (x1 + box.width) * width, top + (y1 + box.height) * height]
 
 
 def _counts(table: Table) -> Counter[str]:

@@ -8,7 +8,7 @@ from typing import TypeVar, cast
 
 from ..core.errors import RecipeError, nearest
 from .base import Task
-from .python_file import names_file
+from .own.python_file import names_file
 
 Builder = TypeVar("Builder", bound=type[Task])
 

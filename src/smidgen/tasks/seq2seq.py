@@ -3,7 +3,8 @@
     loss = mean over the target's tokens of -log p(token | source, tokens before it)      perplexity = exp(loss)
 
 Rows have a source and a target, or hold both in a column of translations, {"en": "...", "de": "..."}: that becomes
-two columns, by their languages.  With the metric rouge_l the model also writes, token by token, when it is judged.
+two columns, by their languages.  With a metric of what is written (language/writing.py) the model also writes, token by
+token, when it is judged, to a bounded number of rows.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -12,40 +13,47 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..core.checks import require_whole
-from ..core.errors import ModelError, RecipeError
-from ..data.labels import check_text
-from ..data.split import duplicate_groups, subset
+from ..core.errors import RecipeError
+from ..data.split import duplicate_groups
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Examples, TaskModel
-from .likelihood import METRICS, LikelihoodTask
+from .judging import seen_before
+from .language.likelihood import METRICS, LikelihoodTask
+from .language.pair_tokens import PairTokens
+from .language.seq2seq_model import Seq2SeqModel
+from .language.source_target import by_language, source_alone, source_and_target
+from .language.writing import RATIOS, SUMS, sums_of
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
 from .registry import task
-from .rouge import rouge_l
-from .seq2seq_model import Seq2SeqModel
-from .source_target import by_language, source_alone, source_and_target
-from .token_rows import IGNORED
+from .text.rows import said_rows, some_of, wrong_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SAMPLE = 2000  # rows measured for their lengths
 _AT_ONCE = 8  # rows written to at a time
+_OWN = 3  # numbers of an answer before those of what is written
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seq2SeqSettings:
-    """prefix: put before each source ("summarize: ").   max_length, max_target_length: in tokens."""
+    """prefix: put before each source ("summarize: ").   max_length, max_target_length: in tokens.
+
+    source_language, target_language: by the names that a tokenizer of many languages has for them, "eng_Latn".
+    written: of a table's rows so many at most, evenly spread, are written to where the metric asks for it.
+    """
 
     prefix: str = ""
+    source_language: str | None = None
+    target_language: str | None = None
+    written: int = 500
     max_length: int | None = None
     max_target_length: int | None = None
 
     def __post_init__(self) -> None:
-        require_whole(self, "max_length", least=2)
-        require_whole(self, "max_target_length", least=2)
+        require_whole(self, "max_length", "max_target_length", least=2)
+        require_whole(self, "written")
 
 
 @task("seq2seq")
@@ -58,6 +66,7 @@ class Seq2Seq(LikelihoodTask):
     roles = ("source", "target")
     peft_task_type = "SEQ_2_SEQ_LM"
     largest_batch = 8
+    metrics_below = frozenset({*LikelihoodTask.metrics_below, "cer", "wer"})
 
     def __init__(
         self,
@@ -67,13 +76,13 @@ class Seq2Seq(LikelihoodTask):
         settings: Seq2SeqSettings,
         metric: str | None = None,
     ) -> None:
-        if hasattr(tokenizer, "tgt_lang"):
-            raise ModelError(f"{type(tokenizer).__name__} wants to be told languages, which this task does not do yet")
+        self.tokens = PairTokens(tokenizer, settings.prefix, (settings.source_language, settings.target_language))
         self.tokenizer, self.source, self.target, self.settings, self.notes = tokenizer, source, target, settings, []
         self.max_length, self.max_target_length = settings.max_length, settings.max_target_length
-        self.metrics = (*METRICS, "rouge_l")
+        self.metrics = (*METRICS, *RATIOS)
         self.judge_by(metric)
-        if self.metric != "rouge_l":
+        self.writes = self.metric in RATIOS
+        if not self.writes:
             self.metrics = METRICS  # writing takes long; it is done where it was asked for
 
     @classmethod
@@ -84,37 +93,29 @@ class Seq2Seq(LikelihoodTask):
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         source, target, why = source_and_target(tables["train"], asked.columns)
-        for role, name in (("source", source), ("target", target)):
-            asked.plan.decide(f"{role} column", asked.columns.get(role), name, why)
+        asked.decide_columns({"source": source, "target": target}, {"source": why, "target": why})
         return cls(load_tokenizer(asked.model, asked.revision), source, target, settings, asked.metric)
 
     def check(self, table: Table) -> dict[int, str]:
-        problems: dict[int, str] = {}
-        for column in filter(None, (self.source, self.target)):
-            for i, value in enumerate(table.column(column)):
-                if what := check_text(value):
-                    problems[i] = f'column "{column}": {what}'
-        return problems
+        return wrong_texts(table, (self.source, self.target))
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
         return duplicate_groups(table.column(self.source))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        seen = set(train.column(self.source))
-        again = sum(text in seen for text in test.column(self.source))
-        return [f"{again} of {len(test)} test sources stand in the training rows too"] if again else []
+        return seen_before(train.column(self.source), test.column(self.source), "sources")
 
     # -- the model --------------------------------------------------------------------------------------------------
     def build(self, asked: Asked) -> Seq2SeqModel:
         model = Seq2SeqModel(
             load_body(asked.model, asked.dtype, asked.revision, kind="AutoModelForSeq2SeqLM", whole=True)
         )
-        model.says = self.max_target_length if self.metric == "rouge_l" else None
+        model.says, model.begins = self.max_target_length, self.tokens.begins
         return model
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
         model = cast(Seq2SeqModel, model)
-        some = train.select(subset(len(train), None, _SAMPLE, asked.seed))
+        some = some_of(train, asked.seed)
         sources, targets = self._tokens(some)
         lengths = [len(ids) for ids in sources]
         self.max_length = settle_length(self.settings.max_length, lengths, model.body, self.tokenizer, asked)
@@ -126,75 +127,46 @@ class Seq2Seq(LikelihoodTask):
             raise RecipeError(
                 f"task.max_target_length is {self.max_target_length}, and {asked.model.name} has {limit} positions"
             )
-        model.says = self.max_target_length if self.metric == "rouge_l" else None
+        model.says = self.max_target_length
         model.eval().check_logits(self.collate(self.encode(some.select([0])), [0]))
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def _tokens(self, table: Table) -> tuple[list[list[int]], list[list[int]]]:
-        """Sources with the prefix and targets, uncut, their ends with them; one ignored token for no target."""
-        encode = cast(Any, self.tokenizer)
-        texts = [self.settings.prefix + text for text in table.column(self.source)]
-        sources = encode(texts, verbose=False)["input_ids"]
-        if self.target is None or self.target not in table.columns:
-            return sources, [[IGNORED]] * len(table)
-        return sources, encode(text_target=table.column(self.target), verbose=False)["input_ids"]
-
-    def _cut(self, ids: list[int], size: int) -> list[int]:
-        """At most `size` tokens; the token that ends a text stays."""
-        if len(ids) <= size:
-            return ids
-        return [*ids[: size - 1], ids[-1]] if ids[-1] in self.tokenizer.all_special_ids else ids[:size]
+        targets = None if self.target not in table.columns else table.column(self.target)
+        return self.tokens.of(table.column(self.source), targets)
 
     def encode(self, table: Table) -> Examples:
         assert self.max_length is not None
         assert self.max_target_length is not None
-        inputs, counts, cut = [], [], 0
-        for source, target in zip(*self._tokens(table), strict=True):
-            cut += len(source) > self.max_length or len(target) > self.max_target_length
-            row = {
-                "input_ids": self._cut(source, self.max_length),
-                "targets": self._cut(target, self.max_target_length),
-            }
-            inputs.append(row)
-            counts.append(sum(token != IGNORED for token in row["targets"]))
-        lengths = [len(row["input_ids"]) + len(row["targets"]) for row in inputs]
-        return Examples(inputs, torch.tensor(counts), lengths, cut)
+        written = self.settings.written if self.writes else 0
+        return self.tokens.examples(*self._tokens(table), self.max_length, self.max_target_length, written)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        def padded(name: str, filler: int) -> Tensor:
-            rows = [torch.tensor(examples.inputs[i][name]) for i in indices]
-            return pad_sequence(rows, batch_first=True, padding_value=filler)
-
-        return {
-            "input_ids": padded("input_ids", cast(int, self.tokenizer.pad_token_id)),
-            "attention_mask": (padded("input_ids", -1) != -1).long(),
-            "targets": padded("targets", IGNORED),
-        }
+        return self.tokens.batch(examples, indices)
 
     # -- learning and judging ---------------------------------------------------------------------------------------
     def answer(self, outputs: Any, batch: Batch) -> Tensor:
-        """(rows, 3), and with the metric rouge_l each row's ROUGE-L as a fourth."""
+        """(rows, 3), and where the model writes the sums of each row beside them, zeros where it did not."""
         answers = super().answer(outputs, batch)
-        if "said" not in outputs:
+        if not self.writes:
             return answers
-        filler = cast(int, self.tokenizer.pad_token_id)
-        targets = batch["targets"].masked_fill(batch["targets"] == IGNORED, filler)
-        pairs = zip(self._texts(outputs["said"]), self._texts(targets), strict=True)
-        return torch.cat([answers, answers.new_tensor([rouge_l(*pair) for pair in pairs])[:, None]], dim=1)
+        sums = answers.new_zeros(len(answers), SUMS)
+        if "said" in outputs:
+            said, truths = self.tokens.texts(outputs["said"]), self.tokens.texts(batch["targets"][batch["written"]])
+            sums[batch["written"]] = sums.new_tensor([*map(sums_of, said, truths)])
+        return torch.cat([answers, sums], dim=1)
 
     def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        figures = super().score(answers, targets)
-        return {**figures, "rouge_l": float(answers[:, 3].mean())} if answers.shape[1] > 3 else figures
+        sums = answers[:, _OWN:].double().sum(0)
+        written = {name: float(sums[top] / sums[bottom]) for name, (top, bottom) in RATIOS.items() if self.writes}
+        return {**super().score(answers, targets), **written}
 
     def parts(self, answers: Tensor, targets: Tensor) -> Tensor | None:
-        if self.metric == "rouge_l":
-            return torch.stack([answers[:, 3], torch.ones_like(answers[:, 3])], dim=1)
-        return super().parts(answers, targets)
+        if not self.writes:
+            return super().parts(answers, targets)
+        return answers[:, [_OWN + place for place in RATIOS[self.metric]]]
 
     # -- saying something -------------------------------------------------------------------------------------------
-    def _texts(self, ids: Tensor) -> list[str]:
-        return [text.strip() for text in cast(Any, self.tokenizer).batch_decode(ids, skip_special_tokens=True)]
-
     def samples(self, model: TaskModel, table: Table, rows: Sequence[int]) -> list[str]:
         """What the model writes to the sources of these rows: the likeliest token each time."""
         assert self.max_target_length is not None
@@ -203,7 +175,7 @@ class Seq2Seq(LikelihoodTask):
         for start in range(0, len(rows), _AT_ONCE):
             examples = self.encode(table.select(rows[start : start + _AT_ONCE]))
             batch = {name: some.to(device) for name, some in self.collate(examples, range(len(examples))).items()}
-            found += self._texts(model.say(batch, self.max_target_length))
+            found += self.tokens.texts(model.say(batch, self.max_target_length))
         return found
 
     def prompt_of(self, table: Table, row: int) -> str:
@@ -224,6 +196,9 @@ class Seq2Seq(LikelihoodTask):
             "task": self.name,
             "columns": {"source": self.source, "target": self.target},
             "prefix": self.settings.prefix,
+            "source_language": self.settings.source_language,
+            "target_language": self.settings.target_language,
+            "written": self.settings.written,
             "max_length": self.max_length,
             "max_target_length": self.max_target_length,
             "metric": self.metric,
@@ -233,6 +208,9 @@ class Seq2Seq(LikelihoodTask):
     def from_description(cls, description: Mapping[str, Any], asked: Asked) -> Self:
         settings = Seq2SeqSettings(
             prefix=str(description["prefix"]),
+            source_language=description.get("source_language"),
+            target_language=description.get("target_language"),
+            written=int(description.get("written", Seq2SeqSettings.written)),
             max_length=int(description["max_length"]),
             max_target_length=int(description["max_target_length"]),
         )
@@ -241,7 +219,7 @@ class Seq2Seq(LikelihoodTask):
         return cls(tokenizer, str(columns["source"]), str(columns["target"]), settings, description["metric"])
 
     def table_of(self, inputs: Sequence[str]) -> Table:
-        return Table({self.source: list(inputs)}, [f"--text {i + 1}" for i in range(len(inputs))])
+        return said_rows(self.source, inputs)
 
     def rows_for(self, table: Table, *, labelled: bool) -> None:
         if not labelled:
@@ -252,8 +230,5 @@ class Seq2Seq(LikelihoodTask):
             self.source, self.target, _ = source_and_target(table, {})
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
-        sources = table.column(self.source)
-        lines = []
-        for source, row in zip(sources, answers, strict=True):
-            lines.append({"source": source, **self.likelihood(row)})
-        return lines
+        rows = zip(table.column(self.source), answers, strict=True)
+        return [{"source": source, **self.likelihood(row)} for source, row in rows]

@@ -5,7 +5,7 @@ The body is the pre-trained model as it is; the task adds a pooling and a linear
     z = mean over the tokens of h_t         encoders;     the last token's h in decoders, which look backwards
     outputs = W z + c                       W: (K, 2 D)   K = classes, or 1 for a number
 
-h_t: hidden states of the middle and of the last layer side by side; the middle one often knows what the last forgot.
+h_t: the hidden states of two layers, text/classifiers.py.
 
 The head starts from the linear probe on the frozen body, so tuning starts where the probe ends (linear probing, then
 fine-tuning: Kumar et al. 2022, arXiv:2202.10054).
@@ -16,24 +16,25 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.checks import require_whole
 from ..core.errors import DataError
 from ..data.columns import Columns, guess_columns
-from ..data.labels import Kind, Labels, check_text, understand_labels
-from ..data.split import duplicate_groups, subset
+from ..data.labels import Kind, Labels, understand_labels
+from ..data.split import duplicate_groups
 from ..data.table import Table
 from .base import Asked, Batch, Examples, TaskModel
+from .judging import seen_before
 from .labelled import ROW_ROLES, LabelledTask, with_targets
-from .loading import load_body, load_tokenizer, pooling_for, settle_length
-from .padding import padded
+from .loading import load_body, load_tokenizer, settle_length
 from .registry import task
+from .text.classifiers import TextClassifier
+from .text.padding import padded
+from .text.rows import said_rows, some_of, wrong_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_SAMPLE = 2000  # texts measured for their length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,7 @@ class TextClassification(LabelledTask):
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         said = {role: name for role, name in asked.columns.items() if role not in ROW_ROLES}
         columns = guess_columns(tables["train"], **cast(Any, said))
-        for role, why in columns.reasons.items():
-            asked.plan.decide(f"{role} column", None, getattr(columns, role), why)
+        asked.decide_columns(vars(columns), columns.reasons)
         assert columns.label is not None
         labels = understand_labels(tables["train"].column(columns.label), kind=settings.kind)
         asked.plan.decide("kind", None, labels.kind, labels.reason)
@@ -94,32 +94,24 @@ class TextClassification(LabelledTask):
     _said_length: int | None = None
 
     def check(self, table: Table) -> dict[int, str]:
-        problems: dict[int, str] = {}
-        for column in filter(None, (self.columns.text, self.columns.text_pair)):
-            for i, value in enumerate(table.column(column)):
-                if what := check_text(value):
-                    problems[i] = f'column "{column}": {what}'
-        return {**problems, **self.check_rows(table)}
+        return {**wrong_texts(table, (self.columns.text, self.columns.text_pair)), **self.check_rows(table)}
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
         return self.said_groups(table) or duplicate_groups(table.column(self.columns.text))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        seen = set(train.column(self.columns.text))
-        again = sum(text in seen for text in test.column(self.columns.text))
-        if not again or self.columns.text_pair is not None:
+        if self.columns.text_pair is not None:
             return []
-        total = len(test)
-        return [f"{again} of {total} test texts stand in the training rows too: the figures are flattered by that much"]
+        return seen_before(train.column(self.columns.text), test.column(self.columns.text), "texts")
 
-    def build(self, asked: Asked) -> "TextClassifier":
+    def build(self, asked: Asked) -> TextClassifier:
         torch.manual_seed(asked.seed)  # of the new head
         return TextClassifier(load_body(asked.model, asked.dtype, asked.revision), self.outputs)
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
-        some = train.select(subset(len(train), None, _SAMPLE, asked.seed))
         encode: Any = self.tokenizer
-        lengths = [len(ids) for ids in encode(*self._texts(some), verbose=False)["input_ids"]]
+        ids = encode(*self._texts(some_of(train, asked.seed)), verbose=False)["input_ids"]
+        lengths = [len(row) for row in ids]
         self.max_length = settle_length(self._said_length, lengths, model.body, self.tokenizer, asked)
         self.learn_from(train)
 
@@ -173,7 +165,7 @@ class TextClassification(LabelledTask):
         if self.columns.text_pair is not None:
             both = f'"{self.columns.text}", "{self.columns.text_pair}"'
             raise DataError(f"this adapter reads pairs of texts ({both}): give --data FILE")
-        return Table({self.columns.text: list(inputs)}, [f"--text {i + 1}" for i in range(len(inputs))])
+        return said_rows(self.columns.text, inputs)
 
     def rows_for(self, table: Table, *, labelled: bool) -> None:
         label = self.columns.label if labelled else None
@@ -182,29 +174,3 @@ class TextClassification(LabelledTask):
             self.use_columns(guess_columns(table, allow_unlabelled=not labelled))
         if not labelled:
             self.use_columns(replace(self.columns, label=None))
-
-
-class TextClassifier(TaskModel):
-    """A pre-trained body, a pooling over its middle and last hidden states, and a linear head in fp32."""
-
-    def __init__(self, body: nn.Module, outputs: int) -> None:
-        super().__init__()
-        self.body = body
-        config: Any = body.config
-        self.pooling = pooling_for(config)
-        self.head: nn.Linear = nn.Linear(2 * config.hidden_size, outputs, device=next(body.parameters()).device)
-
-    def features(self, batch: Batch) -> Tensor:
-        """The pooled hidden states of the middle and the last layer, (N, 2 D) in fp32."""
-        inputs = {name: value for name, value in batch.items() if name not in ("targets", "weights")}
-        out = self.body(**inputs, output_hidden_states=True)
-        middle = out.hidden_states[len(out.hidden_states) // 2]
-        hidden = torch.cat([middle, out.last_hidden_state], dim=-1).float()  # (N, T, 2 D)
-        mask = batch["attention_mask"]
-        if self.pooling == "last":
-            return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
-        weights = mask.to(hidden.dtype)[:, :, None]
-        return (hidden * weights).sum(1) / weights.sum(1)
-
-    def forward(self, batch: Batch) -> Tensor:
-        return cast(Tensor, self.head(self.features(batch)))

@@ -7,34 +7,33 @@ The body is the pre-trained model as it is; the task adds a linear head on the f
 Words that a maximal length cuts off get no tag, and count as wrong.  Entities are judged whole, see `spans.py`.
 """
 
-import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.checks import require_one_of, require_whole
-from ..core.errors import DataError, ModelError
+from ..core.errors import DataError
 from ..data.conll import read_conll
-from ..data.split import duplicate_groups, subset
+from ..data.split import duplicate_groups
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Example, Examples, Task, TaskModel
+from .judging import contrasted, seen_before
 from .loading import load_body, load_tokenizer, settle_length
-from .padding import padded
 from .registry import task
-from .spans import NO_TAG, SCHEMES, Scheme, Tags, f1_by_type, span_scores, understand_tags
-from .word_columns import WordColumns, guess_word_columns
+from .text.classifiers import TokenClassifier
+from .text.padding import padded
+from .text.rows import said_rows, some_of
+from .text.spans import NO_TAG, SCHEMES, Scheme, Tags, f1_by_type, understand_tags
+from .text.word_columns import WordColumns, guess_word_columns
+from .text.words import SubWords, split_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_SAMPLE = 2000  # rows measured for their length
-_ENTITIES, _PLAIN = ("f1", "precision", "recall", "macro_f1"), ("accuracy", "macro_f1")
-_WORD = re.compile(r"(?:\w\.){2,}|\w+(?:[-'.]\w+)*|[^\w\s]")  # of a text that nobody has split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +72,12 @@ class TokenClassification(Task):
         max_length: int,
         metric: str | None = None,
     ) -> None:
-        if not tokenizer.is_fast:
-            raise ModelError(
-                f"{type(tokenizer).__name__} does not say which sub-word is of which word: it is no fast one"
-            )
         self.tokenizer, self.columns, self.tags, self.max_length = tokenizer, columns, tags, max_length
-        self.metrics = _PLAIN if tags.scheme == "plain" else _ENTITIES
+        self.sub_words = SubWords(tokenizer)
+        self.metrics = tags.metrics
         self.judge_by(metric)
         self.notes = []
         self._index = {name: i for i, name in enumerate(tags.names)}
-        # byte-level tokenizers take the space before a word as a part of it
-        encode: Any = tokenizer
-        alone = encode(["a", "b"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
-        self._space = "" if encode("a b", add_special_tokens=False)["input_ids"] == alone else " "
 
     _said_length: int | None = None
 
@@ -98,8 +90,7 @@ class TokenClassification(Task):
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         train = tables["train"]
         columns, reasons = guess_word_columns(train, asked.columns, tag_names=settings.tag_names or ())
-        for role, why in reasons.items():
-            asked.plan.decide(f"{role} column", asked.columns.get(role), getattr(columns, role), why)
+        asked.decide_columns(vars(columns), reasons)
         tags, why = understand_tags(columns.tag_rows(train) or [], settings.scheme)
         asked.plan.decide("scheme", settings.scheme, tags.scheme, why)
         made = cls(load_tokenizer(asked.model, asked.revision), columns, tags, 0, asked.metric)
@@ -125,41 +116,22 @@ class TokenClassification(Task):
         return [" ".join(words) for words in self.columns.words(table)]
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        seen = set(self._texts(train))
-        again = sum(text in seen for text in self._texts(test))
-        if not again:
-            return []
-        return [
-            f"{again} of {len(test)} test rows stand in the training rows too: the figures are flattered by that much"
-        ]
+        return seen_before(self._texts(train), self._texts(test), "rows")
 
-    def build(self, asked: Asked) -> "TokenClassifier":
+    def build(self, asked: Asked) -> TokenClassifier:
         torch.manual_seed(asked.seed)  # of the new head
         return TokenClassifier(load_body(asked.model, asked.dtype, asked.revision), len(self.tags.names))
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
-        some = train.select(subset(len(train), None, _SAMPLE, asked.seed))
-        lengths = [len(ids) for ids in self._encoded(some, verbose=False)["input_ids"]]
+        lengths = self.sub_words.lengths(self.columns.words(some_of(train, asked.seed)))
         self.max_length = settle_length(self._said_length, lengths, model.body, self.tokenizer, asked, whole=True)
 
-    def _encoded(self, table: Table, **how: Any) -> Any:
-        rows = [[words[0], *(self._space + word for word in words[1:])] for words in self.columns.words(table)]
-        return cast(Any, self.tokenizer)(rows, is_split_into_words=True, **how)
-
     def encode(self, table: Table) -> Examples:
-        encodings = self._encoded(table, truncation=True, max_length=self.max_length).encodings
-        inputs, lengths = [], []
-        for encoding in encodings:
-            firsts: dict[int, int] = {}  # word -> its first sub-word; a word may have none
-            for position, word in enumerate(encoding.word_ids):
-                if word is not None and word < self.max_length:
-                    firsts.setdefault(word, position)
-            inputs.append({"input_ids": encoding.ids, "words": list(firsts), "firsts": list(firsts.values())})
-            lengths.append(len(encoding.ids))
+        inputs, cut = self.sub_words.rows(self.columns.words(table), self.max_length)
         targets = torch.full((len(table), max(map(len, self.columns.words(table)))), NO_TAG)
         for row, tags in zip(targets, self.columns.tag_rows(table) or (), strict=False):
             row[: len(tags)] = torch.tensor([self._index[tag] for tag in tags])
-        return Examples(inputs, targets, lengths, sum(bool(encoding.overflowing) for encoding in encodings))
+        return Examples(inputs, targets, [len(row["input_ids"]) for row in inputs], cut)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         """firsts: where the first sub-word of each word is, words: which word that is, targets: its tag; each (N, T),
@@ -188,22 +160,17 @@ class TokenClassification(Task):
 
     def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
         counts = self.tags.counts(answers, targets).sum(0)
-        scores = {name: float(value) for name, value in self._figures(counts).items()}
-        if self.tags.scheme != "plain":
-            by_type = zip(self.tags.types, f1_by_type(counts).tolist(), counts[:, 2].tolist(), strict=True)
-            scores.update({f"f1 {kind}": value for kind, value, there in by_type if there})
-        return scores
-
-    def _figures(self, counts: Tensor) -> dict[str, Tensor]:
-        found = span_scores(counts)
-        found["accuracy"] = found["recall"]  # where each word is an entity of its own
-        return {name: found[name] for name in self.metrics}
+        by_type = zip(self.tags.types, f1_by_type(counts).tolist(), counts[:, 2].tolist(), strict=True)
+        return {
+            **{name: float(value) for name, value in self.tags.figures(counts).items()},
+            **{f"f1 {kind}": value for kind, value, there in by_type if there and self.tags.scheme != "plain"},
+        }
 
     def parts(self, answers: Tensor, targets: Tensor) -> Tensor | None:
         return self.tags.counts(answers, targets).flatten(1)
 
     def value_of(self, sums: Tensor) -> Tensor:
-        return self._figures(sums.view(*sums.shape[:-1], -1, 3))[self.metric]
+        return self.tags.figures(sums.view(*sums.shape[:-1], -1, 3))[self.metric]
 
     def constant(self, targets: Tensor, count: int) -> tuple[str, Tensor] | None:
         """The usual tag; where there are entities, that is none, and would say nothing."""
@@ -216,39 +183,18 @@ class TokenClassification(Task):
         """Rows of which exactly one has all right."""
         counts = [self.tags.counts(answers, targets).sum(1) for answers in (base, tuned)]
         right = [(c[:, 0] == c[:, 1]) & (c[:, 0] == c[:, 2]) for c in counts]
-        found = []
-        for i in (right[0] != right[1]).nonzero()[:, 0].tolist():
+
+        def in_words(i: int) -> tuple[str, str, str, str]:
             words = self.columns.words(table)[i]
-            truth, by_base, by_tuned = (self._said(words, tags[i]) for tags in (targets, base, tuned))
-            text = " ".join(words)
-            better: Literal["base", "tuned"] = "tuned" if right[1][i] else "base"
-            found.append(Example(text=text, truth=truth, base=by_base, tuned=by_tuned, better=better))
-        return found
+            truth, by_base, by_tuned = (self.tags.in_words(words, tags[i]) for tags in (targets, base, tuned))
+            return " ".join(words), truth, by_base, by_tuned
 
-    def _said(self, words: list[str], tags: Tensor) -> str:
-        if self.tags.scheme == "plain":
-            return " ".join(name or "(cut off)" for name in self._names(words, tags))
-        spans = self.tags.spans(tags[: len(words)])
-        return ", ".join(f"{' '.join(words[start:end])} ({kind})" for start, end, kind in spans) or "none"
-
-    def _names(self, words: list[str], tags: Tensor) -> list[str | None]:
-        """The tag of each word, None for those that were cut off."""
-        said = [self.tags.names[tag] if tag >= 0 else None for tag in tags[: len(words)].tolist()]
-        return said + [None] * (len(words) - len(said))
+        return contrasted(right[0], right[1], in_words)
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
         """Words with their entities, which go from word "start" to the one before "end"; or with their tags."""
-        lines: list[dict[str, Any]] = []
-        for words, tags in zip(self.columns.words(table), answers, strict=True):
-            if self.tags.scheme == "plain":
-                lines.append({"tokens": words, "tags": self._names(words, tags)})
-                continue
-            entities = [
-                {"type": kind, "words": words[start:end], "start": start, "end": end}
-                for start, end, kind in self.tags.spans(tags[: len(words)])
-            ]
-            lines.append({"tokens": words, "entities": entities})
-        return lines
+        rows = self.columns.words(table)
+        return [{"tokens": words, **self.tags.shown(words, tags)} for words, tags in zip(rows, answers, strict=True)]
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -271,11 +217,10 @@ class TokenClassification(Task):
         return cls(tokenizer, columns, tags, int(description["max_length"]), description["metric"])
 
     def table_of(self, inputs: Sequence[str]) -> Table:
-        origins = [f"--text {i + 1}" for i in range(len(inputs))]
-        empty = [origin for origin, text in zip(origins, inputs, strict=True) if not _WORD.search(text)]
-        if empty:
+        table = said_rows(self.columns.tokens, [split_words(text) for text in inputs])
+        if empty := [table.where(i) for i, words in enumerate(self.columns.words(table)) if not words]:
             raise DataError(f"{', '.join(empty)}: no words")
-        return Table({self.columns.tokens: [_WORD.findall(text) for text in inputs]}, origins)
+        return table
 
     def rows_for(self, table: Table, *, labelled: bool) -> None:
         wanted = (self.columns.tokens, self.columns.tags if labelled else None)
@@ -284,29 +229,3 @@ class TokenClassification(Task):
             self.columns, _ = guess_word_columns(table, {}, tag_names=names, allow_untagged=not labelled)
         if not labelled:
             self.columns = replace(self.columns, tags=None)
-
-
-class TokenClassifier(TaskModel):
-    """A pre-trained body, and a linear head in fp32 on the middle and last hidden states of each word."""
-
-    def __init__(self, body: nn.Module, outputs: int) -> None:
-        super().__init__()
-        config: Any = body.config
-        if getattr(config, "is_encoder_decoder", False):
-            raise ModelError(
-                f"{config.model_type} is an encoder-decoder; token classification takes an encoder (BERT, DeBERTa ...)"
-            )
-        self.body = body
-        self.head: nn.Linear = nn.Linear(2 * config.hidden_size, outputs, device=next(body.parameters()).device)
-
-    def features(self, batch: Batch) -> Tensor:
-        """The hidden states of the middle and the last layer at each word's first sub-word, (M, 2 D) in fp32."""
-        out = self.body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
-        rows, places = (batch["firsts"] >= 0).nonzero(as_tuple=True)
-        at = (rows, batch["firsts"][rows, places])
-        middle = out.hidden_states[len(out.hidden_states) // 2]
-        return torch.cat([middle[at], out.last_hidden_state[at]], dim=-1).float()
-
-    def forward(self, batch: Batch) -> Tensor:
-        """(M, K): a line for each word."""
-        return cast(Tensor, self.head(self.features(batch)))

@@ -1,0 +1,229 @@
+"""Detectors: what object detection needs of a model, for YOLO heads of ultralytics and DETR-likes of transformers.
+
+    outputs = {"loss": (), "boxes": (N, A, 4), "scores": (N, A, K)}      boxes as x1, y1, x2, y2 in pixels
+
+The loss is the model's own; ultralytics is never imported here: a model of its kind is known by what it has.  BatchNorm
+and dropout of the body rest while training (`TaskModel`), so one forward gives both the loss and the boxes.
+
+New classes grow behind the old ones, which keep their weights and names on disk:
+
+    s(x) = [s_old(x), V x + c]      V: (new classes, D), c: trained whole, the head of the task; s_old: as it was
+
+No box of some old class in the training rows does not mean that there is none in the images, only that nobody marked
+them.  The scores of such classes get no gradient: they are neither taught nor unlearned.
+"""
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.errors import MissingDependency, ModelError
+from ..base import Asked, Batch, TaskModel
+from ..loading import first_line, load_body
+
+_YOLO = "a .loss(batch, predictions) and a Detect head as .model[-1], with nc, stride, reg_max and cv3"
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as all DETR-likes were trained with
+
+
+class Detector(TaskModel):
+    """A body that finds boxes.   names: of the classes, in the order of the scores; the first `own` are the body's.
+
+    batch: "image" (N, 3, S, S) from 0 to 1, "targets" (N, G, 5) class and box in pixels, padded with -1.
+    suppress: True if boxes of one thing have to be thinned out.   multiple: what S has to be a multiple of.
+    """
+
+    suppress: bool = False
+    multiple: int = 1
+    head: nn.ModuleList
+    taught: Tensor
+
+    def __init__(self, body: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.body, self.names, self.own = body.eval(), list(names), len(names)
+        self.head = nn.ModuleList()  # the layers of the new classes
+        self.appended: list[Appended] = []
+        self.register_buffer("taught", torch.ones(len(names), dtype=torch.bool), persistent=False)
+
+    def grow(self, names: Sequence[str]) -> None:
+        """Add classes, with scores from torch's generator.  Once, before anything is attached."""
+        if names:
+            self.names += names
+            self.taught = torch.ones(len(self.names), dtype=torch.bool)
+            self.extend(len(names))
+
+    def teach(self, taught: Sequence[bool]) -> None:
+        """Which classes, old and new, get a gradient."""
+        self.taught = torch.tensor(taught)
+        for (
+            appended
+        ) in self.appended:  # then an adapter of the old classes' own layer has nothing to learn, and no place
+            appended.frozen = not (any(taught[: self.own]) or appended.behind)
+
+    @abstractmethod
+    def extend(self, count: int) -> None:
+        """Add `count` classes behind the old ones."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss of the batch times its images, and every box with its scores."""
+
+
+class YoloDetector(Detector):
+    """A DetectionModel of ultralytics 8.4 (YOLOv8 to YOLO26), or what looks like one."""
+
+    def __init__(self, body: nn.Module) -> None:
+        detect: Any = cast(Any, body).model[-1]
+        names = getattr(body, "names", None) or range(detect.nc)
+        super().__init__(body, [str(name) for name in (names.values() if isinstance(names, dict) else names)])
+        self.multiple, self.is_unique = int(max(detect.stride)), bool(getattr(detect, "end2end", False))
+        self.suppress = not self.is_unique
+
+    def extend(self, count: int) -> None:
+        body, detect = cast(Any, self.body), cast(Any, self.body).model[-1]
+        detect.nc, detect.no = detect.nc + count, detect.no + count
+        body.nc, body.criterion = detect.nc, None  # the criterion counts classes too
+        body.names = dict(enumerate(self.names))
+        for branches in filter(None, (detect.cv3, getattr(detect, "one2one_cv3", None))):
+            for branch, stride in zip(branches, detect.stride.tolist(), strict=True):
+                old = branch[-1]
+                new = nn.Conv2d(old.in_channels, count, 1, device=old.weight.device)
+                # as YOLO starts: about 5 things in an image of 640 pixels, each class as likely
+                nn.init.constant_(cast(Tensor, new.bias), math.log(5 / detect.nc / (640 / stride) ** 2))
+                self.appended.append(Appended(new, old, branch, dim=1))
+                self.head.append(new)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        images, targets = batch["image"], batch["targets"]
+        decoded, raw = self.body(images)  # it is in eval mode
+        there = targets[..., 0] >= 0
+        marked = targets[there]  # (M, 5)
+        side = images.shape[-1]
+        centred = torch.cat([marked[:, 1:3] + marked[:, 3:5], 2 * (marked[:, 3:5] - marked[:, 1:3])], 1) / (2 * side)
+        said = {"img": images, "batch_idx": there.nonzero()[:, 0].float(), "cls": marked[:, :1], "bboxes": centred}
+        loss, _ = cast(Any, self.body).loss(said, (decoded, self._taught_alone(raw)))
+        boxes, scores = self._boxes(decoded.detach())
+        return {"loss": loss.sum(), "boxes": boxes, "scores": scores}
+
+    def _taught_alone(self, raw: Any) -> Any:
+        """The predictions, those of the classes that are not taught without a way back."""
+        if not isinstance(raw, dict):
+            raise ModelError(f"the Detect head gives {type(raw).__name__}; ultralytics 8.4 and later give a dict")
+        if "scores" not in raw:
+            return {name: self._taught_alone(branch) for name, branch in raw.items()}
+        scores = raw["scores"]  # (N, K, A)
+        return {**raw, "scores": torch.where(self.taught.to(scores.device)[:, None], scores, scores.detach())}
+
+    def _boxes(self, decoded: Tensor) -> tuple[Tensor, Tensor]:
+        detect = cast(Any, self.body).model[-1]
+        if self.is_unique:  # (N, A, 6): box, score, class
+            one = F.one_hot(decoded[..., 5].long(), len(self.names)) * decoded[..., 4, None]
+            return decoded[..., :4], one
+        boxes, scores = decoded[:, :4].mT, decoded[:, 4:].mT
+        return (boxes if getattr(detect, "xyxy", False) else _corners(boxes)), scores
+
+
+class DetrDetector(Detector):
+    """YOLOS, DETR or Table Transformer: queries whose classes compete with "no object", one query for one thing."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, body: nn.Module) -> None:
+        self.config: Any = copy.deepcopy(cast(Any, body).config)
+        names = [str(self.config.id2label[i]) for i in range(self.config.num_labels)]
+        super().__init__(body, names)
+        self.config.auxiliary_loss = False  # of decoder layers in between: a few adapters need no such help
+        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+
+    def extend(self, count: int) -> None:
+        classifier = cast(Any, self.body).class_labels_classifier
+        old = [module for module in classifier.modules() if isinstance(module, nn.Linear)][-1]
+        new = nn.Linear(old.in_features, count, device=old.weight.device)
+        nn.init.constant_(new.bias, float(old.bias.detach()[:-1].mean()))  # as likely as an old class
+        self.appended.append(Appended(new, old, old, dim=2, behind=1))
+        self.head.append(new)
+        self.config.num_labels = len(self.names)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        images, targets = batch["image"], batch["targets"]
+        out = self.body(pixel_values=(images - self.mean) / self.std)
+        logits, centred = out.logits.float(), out.pred_boxes.float()  # (N, Q, K + 1), (N, Q, 4)
+        taught = F.pad(self.taught, (0, 1), value=True).to(logits.device)
+        labels = [_label(rows[rows[:, 0] >= 0], images.shape[-1]) for rows in targets]
+        try:
+            loss, *_ = cast(Any, self.body).loss_function(
+                torch.where(taught, logits, logits.detach()), labels, logits.device, centred, self.config, None, None
+            )
+        except ImportError as error:
+            raise MissingDependency(f'the loss of DETR needs more: {first_line(error)}; pip install "scipy"') from error
+        boxes = _corners(centred.detach()) * images.shape[-1]
+        return {"loss": loss * len(images), "boxes": boxes, "scores": logits.detach().softmax(-1)[..., :-1]}
+
+
+class Appended:
+    """Behind the channels of a layer, those that `new` makes of the same input.
+
+    where: the module at whose end they are put; the layer itself, or a sequence that ends with it.
+    behind: how many of the old channels stay last, along `dim`.   frozen: the old ones get no gradient.
+    """
+
+    def __init__(self, new: nn.Module, layer: nn.Module, where: nn.Module, dim: int, behind: int = 0) -> None:
+        self.new, self.dim, self.behind, self.frozen, self.seen = new, dim, behind, False, torch.zeros(0)
+        layer.register_forward_pre_hook(self.look)
+        where.register_forward_hook(self.append)
+
+    def look(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.seen = args[0]
+
+    def append(self, where: nn.Module, args: Any, output: Tensor) -> Tensor:
+        old = output.shape[self.dim] - self.behind
+        output = output.detach() if self.frozen else output
+        before, after = output.narrow(self.dim, 0, old), output.narrow(self.dim, old, self.behind)
+        seen, self.seen = self.seen, torch.zeros(0)
+        return torch.cat([before, self.new(seen).to(output.dtype), after], self.dim)
+
+
+def load_detector(asked: Asked) -> Detector:
+    """The detector asked for, as it was trained.  Raises ModelError for a model that is none."""
+    if asked.model.is_made:
+        return detector_of(asked.model.made(), asked.model.name)
+    body = load_body(asked.model, asked.dtype, asked.revision, kind="AutoModelForObjectDetection", whole=True)
+    return detector_of(body, asked.model.name)
+
+
+def detector_of(body: nn.Module, name: str) -> Detector:
+    """The detector around a body.  Raises ModelError saying what is missing.   name: what to call it there."""
+    if hasattr(body, "class_labels_classifier") and hasattr(getattr(body, "config", None), "eos_coefficient"):
+        return DetrDetector(body)
+    if hasattr(body, "config"):
+        raise ModelError(
+            f'{name} is a {type(body).__name__}, whose classes do not compete with "no object"; of transformers, '
+            "YOLOS, DETR and Table Transformer can be tuned"
+        )
+    layers = getattr(body, "model", None)
+    detect = layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else None
+    if detect is None or not all(hasattr(detect, part) for part in ("nc", "stride", "reg_max", "cv3")):
+        raise ModelError(f"{name} is a {type(body).__name__}, and no detector that is known: it is to have {_YOLO}")
+    if not hasattr(body, "loss"):
+        raise ModelError(f"{name} has no loss: a detector is to have {_YOLO}")
+    return YoloDetector(body)
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    """cx, cy, width, height -> x1, y1, x2, y2."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def _label(rows: Tensor, side: int) -> dict[str, Tensor]:
+    """True boxes (M, 5) as transformers wants them."""
+    corners = rows[:, 1:] / side
+    centred = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], dim=1)
+    return {"class_labels": rows[:, 0].long(), "boxes": centred}

@@ -1,0 +1,60 @@
+"""Which columns hold what is read and what is written to it: as said, by usual names, or the only two of a table."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...core.errors import DataError
+from ...data.table import Table
+
+_PAIRS = (
+    ("source", "target"),
+    ("document", "summary"),
+    ("article", "highlights"),
+    ("article", "summary"),
+    ("text", "summary"),
+    ("dialogue", "summary"),
+    ("input", "output"),
+    ("prompt", "completion"),
+)
+
+
+def by_language(table: Table) -> Table:
+    """The same table with each column of translations as one column per language: "translation.en" ..."""
+    columns: dict[str, list[Any]] = {}
+    for name, values in table.columns.items():
+        if values and all(isinstance(value, dict) and len(value) > 1 for value in values):
+            columns |= {f"{name}.{key}": [value.get(key) for value in values] for key in values[0]}
+        else:
+            columns[name] = values
+    return Table(columns, table.origins)
+
+
+def source_and_target(table: Table, said: Mapping[str, str]) -> tuple[str, str, str]:
+    """The columns of sources and targets, and why: what was said, usual names, translations, or the only two columns.
+
+    Raises DataError.
+    """
+    for name in said.values():
+        table.column(name)
+    usual = [pair for pair in _PAIRS if set(pair) <= set(table.columns)]
+    languages = [name for name in table.columns if "." in name]
+    pairs = [*usual, *(tuple(names) for names in (languages, table.names) if len(names) == 2)]
+    first, second = pairs[0] if pairs else (None, None)
+    source, target = said.get("source"), said.get("target")
+    source = source or (second if target == first else first)
+    target = target or (first if source == second else second)
+    if source is None or target is None or source == target:
+        raise DataError(
+            "which text is written to which is not clear: say it with --column source=NAME --column target=NAME. "
+            f"Columns: {', '.join(table.columns)}"
+        )
+    why = "usual names for a pair" if (source, target) in usual else "the only two texts of a row"
+    return source, target, why
+
+
+def source_alone(table: Table) -> str:
+    """The column of sources in a table without targets.  Raises DataError."""
+    found = [name for name in dict.fromkeys(name for name, _ in _PAIRS) if name in table.columns] or table.names
+    if len(found) != 1:
+        raise DataError(f"which column holds the sources is not clear: {', '.join(found)}. Leave one")
+    return found[0]
