@@ -20,6 +20,7 @@ from ..auto.plan import (
 )
 from ..auto.presets import Preset, preset
 from ..core.method import Method
+from ..core.products import Library, quicker_library
 from ..data.batches import LengthBucketedBatches
 from ..tasks.base import Batch
 from .prepare import Work
@@ -52,6 +53,7 @@ class Chosen:
     max_length: int | None  # None: rows have no length
     seed: int
     shard: bool = False
+    products: Library = "usual"  # who multiplies with frozen weights
     lora_plus: float | None = None
     steps: int = 0
     evaluate_every: int = 0
@@ -111,6 +113,7 @@ def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) ->
         max_length=work.task.max_length,
         seed=seed,
         shard=bool(said.shard),
+        products=_products(said, work, plan, precision),
         lora_plus=said.lora_plus and plan.decide("lora_plus", said.lora_plus, said.lora_plus, ""),
     )
 
@@ -124,6 +127,21 @@ def _head_rate(said: TrainPart, rates: Preset, work: Work, plan: Plan) -> float:
     if factor != 1:
         why += f"; {factor:g} times the preset's, for this task"
     return plan.decide("head_learning_rate", said.head_learning_rate, factor * rates.head_learning_rate, why)
+
+
+def _products(said: TrainPart, work: Work, plan: Plan, precision: str) -> Library:
+    """Who multiplies with frozen weights in fp32 on a processor, by a measurement on the largest linear layer."""
+    if said.products is not None:
+        return plan.decide("products", said.products, said.products, "")
+    layers = [m for m in work.model.body.modules() if isinstance(m, nn.Linear) and m.weight.dtype == torch.float32]
+    if work.asked.device.type != "cpu" or precision != "fp32" or not layers:
+        return "usual"
+    largest = max(layers, key=lambda layer: layer.weight.numel())
+    rows = len(_TRIAL) * max(work.train.lengths[i] for i in _trial_rows(work))
+    library, faster = agreed(quicker_library(min(rows, 512), largest.in_features, largest.out_features))
+    if library == "onednn":
+        plan.decide("products", None, "onednn", f"measured {faster:.1f} times as fast as the usual library here")
+    return library
 
 
 def choose_steps_for(

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import platform
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +27,7 @@ from ..core.errors import CheckpointError, RecipeError
 from ..core.files import remove_directory
 from ..core.fingerprint import fingerprint
 from ..core.method import Method
+from ..core.products import products_by
 from ..evaluate.terminal import show
 from ..training import checkpoint
 from ..training.distributed import shard_blocks
@@ -53,6 +55,12 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     resume: continue from the newest whole checkpoint, or start where there is none.   fresh: start anew, replacing.
     Raises SmidgenError subclasses; what was saved before stays.
     """
+    with ExitStack() as held:
+        return _tune(recipe, resume=resume, fresh=fresh, console=console, held=held)
+
+
+def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held: ExitStack) -> Path:
+    """held: what is to last until the run ends."""
     started = time.monotonic()
     out = recipe.out or Path("out") / f"{Path(recipe.data.train).stem}-{recipe.method_object().name}"
     if out.name in ("", ".."):
@@ -90,6 +98,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
         chosen = Chosen(**saved[1].history["chosen"])  # measured then; measured again it might differ
         if chosen.max_length is not None and chosen.max_length != work.task.max_length:
             work.cut(chosen.max_length)
+    held.enter_context(products_by(chosen.products))
     work.task.label_smoothing = chosen.label_smoothing
     accelerator = make_accelerator(device, chosen.precision)
 

@@ -95,6 +95,7 @@ class TrainPart(Part):
     patience: Count | None = None
     evaluate_every: Count | None = None
     save_every: Count | None = None
+    products: Literal["usual", "onednn"] | None = None  # who multiplies with frozen weights in fp32 on a processor
     shard: bool | None = None  # spread the frozen base over the processes of the run
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] | None = None
     threads: Count | None = None
