@@ -19,6 +19,8 @@ from .kernels import frozen_linear_low_rank
 from .layers import ConvKind
 from .site import Site
 
+_FEW = 0.1  # share of entries up to which places take less than a byte for each entry
+
 
 class LowRankAdapter(AdditiveAdapter):
     """A subclass has `factors`, and the parameters that they come from.
@@ -49,8 +51,7 @@ class LowRankAdapter(AdditiveAdapter):
         if self.plain and is_bare_linear(call) and is_frozen(self.site):
             scale, mask = self.scale, None
             if self.training and self.dropout:
-                shape = x.shape[-1:] if self.dropout_on == "features" else (x.numel() // x.shape[-1], x.shape[-1])
-                scale, mask = scale / (1 - self.dropout), self._mask(shape, x.device)
+                scale, mask = scale / (1 - self.dropout), self._drawn(x)
             return self.fused(x, self.site.stored, self.site.bias, scale, mask)
         if self.plain and takes_change(self.site, call, x) and not (self.training and self.dropout):
             return with_change(self.site, x, self.weight_delta(slice(None)))
@@ -81,6 +82,17 @@ class LowRankAdapter(AdditiveAdapter):
         E, R = self.site.linear.stack, B.shape[1]
         per_expert = torch.bmm(B.view(E, -1, R), A.view(E, R, -1))  # (E, O, I)
         return self.scale * per_expert.flatten(0, 1)[rows]
+
+    def _drawn(self, x: Tensor) -> Tensor:
+        """What dropout drops of x: a mask, or the places where these are few beside its entries."""
+        size = x.numel()
+        if self.dropout_on == "features":
+            return self._mask(x.shape[-1:], x.device)
+        if self.dropout > _FEW or size < 2**16:  # of fewer, a whole number of places would miss the probability
+            return self._mask((size // x.shape[-1], x.shape[-1]), x.device)
+        # K places, each any of the M: an entry is none of them with probability (1 - 1/M)^K = 1 - dropout
+        count = round(-math.log1p(-self.dropout) * size)
+        return torch.randint(size, (count,), device=x.device)
 
     def _mask(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """1 where dropout keeps, 0 where it drops; uint8."""
