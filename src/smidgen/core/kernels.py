@@ -13,8 +13,9 @@ Dropout's mask m stands at x in (m x) A^T; one that all rows share, (I,), may as
 Where few entries are dropped, their places say it in fewer bytes and less time than a mask.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -36,26 +37,83 @@ class _FrozenLinearLowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, W, A, B, h, mask = ctx.saved_tensors
-        rows, A_cast = _factors(x, A, mask)
-        dy_rows = dy.reshape(-1, dy.shape[-1])
-        if h is not None and torch.is_grad_enabled():  # this backward is itself differentiated; h was outside any graph
-            h = torch.mm(rows, A_cast.T)
-        # B^T is laid out anew, it is small: this product is up to twice as fast so
-        g = torch.mm(dy_rows, B.T.to(x.dtype).contiguous().T).mul_(ctx.scale)  # (N, R)
-        dx = dA = dB = None
-        if ctx.needs_input_grad[3]:  # some methods keep one of the two as it is
-            dA = torch.mm(g.T, rows)
-            dA = (dA.mul_(mask) if _is_of_features(mask) else dA).to(A.dtype)
-        if ctx.needs_input_grad[4]:
-            dB = torch.mm(h.T, dy_rows).mul_(ctx.scale).T.to(B.dtype)  # this way round is the faster one
-        if ctx.needs_input_grad[0]:
-            dx = torch.mm(dy_rows, W)
-            if mask is None or _is_of_features(mask):
-                dx.addmm_(g, A_cast)
-            else:
-                dx.add_(_dropped_(torch.mm(g, A_cast), mask))
-            dx = dx.view(x.shape)
+        of_x, _, _, of_A, of_B, *_ = ctx.needs_input_grad
+        dx, dA, dB = _backward(dy, x, W, A, B, h, mask, ctx.scale, (of_x, of_A, of_B))
         return dx, None, None, dA, dB, None, None
+
+
+class _FrozenLinearLowRankOfMade(torch.autograd.Function):
+    """The same of x = make(*made_of), which is made again in backward and kept by nobody."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        make: Callable[..., Tensor],
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        mask: Tensor | None,
+        *made_of: Tensor,
+    ) -> Tensor:
+        y, h = _forward(make(*made_of), W, b, A, B, scale, mask)
+        ctx.save_for_backward(W, A, B, h if ctx.needs_input_grad[4] else None, mask, *made_of)
+        ctx.make, ctx.scale = make, scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        W, A, B, h, mask, *made_of = ctx.saved_tensors
+        _, _, _, of_A, of_B, _, _, *of_made = ctx.needs_input_grad
+        x, pull = remake(ctx.make, made_of, of_made)
+        dx, dA, dB = _backward(dy, x, W, A, B, h, mask, ctx.scale, (any(of_made), of_A, of_B))
+        return None, None, None, dA, dB, None, None, *pull(dx)
+
+
+class _Remade(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, make: Callable[..., Tensor], *made_of: Tensor) -> Tensor:
+        ctx.save_for_backward(*made_of)
+        device = made_of[0].device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.make, ctx.autocast = make, partial(torch.autocast, device, dtype, enabled)
+        return make(*made_of)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        with ctx.autocast():
+            _, pull = remake(ctx.make, ctx.saved_tensors, ctx.needs_input_grad[1:])
+        return None, *pull(dy)
+
+
+def remade(make: Callable[..., Tensor], *made_of: Tensor) -> Tensor:
+    """make(*made_of), of which nothing but these inputs is kept: backward makes it again."""
+    result: Tensor = _Remade.apply(make, *made_of)  # type: ignore[no-untyped-call]
+    return result
+
+
+Pull = Callable[[Tensor | None], tuple[Tensor | None, ...]]
+
+
+def remake(make: Callable[..., Tensor], made_of: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor, Pull]:
+    """In a backward: x = make(*made_of), and what takes the gradient of x to those of what it is made of.
+
+    needed: which of these are asked for; the others get None.
+    """
+    again = torch.is_grad_enabled()  # this backward is itself differentiated
+    with torch.enable_grad():
+        inputs = [t if again else t.detach().requires_grad_(need) for t, need in zip(made_of, needed, strict=True)]
+        x = make(*inputs)
+
+    def pull(dx: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dx is None:
+            return tuple(None for _ in inputs)
+        asked = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(x, asked, dx, create_graph=again))
+        return tuple(next(found) if need else None for need in needed)
+
+    return x if again else x.detach(), pull
 
 
 def frozen_linear_low_rank(
@@ -74,6 +132,21 @@ def frozen_linear_low_rank(
         result: Tensor = _FrozenLinearLowRank.apply(x, W, b, A, B, scale, mask)  # type: ignore[no-untyped-call]
         return result
     return _forward(x, W, b, A, B, scale, mask)[0]
+
+
+def frozen_linear_low_rank_of_made(
+    make: Callable[..., Tensor],
+    made_of: Sequence[Tensor],
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The same of x = make(*made_of), with gradients for these, A and B.  Not for autocast."""
+    result: Tensor = _FrozenLinearLowRankOfMade.apply(make, W, b, A, B, scale, mask, *made_of)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _FrozenLinearScaled(torch.autograd.Function):
@@ -169,6 +242,41 @@ def _forward(
     return y, h
 
 
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    h: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, A and B, those that are needed; some methods keep one of the factors as it is."""
+    rows, A_cast = _factors(x, A, mask)
+    dy_rows = dy.reshape(-1, dy.shape[-1])
+    if h is not None and torch.is_grad_enabled():  # this backward is itself differentiated; h was outside any graph
+        h = torch.mm(rows, A_cast.T)
+    # B^T is laid out anew, it is small: this product is up to twice as fast so
+    g = torch.mm(dy_rows, B.T.to(x.dtype).contiguous().T).mul_(scale)  # (N, R)
+    dx = dA = dB = None
+    if needed[1]:
+        dA = torch.mm(g.T, rows)
+        dA = (dA.mul_(mask) if _is_of_features(mask) else dA).to(A.dtype)
+    if needed[2]:
+        assert h is not None
+        dB = torch.mm(h.T, dy_rows).mul_(scale).T.to(B.dtype)  # this way round is the faster one
+    if needed[0]:
+        dx = torch.mm(dy_rows, W)
+        if mask is None or _is_of_features(mask):
+            dx.addmm_(g, A_cast)
+        else:
+            dx.add_(_dropped_(torch.mm(g, A_cast), mask))
+        dx = dx.view(x.shape)
+    return dx, dA, dB
+
+
 def _factors(x: Tensor, A: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """x as rows (N, I) and A (R, I), both in x's dtype, with dropout on one of them."""
     rows, A = x.reshape(-1, x.shape[-1]), A.to(x.dtype)
@@ -189,5 +297,5 @@ def _dropped_(rows: Tensor, mask: Tensor) -> Tensor:
     return rows.mul_(mask.to(rows.dtype))
 
 
-def _is_of_features(mask: Tensor | None) -> bool:
+def _is_of_features(mask: Tensor | None) -> TypeGuard[Tensor]:
     return mask is not None and mask.dim() == 1 and mask.dtype != torch.int64
