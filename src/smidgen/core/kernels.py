@@ -149,6 +149,53 @@ def frozen_linear_low_rank_of_made(
     return result
 
 
+class _FrozenLinearStretched(torch.autograd.Function):
+    """As above with the outputs stretched: z = x W^T + s (x A^T) B^T, y = z + b + c * z.
+
+    c has a gradient and W's and b's have none.  Kept: x, x A^T, and z + b.
+        dz = dy * (1 + c)           (N, O), and from there on as above
+        dc = sum_n dy * z           (O,)
+    Where c is zero, y is the layer's and the change's own to the last bit.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: Tensor, scale: float
+    ) -> Tensor:
+        y, h = _forward(x, W, b, A, B, scale, None)
+        stretch = c.to(y.dtype)
+        ctx.save_for_backward(x, W, b, A, B, c, h, y if ctx.needs_input_grad[5] else None)
+        ctx.scale = scale
+        stretched = torch.addcmul(y, y, stretch)
+        return stretched if b is None else stretched.sub_(stretch * b)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, W, b, A, B, c, h, y = ctx.saved_tensors
+        of_x, _, _, of_A, of_B, of_c, _ = ctx.needs_input_grad
+        dc = None
+        if of_c:
+            if torch.is_grad_enabled():  # as in `_backward`
+                y, _ = _forward(x, W, b, A, B, ctx.scale, None)
+            dy_rows = dy.reshape(-1, dy.shape[-1])
+            dc = (dy_rows * y.view(dy_rows.shape)).sum(0, dtype=c.dtype)
+            if b is not None:
+                dc -= b * dy_rows.sum(0, dtype=c.dtype)
+        dz = torch.addcmul(dy, dy, c.to(dy.dtype))
+        dx, dA, dB = _backward(dz, x, W, A, B, h, None, ctx.scale, (of_x, of_A, of_B))
+        return dx, None, None, dA, dB, dc, None
+
+
+def frozen_linear_stretched(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: Tensor, scale: float
+) -> Tensor:
+    """(1 + c) * (x W^T + scale x A^T B^T) + b, with gradients for x, A, B and c (O,) only; autocast as above."""
+    if torch.is_autocast_enabled(x.device.type):
+        return _outside_autocast(frozen_linear_stretched, x, W, b, A, B, c, scale)
+    result: Tensor = _FrozenLinearStretched.apply(x, W, b, A, B, c, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _FrozenLinearScaled(torch.autograd.Function):
     """As above with the change's fixed factors A and B scaled: z = ((x A^T) * d) B^T, y = x W^T + b + s u * z.
 
