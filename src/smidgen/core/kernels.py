@@ -239,13 +239,10 @@ class _FrozenLinearScaled(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             g, A = g.mul_(d.to(h.dtype)), A.to(h.dtype)
-            dx = torch.mm(dy_rows, W)
-            if mask is None:
-                dx.addmm_(g, A)
-            elif _is_of_features(mask):
-                dx.addmm_(g, A * mask)
+            if mask is None or _is_of_features(mask):
+                dx = torch.mm(dy_rows, W).addmm_(g, A if mask is None else A * mask)
             else:
-                dx.add_(_dropped_(torch.mm(g, A), mask))
+                dx = _dropped_(torch.mm(g, A), mask).addmm_(dy_rows, W)
             dx = dx.view(*dy.shape[:-1], -1)
         return dx, None, None, None, None, dd, du, None, None
 
@@ -315,11 +312,10 @@ def _backward(
         assert h is not None
         dB = torch.mm(h.T, dy_rows).mul_(scale).T.to(B.dtype)  # this way round is the faster one
     if needed[0]:
-        dx = torch.mm(dy_rows, W)
         if mask is None or _is_of_features(mask):
-            dx.addmm_(g, A_cast)
+            dx = torch.mm(dy_rows, W).addmm_(g, A_cast)
         else:
-            dx.add_(_dropped_(torch.mm(g, A_cast), mask))
+            dx = _dropped_(torch.mm(g, A_cast), mask).addmm_(dy_rows, W)
         dx = dx.view(x.shape)
     return dx, dA, dB
 
