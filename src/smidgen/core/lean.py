@@ -15,6 +15,7 @@ Why it is asked for and not part of `attach`: docs/decisions/0011-lean-is-asked-
 import copy
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -116,20 +117,34 @@ def _norm_of(module: nn.Module) -> Any:
 # -- feed-forwards
 
 
+@dataclass(frozen=True)
+class _Names:
+    """What the parts of a feed-forward are called; idle: dropouts that drop nothing, and identities."""
+
+    inputs: tuple[str, ...]
+    activation: str
+    output: str
+    idle: tuple[str, ...]
+
+
 @functools.cache
-def _lean_feedforward(base: Any, inputs: tuple[str, ...], activation: str, output: str) -> Any:
+def _lean_feedforward(base: Any, names: _Names) -> Any:
     own = base.forward
 
     @functools.wraps(own)
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        act = getattr(self, activation)
-        wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not next(act.parameters(), None)
-        if args or kwargs or base.forward is not own or not wanted:
+        act = getattr(self, names.activation)
+        wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not args and not kwargs
+        if not wanted or base.forward is not own or _has_tensors(act) or any(_drops(self, name) for name in names.idle):
             return cast(Tensor, base.forward(self, x, *args, **kwargs))
-        made_of = [getattr(self, name)(x) for name in inputs]
-        return _through(getattr(self, output), act if len(inputs) == 1 else functools.partial(_gated, act), made_of)
+        made_of = [getattr(self, name)(x) for name in names.inputs]
+        make = act if len(made_of) == 1 else functools.partial(_gated, act)
+        output = getattr(self, names.output)
+        if not any(part.requires_grad for part in made_of):  # nothing of it is kept for them
+            return cast(Tensor, output(make(*made_of)))
+        return _through(output, make, made_of)
 
-    return _subclass(base, forward, (_lean_feedforward, inputs, activation, output))
+    return _subclass(base, forward, (_lean_feedforward, names))
 
 
 def _gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
@@ -148,30 +163,34 @@ def _through(layer: nn.Module, make: Callable[..., Tensor], made_of: list[Tensor
 
 def _feedforward_of(module: nn.Module, part: FeedForward) -> Any:
     """The lean class for a module that is a whole feed-forward with separate inputs, or None."""
-    names = [path.removeprefix(f"{part.path}.") for path in (*part.inputs, part.output)]
-    others = {name: child for name, child in module.named_children() if name not in names}
-    idle = [name for name, child in others.items() if isinstance(child, nn.Identity) or getattr(child, "p", 1) == 0]
+    *inputs, output = (path.removeprefix(f"{part.path}.") for path in (*part.inputs, part.output))
+    others = {name: child for name, child in module.named_children() if name not in (*inputs, output)}
+    idle = [name for name in others if not _drops(module, name)]
     acts = [name for name in others if name not in idle]
-    if (
-        len(names) > 3
-        or any("." in name for name in names)
-        or len(acts) != 1
-        or any(True for _ in module.parameters(recurse=False))
-    ):
+    if len(acts) != 1 or _has_tensors(others[acts[0]]) or any(True for _ in module.parameters(recurse=False)):
         return None
-    if any(True for tensors in (others[acts[0]].parameters(), others[acts[0]].buffers()) for _ in tensors):
+    if any("." in name for name in (*inputs, output)):
         return None
-    *inputs, output = names
-    probe = copy.copy(module)
-    small = {name: nn.Linear(3, 5) for name in inputs} | {output: nn.Linear(5, 3)}
     generator = torch.Generator().manual_seed(0)
+    small = {name: nn.Linear(3, 5) for name in inputs} | {output: nn.Linear(5, 3)}
     for linear in small.values():
         for parameter in linear.parameters():
             parameter.detach().normal_(generator=generator)
+    probe = copy.copy(module)
     probe.__dict__["_modules"] = {name: small.get(name, child) for name, child in module.named_children()}
     lean = copy.copy(probe)
-    lean.__class__ = _lean_feedforward(cast(Any, type(module)), tuple(inputs), acts[0], output)
+    lean.__class__ = _lean_feedforward(cast(Any, type(module)), _Names(tuple(inputs), acts[0], output, tuple(idle)))
     return type(lean) if _agree(probe, lean, torch.randn(64, 3, generator=generator)) else None
+
+
+def _drops(module: nn.Module, name: str) -> bool:
+    """False of a part that passes on what it gets."""
+    child = getattr(module, name)
+    return not isinstance(child, nn.Identity) and not (isinstance(child, nn.Dropout) and child.p == 0)
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for tensors in (module.parameters(), module.buffers()) for _ in tensors)
 
 
 # -- what both need
@@ -196,7 +215,7 @@ def _restored(make: Callable[..., Any], base: Any, *settings: Any) -> nn.Module:
 
 def _is_plain(module: nn.Module) -> bool:
     """True if nothing but the class says what a call of the module does."""
-    return not is_adapted(module) and _is_called_plainly(module)
+    return not is_adapted(module) and not isinstance(module, torch.jit.ScriptModule) and _is_called_plainly(module)
 
 
 def _is_called_plainly(module: nn.Module) -> bool:
