@@ -1,7 +1,9 @@
-"""What one LoRA training step costs over the floor: the same model, frozen, with a gradient to its inputs.
+"""What one training step costs over the floor: the same model, frozen, with a gradient to its inputs.
 
-Rank 16 on every linear layer of the body; forward and backward, no optimiser step. Every variant also computes the
-gradient to the inputs, so what is above 1 is what adapting costs. Smidgen, HF PEFT and full fine-tuning in one process.
+LoRA and DoRA of rank 16, in BERT 8, on every linear layer of the body; forward and backward, no optimiser step. Every
+variant also computes the gradient to the inputs, so what is above 1 is what adapting costs. Smidgen, HF PEFT and full
+fine-tuning in one process. "lean" is `adapters.lean()`, as `smidgen tune` has it: frozen norms and feed-forwards keep
+less than the floor's own.
 
     python benchmarks/training_step.py [--rounds 9] [--only bert-fp32]
 """
@@ -10,6 +12,7 @@ import argparse
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +21,22 @@ from torch import Tensor, nn
 
 import smidgen
 
-RANK, ALPHA, DROPOUT = 16, 32, 0.05
+DROPOUT = 0.05
 FLOOR = "frozen (floor)"
-OURS = "**smidgen**"
-TIME_LIMIT, KEPT_LIMIT = 1.2, 1.3  # of the plain variant in bf16
+OURS, LEAN = "**smidgen**", "**smidgen**, lean"
+ELEMENTS, FEATURES = (f", dropout {DROPOUT} on {what}" for what in ("elements", "features"))
+DORA = "DoRA, "
+# which figure, of which model and variant, may be how much
+CLAIMS: tuple[tuple[str, str, str, float], ...] = (
+    ("time", "llama-bf16", LEAN, 1.10),
+    ("memory kept", "llama-bf16", LEAN, 1.25),
+    ("time", "llama-bf16", LEAN + ELEMENTS, 1.20),
+    ("time", "llama-bf16", DORA + LEAN, 1.40),
+    ("time", "llama-fp32", LEAN, 1.05),
+    ("time", "llama-fp32", DORA + LEAN, 1.25),
+    ("time", "bert-fp32", LEAN + ELEMENTS, 1.15),
+    ("time", "bert-fp32", LEAN + FEATURES, 1.15),
+)
 
 
 def bert() -> nn.Module:
@@ -40,10 +55,24 @@ def bert() -> nn.Module:
     return BertModel(config, add_pooling_layer=False)
 
 
-CASES: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
-    "llama-bf16": ("Llama, 4 layers of 1024, 1 x 512 tokens, bf16", lambda: _llama(torch.bfloat16), (1, 512, 1024)),
-    "llama-fp32": ("Llama, 4 layers of 1024, 1 x 512 tokens, fp32", lambda: _llama(torch.float32), (1, 512, 1024)),
-    "bert-fp32": ("BERT of MiniLM's shape, 6 layers of 384, 32 x 48 tokens, fp32", bert, (32, 48, 384)),
+@dataclass(frozen=True)
+class Case:
+    """A model, the shape of its inputs, and the rank of what is trained."""
+
+    title: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    rank: int
+
+
+CASES = {
+    "llama-bf16": Case(
+        "Llama, 4 layers of 1024, 1 x 512 tokens, rank 16, bf16", lambda: _llama(torch.bfloat16), (1, 512, 1024), 16
+    ),
+    "llama-fp32": Case(
+        "Llama, 4 layers of 1024, 1 x 512 tokens, rank 16, fp32", lambda: _llama(torch.float32), (1, 512, 1024), 16
+    ),
+    "bert-fp32": Case("BERT of MiniLM's shape, 6 layers of 384, 32 x 48 tokens, rank 8, fp32", bert, (32, 48, 384), 8),
 }
 
 
@@ -51,31 +80,41 @@ def _llama(dtype: torch.dtype) -> nn.Module:
     return llama(hidden=1024, layers=4, feed_forward=2816, heads=16, dtype=dtype)
 
 
-def hf_peft(model: nn.Module, *, autocast_adapters: bool = True, dropout: float = 0.0) -> nn.Module:
+def hf_peft(
+    model: nn.Module, rank: int, *, autocast_adapters: bool = True, dropout: float = 0.0, dora: bool = False
+) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     names = {path.rpartition(".")[2] for path, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=sorted(names))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, use_dora=dora, target_modules=sorted(names))
     return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapters)
 
 
-def ours(model: nn.Module, **settings: Any) -> nn.Module:
-    smidgen.attach(model, smidgen.LoRA(rank=RANK, alpha=ALPHA, **settings), seed=0)
+def ours(model: nn.Module, rank: int, *, dora: bool = False, lean: bool = False, **settings: Any) -> nn.Module:
+    method = smidgen.DoRA if dora else smidgen.LoRA
+    adapters = smidgen.attach(model, method(rank=rank, alpha=2 * rank, **settings), seed=0)
+    if lean:
+        adapters.lean()
     return model
 
 
-def variants_of(base: nn.Module) -> dict[str, nn.Module]:
+def variants_of(base: nn.Module, rank: int) -> dict[str, nn.Module]:
     """The same model in every dress, each with weights of its own."""
     variants = {FLOOR: copy.deepcopy(base).requires_grad_(False), "full fine-tuning": copy.deepcopy(base)}
     for dropout in (0.0, DROPOUT):
         dropped = f", dropout {dropout}" if dropout else ""
-        variants[f"HF PEFT as it comes{dropped}"] = hf_peft(copy.deepcopy(base), dropout=dropout)
+        variants[f"HF PEFT as it comes{dropped}"] = hf_peft(copy.deepcopy(base), rank, dropout=dropout)
         if next(base.parameters()).dtype == torch.bfloat16:
-            bf16 = hf_peft(copy.deepcopy(base), dropout=dropout, autocast_adapters=False)
+            bf16 = hf_peft(copy.deepcopy(base), rank, dropout=dropout, autocast_adapters=False)
             variants[f"HF PEFT, bf16 adapters{dropped}"] = bf16
-        for dropout_on in ("elements", "features") if dropout else ("elements",):
-            of_what = f"{dropped} on {dropout_on}" if dropout else ""
-            variants[f"{OURS}{of_what}"] = ours(copy.deepcopy(base), dropout=dropout, dropout_on=dropout_on)
+        for name, lean in ((OURS, False), (LEAN, True)):
+            for dropout_on in ("elements", "features") if dropout else ("elements",):
+                of_what = f"{dropped} on {dropout_on}" if dropout else ""
+                settings = {"lean": lean, "dropout": dropout, "dropout_on": dropout_on}
+                variants[f"{name}{of_what}"] = ours(copy.deepcopy(base), rank, **settings)
+    variants[f"{DORA}HF PEFT as it comes"] = hf_peft(copy.deepcopy(base), rank, dora=True)
+    for name, lean in ((OURS, False), (LEAN, True)):
+        variants[DORA + name] = ours(copy.deepcopy(base), rank, dora=True, lean=lean)
     return variants
 
 
@@ -99,10 +138,10 @@ def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 def measure(key: str, rounds: int) -> tuple[dict[str, Spread], dict[str, float]]:
     """Time and memory kept for backward of every variant, over the floor's."""
-    _, build, shape = CASES[key]
-    base = build().train()
-    x = torch.randn(shape, dtype=next(base.parameters()).dtype, requires_grad=True)
-    models = variants_of(base)
+    case = CASES[key]
+    base = case.build().train()
+    x = torch.randn(case.shape, dtype=next(base.parameters()).dtype, requires_grad=True)
+    models = variants_of(base, case.rank)
     kept = {name: kept_for_backward(model, functools.partial(loss_of, model, x)) for name, model in models.items()}
     samples = interleaved({name: step_of(model, x) for name, model in models.items()}, rounds)
     return over(samples, FLOOR), {name: size / kept[FLOOR] for name, size in kept.items()}
@@ -114,24 +153,28 @@ def main() -> None:
     arguments.add_argument("--only", choices=CASES, help="one model, printed and not saved")
     asked = arguments.parse_args()
     one_thread()
-    tables, claims = [], []
+    tables: list[dict[str, Any]] = []
+    claims: list[dict[str, Any]] = []
     for key in [asked.only] if asked.only else CASES:
         seconds, kept = measure(key, asked.rounds)
-        print(CASES[key][0])
+        print(CASES[key].title)
         for name, spread in seconds.items():
             print(f"  {name:52s} {spread.median:5.2f} ({spread.low:.2f} to {spread.high:.2f})  kept {kept[name]:5.2f}")
         tables.append(
             {
-                "title": CASES[key][0],
+                "title": CASES[key].title,
                 "columns": ["", "time / floor", "kept for backward / floor"],
                 "rows": [[name, seconds[name], kept[name]] for name in seconds],
             }
         )
-        if key == "llama-bf16":
-            claims = [
-                {"claim": "a LoRA step in bf16 over the frozen floor", "limit": TIME_LIMIT, "is": seconds[OURS].median},
-                {"claim": "memory a LoRA step in bf16 keeps, over the floor", "limit": KEPT_LIMIT, "is": kept[OURS]},
-            ]
+        for what, model, variant, limit in CLAIMS:
+            if model == key:
+                figure = seconds[variant].median if what == "time" else kept[variant]
+                claims.append(
+                    {"claim": f"{what} of a step over the floor, {model}: {variant}", "limit": limit, "is": figure}
+                )
+    for claim in claims:
+        print(f"{claim['claim']:90s} limit {claim['limit']:.2f}  is {claim['is']:.2f}")
     if not asked.only:
         save("training_step", "One training step", described(__doc__), tables, claims)
 

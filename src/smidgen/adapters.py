@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .core import attach as mechanism
-from .core import lora_plus
+from .core import lean, lora_plus
 from .core.adapter import HELD, Adapter
 from .core.composition import Expression, Rows, Stack, Weighted, names_in, weighted_in
 from .core.errors import AttachError, PreflightError, TargetError, nearest
@@ -260,6 +260,7 @@ class AdapterSet:
             parameter.requires_grad_(False)
 
     def _unfreeze(self) -> None:
+        lean.take_off(self.model)
         for name, parameter in self._base_parameters():
             parameter.requires_grad_(self._trained_before.get(name, parameter.requires_grad))
         self._trained_before = {}
@@ -267,6 +268,14 @@ class AdapterSet:
             encoder.use_nested_tensor = True
         self._nesting_before = []
         self.model.__dict__.pop(_SET, None)
+
+    def lean(self) -> list[str]:
+        """Let frozen norms and feed-forwards keep less for backward, with the same output; returns their paths.
+
+        Those whose form is recognised, and whose output and gradients agree with it when they are tried, get a backward
+        that is written by hand.  See core/lean.py.  `detach` gives back what was.
+        """
+        return lean.put_on(self.model)
 
     def _keep_encoders_from_nesting(self) -> None:
         """nn.TransformerEncoder packs a padded batch into a nested tensor, which only its fused layers can read."""

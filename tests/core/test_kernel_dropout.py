@@ -84,3 +84,19 @@ def test_dropout_drops_its_share_and_keeps_the_mean(dropout_on: str, alone: bool
     torch.testing.assert_close(x.grad.unique(), torch.tensor([0, 1 / 0.8]))
     assert bool((x.grad[0] == x.grad[1]).all()) == (dropout_on == "features")
     torch.testing.assert_close(model.eval()(x), torch.ones(2, 3), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.1, 0.3])
+def test_of_many_entries_each_is_dropped_with_the_probability_that_was_asked_for(dropout: float):
+    """Of a few their places are drawn, of many a mask; both as likely in the first as in the last quarter."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(1000, 1, bias=False)
+    adapters = attach(torch.nn.Sequential(layer), LoRA(rank=1, alpha=1, dropout=dropout, targets="0"))
+    for parameter in adapters.parameters():
+        torch.nn.init.ones_(parameter)
+    torch.nn.init.zeros_(layer.weight)
+    x = torch.ones(2000, 1000, requires_grad=True)
+    adapters.model(x).sum().backward()
+    share = (x.grad == 0).double().mean(0).view(4, 250).mean(1)
+    torch.testing.assert_close(share, torch.full_like(share, dropout), atol=0.002, rtol=0)
+    torch.testing.assert_close(x.grad.unique(), torch.tensor([0, 1 / (1 - dropout)]))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smidgen.core.kernels import frozen_linear_low_rank
+from smidgen.core.kernels import frozen_linear_low_rank, frozen_linear_stretched
 
 FAN_IN, FAN_OUT, RANK, SCALE = 3, 5, 2, 1.7
 
@@ -129,3 +129,46 @@ def test_only_the_small_product_is_kept_besides_what_exists_already():
         frozen_linear_low_rank(x, W, b, A, B, SCALE)
     known = {t.data_ptr() for t in (x, W, A, B)}
     assert [tuple(t.shape) for t in kept if t.data_ptr() not in known] == [(8, RANK)]
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
+def test_stretched_outputs_have_the_gradients_of_the_formula(with_bias: bool):
+    x, W, b, A, B = operands()
+    c = torch.randn(FAN_OUT, dtype=torch.float64, requires_grad=True)
+    offset = b if with_bias else None
+
+    def run(x: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
+        return frozen_linear_stretched(x, W, offset, A, B, c, SCALE)
+
+    expected = (1 + c) * formula(x, W, None, A, B) + (b if with_bias else 0)
+    torch.testing.assert_close(run(x, A, B, c), expected)
+    assert torch.autograd.gradcheck(run, (x, A, B, c))
+    assert torch.equal(run(x, A, B, torch.zeros_like(c)), frozen_linear_low_rank(x, W, offset, A, B, SCALE))
+    assert torch.autograd.gradgradcheck(run, (x, A, B, c))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stretched_outputs_under_autocast_or_in_16_bits_keep_the_masters_dtype(dtype: torch.dtype):
+    x, W, b, A, B = (p.detach().float().requires_grad_(p.requires_grad) for p in operands())
+    c = torch.randn(FAN_OUT, requires_grad=True)
+    expected = torch.autograd.grad(((1 + c) * formula(x, W, None, A, B) + b).square().sum(), (A, B, c))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        y = frozen_linear_stretched(x.to(dtype), W.to(dtype), b.to(dtype), A, B, c, SCALE)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    for parameter, theirs in zip((A, B, c), expected, strict=True):
+        assert parameter.grad.dtype == torch.float32
+        assert (parameter.grad - theirs).norm() < 0.03 * theirs.norm()
+
+
+def test_the_places_that_dropout_drops_do_what_their_mask_does():
+    x, W, b, A, B = operands()
+    places = torch.tensor([0, 7, 7, 23])
+    mask = torch.ones(8 * FAN_IN, dtype=torch.uint8)
+    mask[places] = 0
+    by_place, by_mask = (
+        [y, *torch.autograd.grad(y.square().sum(), (x, A, B))]
+        for y in (frozen_linear_low_rank(x, W, b, A, B, SCALE, m) for m in (places, mask.view(8, FAN_IN)))
+    )
+    assert all(map(torch.equal, by_place, by_mask))
+    assert torch.autograd.gradgradcheck(lambda x, A, B: frozen_linear_low_rank(x, W, b, A, B, SCALE, places), (x, A, B))

@@ -48,6 +48,7 @@ def test_a_chat_model_is_tuned_read_again_and_talks(start, evaluated, model, tal
     assert run.rows["base"]["trainable"] == 0
     assert run.plan["rows"] == "chats (messages)"
     assert run.plan["packing"] == "False"
+    assert run.plan["lean"] == "7"  # five norms, two feed-forwards
     assert json.loads((run.out / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     said = io.StringIO()
     predict(run.out, str(talks), model=None, text=[], out=None, console=Console(file=said, width=1000))

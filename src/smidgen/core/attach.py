@@ -24,6 +24,7 @@ from .adapter import HELD, Adapter, Call, Held
 from .composition import Expression, Plan, merged, names_in, plan_for
 from .site import Site
 
+LEAN_OF = "lean_of"  # attribute of a class that core/lean.py made: the class that the module had
 PLAN, VALUES, LIFTED = "_smidgen_plan", "_smidgen_values", "_smidgen_lifted_forward"
 
 
@@ -80,6 +81,7 @@ def substitute(layer: nn.Module) -> None:
     """Give a layer the class whose forward runs through a plan; nothing if it has it already."""
     if is_adapted(layer):
         return
+    layer.__class__ = cast(Any, getattr(type(layer), LEAN_OF, type(layer)))  # a place with adapters is not lean
     layer.add_module(HELD, Held().train(layer.training))
     set_plans(layer, None, {})
     if "forward" in layer.__dict__:  # accelerate and others patch the instance: keep theirs inside ours

@@ -7,7 +7,7 @@ alone, whose weights are few beside what goes through them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapter import AdditiveAdapter, Call
-from .kernels import frozen_linear_low_rank
+from .kernels import frozen_linear_low_rank, frozen_linear_low_rank_of_made
 from .layers import ConvKind
 from .site import Site
+
+_FEW = 0.1  # share of entries up to which places take less than a byte for each entry
 
 
 class LowRankAdapter(AdditiveAdapter):
@@ -45,16 +47,29 @@ class LowRankAdapter(AdditiveAdapter):
         raise NotImplementedError
 
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # a bare frozen Linear with nothing around it: one fused pass
-        if self.plain and is_bare_linear(call) and is_frozen(self.site):
-            scale, mask = self.scale, None
-            if self.training and self.dropout:
-                shape = x.shape[-1:] if self.dropout_on == "features" else (x.numel() // x.shape[-1], x.shape[-1])
-                scale, mask = scale / (1 - self.dropout), self._mask(shape, x.device)
-            return self.fused(x, self.site.stored, self.site.bias, scale, mask)
+        if self.fuses(call):
+            return self.fused(x, self.site.stored, self.site.bias, *self._scale_and_mask(x))
         if self.plain and takes_change(self.site, call, x) and not (self.training and self.dropout):
             return with_change(self.site, x, self.weight_delta(slice(None)))
         return super().forward(call, x, *args, **kwargs)
+
+    def fuses(self, call: Call) -> bool:
+        """True where the call is a bare frozen Linear's with nothing around it: one fused pass."""
+        return self.plain and is_bare_linear(call) and is_frozen(self.site)
+
+    def of_made(self, call: Call, make: Callable[..., Tensor], made_of: Sequence[Tensor]) -> Tensor | None:
+        """What `forward` gives for x = make(*made_of), of their shape, with x kept by nobody; None where it cannot."""
+        same = type(self).forward is LowRankAdapter.forward and type(self).fused is LowRankAdapter.fused
+        if not same or not self.fuses(call) or torch.is_autocast_enabled(made_of[0].device.type):
+            return None
+        A, B = self.factors()
+        scale, mask = self._scale_and_mask(made_of[0])
+        return frozen_linear_low_rank_of_made(make, made_of, self.site.stored, self.site.bias, A, B, scale, mask)
+
+    def _scale_and_mask(self, x: Tensor) -> tuple[float, Tensor | None]:
+        if not (self.training and self.dropout):
+            return self.scale, None
+        return self.scale / (1 - self.dropout), self._drawn(x)
 
     def fused(self, x: Tensor, W: Tensor, b: Tensor | None, scale: float, mask: Tensor | None) -> Tensor:
         """The layer and the change in one, where the layer is a frozen linear one."""
@@ -81,6 +96,17 @@ class LowRankAdapter(AdditiveAdapter):
         E, R = self.site.linear.stack, B.shape[1]
         per_expert = torch.bmm(B.view(E, -1, R), A.view(E, R, -1))  # (E, O, I)
         return self.scale * per_expert.flatten(0, 1)[rows]
+
+    def _drawn(self, x: Tensor) -> Tensor:
+        """What dropout drops of x: a mask, or the places where these are few beside its entries."""
+        size = x.numel()
+        if self.dropout_on == "features":
+            return self._mask(x.shape[-1:], x.device)
+        if self.dropout > _FEW or size < 2**16:  # of fewer, a whole number of places would miss the probability
+            return self._mask((size // x.shape[-1], x.shape[-1]), x.device)
+        # K places, each any of the M: an entry is none of them with probability (1 - 1/M)^K = 1 - dropout
+        count = round(-math.log1p(-self.dropout) * size)
+        return torch.randint(size, (count,), device=x.device)
 
     def _mask(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """1 where dropout keeps, 0 where it drops; uint8."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.adapter import Call
 from ..core.disk_names import DiskNames
+from ..core.kernels import frozen_linear_stretched
 from ..core.method import method
 from ..core.site import Site
 from ..core.storage import OpaqueStorage
@@ -85,6 +86,8 @@ class DoRAAdapter(LoRAAdapter):
             base = site.apply(dropped, site.weight())
             y: Tensor = call(x, *args, **kwargs) + low
             return torch.addcmul(y, low + base, site.channels(change, y))
+        if self.fuses(call):
+            return frozen_linear_stretched(x, site.stored, site.bias, *self.factors(), change, self.scale)
         y = super().forward(call, x, *args, **kwargs)  # V x + b
         change = site.channels(change, y)
         # a difference added to y: where m = n, y stays as it is to the last bit

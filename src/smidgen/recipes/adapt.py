@@ -51,6 +51,8 @@ def attach_used(method: Method, work: Work, chosen: Chosen, plan: Plan) -> Adapt
         method = method.choose(body, *_loss_of_rows(work, chosen))
     adapters = attach(body, method, seed=chosen.seed)
     plan.decide("sites", None, str(len(adapters.sites("default"))), adapters.report().splitlines()[0])
+    if lean := adapters.lean():
+        plan.decide("lean", None, len(lean), "frozen norms and feed-forwards that keep less for backward")
     return adapters
 
 
