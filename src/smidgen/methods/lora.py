@@ -159,12 +159,16 @@ class LoRA(Method):
         )
         return self
 
+    @property
+    def told_by_tensors(self) -> bool:
+        return self.start in SUBTRACTED
+
     def with_tensors(self, tensors: Mapping[Site, Mapping[str, Tensor]]) -> "LoRA":
         """While a folder is read: HF PEFT's own, of a start that is subtracted, has R rows of A; ours has 2 R."""
         found = [(named["A"], self.rank_at(site)) for site, named in tensors.items() if "A" in named]
         method = replace(self)
         same = bool(found) and all(A.is_meta and len(A) == rank for A, rank in found)
-        object.__setattr__(method, "of_changed_base", same and self.start in SUBTRACTED)
+        object.__setattr__(method, "of_changed_base", same)
         return method
 
     def build(self, site: Site) -> "LoRAAdapter":
