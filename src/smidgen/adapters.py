@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -20,9 +20,10 @@ from .core.method import Method
 from .core.rows_apart import run_apart
 from .core.site import Site
 from .core.targets import Resolution
-from .formats.read import Loaded, read_folder
-from .formats.write import About, Placed, write_folder
 from .methods.head import Head, head_sites
+
+if TYPE_CHECKING:
+    from .formats.read import Loaded
 
 _SET = "_smidgen_set"
 
@@ -47,6 +48,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
     check_base: refuse an adapter that was trained on other weights than the model has.
     Raises FolderError or AttachError, and then has changed nothing.
     """
+    from .formats.read import read_folder  # here: what never loads or saves need not wait for half of the package
+
     adapters = adapters_of(model) or AdapterSet(model)
     empty = not adapters.names
     content = read_folder(folder, model, name, check_base=check_base, head_sites=adapters._head_sites)
@@ -177,7 +180,7 @@ class AdapterSet:
         return self._put(method, name, resolution, seed)
 
     def _put(
-        self, method: Method, name: str, resolution: Resolution, seed: int | None, *, saved: Loaded | None = None
+        self, method: Method, name: str, resolution: Resolution, seed: int | None, *, saved: "Loaded | None" = None
     ) -> "AdapterSet":
         self._check_name(name)
         sites = (*resolution.sites, *self._head_sites(method))
@@ -398,6 +401,8 @@ class AdapterSet:
         extra: numbers, texts, lists and mappings to keep with them.   replace: an adapter folder that is there goes.
         Raises FolderError, and then what was there is still there.
         """
+        from .formats.write import About, Placed, write_folder  # here: as in `load`
+
         names = self.names if name is None else [name]
         if not names:
             raise AttachError("nothing to save: the model has no adapters")

@@ -93,10 +93,11 @@ def parts_without_memory(method: Method, sites: Sequence[Site], heads: Sequence[
 
 
 def is_all_of(part: Adapter, tensors: Collection[str]) -> bool:
-    """True if a part without memory is whole once these tensors of its are there: it holds and computes no others."""
+    """True if a part without memory is whole once it has these tensors: it holds, shares and computes no others."""
     held = [*part.named_parameters(), *part.named_buffers()]
     return (
         type(part).prepare is Adapter.prepare
+        and "shared" not in part._modules
         and all(name in tensors for name, _ in held)
         and not any(isinstance(value, Tensor) for module in part.modules() for value in vars(module).values())
     )

@@ -28,7 +28,6 @@ from ..core.safe import read_json
 from .translation import plain
 
 FORMAT = 2
-READ = (1, FORMAT)
 NOTE = "smidgen.json"
 
 
@@ -91,9 +90,9 @@ def read_note(folder: Path) -> "Note | Several | None":
         return None
     data = read_json(path)
     version = data.pop("format", None)
-    if version not in READ:
+    if version not in (1, FORMAT):
         raise FolderError(
-            f"{path}: format is {str(version)[:40]!r}, this smidgen reads {' and '.join(map(str, READ))}. A newer one wrote it: upgrade"
+            f"{path}: format is {str(version)[:40]!r}, this smidgen reads 1 and {FORMAT}. A newer one wrote it: upgrade"
         )
     kinds = {"adapters": list, "extra": dict} if "adapters" in data else _KINDS
     wrong = [name for name, kind in kinds.items() if not isinstance(data.get(name), kind)]

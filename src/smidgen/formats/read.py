@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,6 @@ from ..core.method import Method
 from ..core.safe import read_tensors
 from ..core.site import Site
 from ..core.targets import Resolution
-from . import adapterhub, pyreft
 from .checks import check_agreement, check_base, check_copies, check_places, check_shapes, check_values
 from .imported import Imported
 from .layout import Modules, canonical, is_all_of, parts_without_memory, tensors_of
@@ -24,7 +24,11 @@ from .opened import Opened, method_and_sites, open_folder, with_tensors, with_to
 from .translations import translation_of
 from .write import CONFIG, all_stored
 
-_OTHERS = (adapterhub, pyreft)  # projects whose folders are read and not written
+# Projects whose folders are read and not written: the file here that reads them, and what they are known by.
+_OTHERS = {
+    "adapterhub": ("adapter_config.json", ("adapter.safetensors", "pytorch_adapter.bin")),
+    "pyreft": ("config.json", ("intkey_*.bin",)),
+}
 HeadSites = Callable[[Method], list[Site]]
 # What settings of the wrong type or size end in, when a method is made of them
 _NO_SETTINGS = (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError, AttributeError, LookupError)
@@ -78,8 +82,8 @@ def read_folder(
     head_sites: the sites of a method's heads in the model.
     """
     folder, modules = _existing(folder), Modules(model)
-    if (other := next((project for project in _OTHERS if project.is_there(folder)), None)) is not None:
-        return _of_other_project(folder, other.read, modules, name)
+    if (other := _other_project(folder)) is not None:
+        return _of_other_project(folder, import_module(f"{__package__}.{other}").read, modules, name)
     note = read_note(folder)
     places, active = _locate(folder, note, name)
     loaded: tuple[Loaded, ...] = ()
@@ -103,6 +107,13 @@ def read_folder(
 def _renamed(loaded: Loaded, name: str, number: int) -> Loaded:
     name += str(number + 1) if number else ""
     return replace(loaded, name=name, saved_as=name)
+
+
+def _other_project(folder: Path) -> str | None:
+    for project, (config, files) in _OTHERS.items():
+        if (folder / config).is_file() and any(path.is_file() for file in files for path in folder.glob(file)):
+            return project
+    return None
 
 
 def _of_other_project(
