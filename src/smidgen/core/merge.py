@@ -67,7 +67,7 @@ def _find(site: Site, name: str) -> Adapter | None:
 
 
 def _blocks(site: Site, expression: Expression) -> "Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]":
-    """Blocks of rows: (rows, old, new, new bias), old and new (rows, I) in fp32 or better."""
+    """Blocks of rows: (rows, old, new, new bias), old and new (rows, I) in fp32 or better; old is a copy."""
     stored, bias = site.storage.read(site.stored), site.bias
     height, width = site.linear.read_rows(stored, slice(None)).shape
     found = [_find(site, name) for name in names_in(expression)]
@@ -76,7 +76,7 @@ def _blocks(site: Site, expression: Expression) -> "Iterator[tuple[slice, Tensor
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         old = site.linear.read_rows(stored, rows)
-        old = old.to(torch.promote_types(old.dtype, torch.float32))
+        old = old.to(torch.promote_types(old.dtype, torch.float32), copy=True)
         b = None if bias is None else bias.detach().flatten()[rows].to(old.dtype)
         new, b = merged(expression, lambda name: _find(site, name), old, b, rows)
         yield rows, old, new, b
@@ -90,13 +90,17 @@ def _error(site: Site, expression: Expression) -> float:
     for _, old, new, b in _blocks(site, expression):
         if b is not None and not torch.isfinite(b.to(cast(Tensor, site.bias).dtype)).all():
             return float("inf")
-        difference = new - old
-        update += float(torch.linalg.vector_norm(difference)) ** 2
-        torch.sub(new.to(dtype), new, out=difference)
-        lost += float(torch.linalg.vector_norm(difference)) ** 2
+        difference = new - old if new is old else old.sub_(new)  # in its place: memory is what takes the time here
+        update += _squares(difference)
+        lost += _squares(difference.copy_(new.to(dtype)).sub_(new))
     if not math.isfinite(lost):  # one value that is not finite makes the norm so
         return float("inf")
     return (lost / update) ** 0.5 if update else 0.0
+
+
+def _squares(x: Tensor) -> float:
+    x = x.flatten()
+    return float(torch.dot(x, x))
 
 
 def _write(site: Site, expression: Expression) -> None:
