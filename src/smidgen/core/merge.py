@@ -90,12 +90,16 @@ def _error(site: Site, expression: Expression) -> float:
     for _, old, new, b in _blocks(site, expression):
         if b is not None and not torch.isfinite(b.to(cast(Tensor, site.bias).dtype)).all():
             return float("inf")
-        difference = new - old if new is old else old.sub_(new)  # in its place: memory is what takes the time here
+        difference = new - old if _share_memory(new, old) else old.sub_(new)  # in its place: memory takes the time here
         update += _squares(difference)
         lost += _squares(difference.copy_(new.to(dtype)).sub_(new))
     if not math.isfinite(lost):  # one value that is not finite makes the norm so
         return float("inf")
     return (lost / update) ** 0.5 if update else 0.0
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _squares(x: Tensor) -> float:
