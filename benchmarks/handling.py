@@ -1,18 +1,21 @@
-"""Importing, attaching, loading, switching and merging adapters, beside HF PEFT doing the same.
+"""Importing, attaching, saving, loading, switching and merging adapters, beside HF PEFT doing the same.
 
 The base has the shape of a Llama with 0.82B parameters in its body, bf16: hidden 2048, 16 layers, 112 linear layers.
 The adapter is LoRA of rank 16 on all 112, 40 MB in fp32. Each tool has a model of its own over the same weights.
-Seconds are CPU seconds of one thread. Each of the 50 adapters is loaded once by each tool, in turn.
+Seconds are CPU seconds of one thread. Each of the 50 adapters is loaded once by each tool, in turn. 0.51B are the first
+ten layers.
 
     python benchmarks/handling.py [--adapters 50] [--rounds 5]
 """
 
 import argparse
+import itertools
 import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import report
@@ -21,20 +24,27 @@ from common import Run, Spread, cpu_seconds, described, interleaved, llama, one_
 from torch import nn
 
 import smidgen
+import smidgen.formats.read  # what the first load would import: HF PEFT has imported its own by then
 
 RANK, ALPHA = 16, 32
-ATTACH_LIMIT_S, LOAD_LIMIT_S, SWITCH_LIMIT_MS = 0.15, 3.0, 2.0
+IMPORT_LIMIT_S, ATTACH_LIMIT_S, LOAD_LIMIT_S, LOADS_LIMIT_S, SWITCH_LIMIT_MS = 0.1, 0.1, 0.04, 2.0, 0.5
+MERGE_LIMIT_S, MERGE_LIMIT_MB = 1.0, 20
 OURS, THEIRS, TORCH = "smidgen", "HF PEFT", "torch alone"
+HELP, FIRST_USE = "smidgen --help", "first use"
+SMALLER = 10  # of the 16 layers: 0.51B parameters
 ADAPTER_NUMBERS = 10_092_544  # R (I + O), summed over the layers
 SHOWN_LOADS = (1, 10, 25, 50)
 Figures = dict[str, Spread]  # by tool
 
 
-def import_seconds(rounds: int) -> Figures:
-    """CPU seconds that an import takes in a new process; that of torch alone too."""
+def import_seconds(rounds: int) -> tuple[Figures, Figures]:
+    """CPU seconds that an import takes in a new process, alone and with what attaching LoRA needs.
 
-    def importing(package: str) -> Run:
-        return lambda: subprocess.run([sys.executable, "-c", f"import {package}"], check=True)
+    Of torch alone and of a page of help too.
+    """
+
+    def running(*arguments: str) -> Run:
+        return lambda: subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
 
     def of_children(run: Run) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -42,8 +52,17 @@ def import_seconds(rounds: int) -> Figures:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    packages = {TORCH: "torch", OURS: "smidgen", THEIRS: "peft"}
-    return spreads(interleaved({name: importing(p) for name, p in packages.items()}, rounds, of_children))
+    variants = {
+        TORCH: running("-c", "import torch"),
+        OURS: running("-c", "import torch, smidgen"),
+        THEIRS: running("-c", "import torch, peft"),
+        OURS + FIRST_USE: running("-c", "import torch\nfrom smidgen import LoRA, attach"),
+        THEIRS + FIRST_USE: running("-c", "import torch\nfrom peft import LoraConfig, get_peft_model"),
+        HELP: running("-m", "smidgen", "--help"),
+    }
+    samples = interleaved(variants, rounds, of_children)
+    alone = {tool: samples[tool] for tool in (OURS, THEIRS, TORCH, HELP)}
+    return spreads(alone), spreads({tool: samples[tool + FIRST_USE] for tool in (OURS, THEIRS)})
 
 
 def twins() -> tuple[nn.Module, nn.Module]:
@@ -88,8 +107,18 @@ def attaching(ours: nn.Module, theirs: nn.Module, rounds: int) -> Figures:
     )
 
 
-def loading(ours: nn.Module, theirs: nn.Module, count: int) -> tuple[dict[str, list[float]], Any]:
-    """Seconds of every load, of adapters named "0", "1", ...; and HF PEFT's model with all of them."""
+@dataclass(frozen=True)
+class OnDisk:
+    """Seconds to save, of every load of adapters named "0", "1" ..., and of some more without a look at the base."""
+
+    saves: Figures
+    loads: dict[str, list[float]]
+    unchecked: Spread
+    wrapped: Any  # HF PEFT's model with all that it loaded
+
+
+def on_disk(ours: nn.Module, theirs: nn.Module, count: int, rounds: int) -> OnDisk:
+    """Save an adapter, and load it again and again."""
     from peft import PeftModel
 
     # A virtual machine gets memory that it never used from its host, which takes longer than the reading: get it now.
@@ -98,8 +127,13 @@ def loading(ours: nn.Module, theirs: nn.Module, count: int) -> tuple[dict[str, l
         adapters, wrapped = attach(ours), hf_attach(theirs)
         as_if_trained(adapters.parameters())
         as_if_trained(wrapped.parameters())
-        adapters.save(f"{folder}/ours")
-        wrapped.save_pretrained(f"{folder}/theirs")
+        saves = interleaved(
+            {
+                OURS: lambda: adapters.save(f"{folder}/ours", replace=True),
+                THEIRS: lambda: wrapped.save_pretrained(f"{folder}/theirs"),
+            },
+            rounds,
+        )
         adapters.detach()
         wrapped.unload()
         names, their_names = iter(map(str, range(count))), iter(map(str, range(count)))
@@ -113,7 +147,13 @@ def loading(ours: nn.Module, theirs: nn.Module, count: int) -> tuple[dict[str, l
                 loaded.append(PeftModel.from_pretrained(theirs, f"{folder}/theirs", adapter_name=name))
 
         variants = {OURS: lambda: smidgen.load(ours, f"{folder}/ours", next(names)), THEIRS: hf_load}
-        return interleaved(variants, count, warm_up=False), loaded[0]
+        loads = interleaved(variants, count, warm_up=False)
+        more = iter(range(count, count + rounds))
+        unchecked = [
+            cpu_seconds(lambda: smidgen.load(ours, f"{folder}/ours", str(next(more)), check_base=False))
+            for _ in range(rounds)
+        ]
+        return OnDisk(spreads(saves), loads, Spread.of(unchecked), loaded[0])
 
 
 def switching(adapters: smidgen.AdapterSet, wrapped: Any, count: int) -> tuple[Figures, Figures]:
@@ -140,6 +180,14 @@ def switching(adapters: smidgen.AdapterSet, wrapped: Any, count: int) -> tuple[F
     )
 
 
+def switching_of_two(adapters: smidgen.AdapterSet) -> Spread:
+    """Seconds to switch where all others are gone: inactive adapters should cost nothing."""
+    for name in adapters.names[2:]:
+        adapters.delete(name)
+    turns = itertools.cycle(adapters.names)
+    return Spread.of([cpu_seconds(lambda: adapters.activate(next(turns))) for _ in range(20)])
+
+
 def merging(ours: nn.Module, theirs: nn.Module, rounds: int) -> tuple[Figures, Figures]:
     """Seconds, and bytes beside the model, to write one adapter into the weights."""
 
@@ -164,6 +212,11 @@ def spreads(samples: dict[str, list[float]]) -> Figures:
     return {tool: Spread.of(figures) for tool, figures in samples.items()}
 
 
+def ours_alone(what: str, figure: Spread, unit: float = 1.0) -> list[Any]:
+    """A line of the table where HF PEFT has nothing to compare."""
+    return [what, figure.over(unit), None, None]
+
+
 def row(what: str, figures: Figures, unit: float = 1.0) -> list[Any]:
     """A line of the table: ours, theirs, and how many times ours theirs is."""
     ours, theirs = figures[OURS].over(unit), figures[THEIRS].over(unit)
@@ -177,35 +230,52 @@ def main() -> None:
     asked = arguments.parse_args()
     one_thread()
     count = asked.adapters
-    imported = import_seconds(asked.rounds)
+    imported, used = import_seconds(asked.rounds)
     ours, theirs = twins()
     attached = attaching(ours, theirs, asked.rounds)
-    loads, wrapped = loading(ours, theirs, count)
+    disk = on_disk(ours, theirs, count, asked.rounds)
     adapters = smidgen.adapters_of(ours)
     assert adapters is not None
-    switched, off_and_on = switching(adapters, wrapped, count)
+    switched, off_and_on = switching(adapters, disk.wrapped, count)
+    switched_of_two = switching_of_two(adapters)
     adapters.detach()
-    merged, beside = merging(ours, wrapped.unload(), asked.rounds)
+    theirs = disk.wrapped.unload()
+    merged, beside = merging(ours, theirs, asked.rounds)
+    for model in (ours, theirs):
+        model.model.layers = model.model.layers[:SMALLER]  # type: ignore[union-attr, index]
+    merged_smaller, beside_smaller = merging(ours, theirs, asked.rounds)
 
     rows = [
         row(f"import, s ({TORCH}: {imported[TORCH].median:.2f})", imported),
+        row("import and first use of attach and LoRA, s", used),
+        ours_alone(f"{HELP}, s", imported[HELP]),
         row("attach a fresh adapter, s", attached),
+        row("save it, s", disk.saves),
         *(
-            row(f"load adapter number {n}, s", spreads({tool: [each[n - 1]] for tool, each in loads.items()}))
+            row(f"load adapter number {n}, s", spreads({tool: [each[n - 1]] for tool, each in disk.loads.items()}))
             for n in SHOWN_LOADS
             if n <= count
         ),
-        row(f"load {count} adapters, together, s", spreads({tool: [sum(each)] for tool, each in loads.items()})),
+        row(f"load {count} adapters, together, s", spreads({tool: [sum(each)] for tool, each in disk.loads.items()})),
+        ours_alone("load one more, the base not checked, s", disk.unchecked),
         row(f"switch to another of {count}, ms", switched, 1e-3),
+        ours_alone("switch to another of 2, ms", switched_of_two, 1e-3),
         row(f"switch off and on again, {count} loaded, ms", off_and_on, 1e-3),
         row("merge into the weights, s", merged),
         row("memory beside the model while merging, MB", beside, 1e6),
+        row("merge into the weights of 0.51B, s", merged_smaller),
+        row("memory beside the 0.51B while merging, MB", beside_smaller, 1e6),
     ]
     table = {"title": "CPU time and memory", "columns": ["", OURS, THEIRS, "times ours"], "rows": rows}
+    over_torch, a_load = used[OURS].median - imported[TORCH].median, Spread.of(disk.loads[OURS]).median
     claims = [
+        {"claim": "importing attach and LoRA, over torch, CPU s", "limit": IMPORT_LIMIT_S, "is": over_torch},
         {"claim": "attaching rank 16 to 112 layers, CPU s", "limit": ATTACH_LIMIT_S, "is": attached[OURS].median},
-        {"claim": "loading 50 adapters together, CPU s", "limit": LOAD_LIMIT_S, "is": sum(loads[OURS])},
+        {"claim": "loading one of 50 adapters, CPU s", "limit": LOAD_LIMIT_S, "is": a_load},
+        {"claim": "loading 50 adapters together, CPU s", "limit": LOADS_LIMIT_S, "is": sum(disk.loads[OURS])},
         {"claim": "switching among 50, CPU ms", "limit": SWITCH_LIMIT_MS, "is": switched[OURS].median * 1e3},
+        {"claim": "merging into 0.51B, CPU s", "limit": MERGE_LIMIT_S, "is": merged_smaller[OURS].median},
+        {"claim": "memory beside it, MB", "limit": MERGE_LIMIT_MB, "is": beside_smaller[OURS].median / 1e6},
     ]
     print(report.table_of(plain(table)))
     if count == 50:

@@ -106,6 +106,23 @@ def test_importing_smidgen_imports_no_other_package():
     assert packages_after("import smidgen") <= packages_after("pass") | {"smidgen"}
 
 
+def test_attaching_waits_for_no_file_format():
+    program = "from smidgen import LoRA, attach\nimport sys\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "smidgen.core.attach" in run.stdout.split()
+    assert not [name for name in run.stdout.split() if name.startswith("smidgen.formats")]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["tune", "--help"], ["--version"]])
+def test_pages_of_help_and_the_version_import_no_torch(arguments: list[str]):
+    program = (
+        "import sys\nfrom smidgen.cli.main import main\ntry:\n    main()\n"
+        "except SystemExit as end:\n    sys.exit('torch' in sys.modules or end.code)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert "smidgen" in run.stdout
+
+
 def test_its_names_import_no_package_but_torch_and_safetensors():
     assert packages_after("from smidgen import *") <= packages_after("import torch, safetensors.torch") | {"smidgen"}
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -20,9 +20,10 @@ from .core.method import Method
 from .core.rows_apart import run_apart
 from .core.site import Site
 from .core.targets import Resolution
-from .formats.read import read_folder
-from .formats.write import About, Placed, write_folder
 from .methods.head import Head, head_sites
+
+if TYPE_CHECKING:
+    from .formats.read import Loaded
 
 _SET = "_smidgen_set"
 
@@ -47,6 +48,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
     check_base: refuse an adapter that was trained on other weights than the model has.
     Raises FolderError or AttachError, and then has changed nothing.
     """
+    from .formats.read import read_folder  # here: what never loads or saves need not wait for half of the package
+
     adapters = adapters_of(model) or AdapterSet(model)
     empty = not adapters.names
     content = read_folder(folder, model, name, check_base=check_base, head_sites=adapters._head_sites)
@@ -55,7 +58,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
     added: list[str] = []
     try:
         for loaded in content.adapters:
-            adapters._put(loaded.method, loaded.name, loaded.resolution, None, fresh=False)
+            adapters._put(loaded.method, loaded.name, loaded.resolution, None, saved=loaded)
             added.append(loaded.name)
             loaded.fill(adapters.parts(loaded.name))
     except BaseException:
@@ -92,7 +95,7 @@ class AdapterSet:
         self._entries: dict[str, Entry] = {}
         self._active: Expression = None
         self._trained_before: dict[str, bool] = {}
-        self._kept_places: list[tuple[nn.Module, tuple[str, ...]]] | None = None
+        self._kept_places: dict[nn.Module, tuple[str, ...]] | None = None
         self._nesting_before: list[nn.TransformerEncoder] = []
         self._following: tuple[Any, ...] = ()  # hooks of an optimiser
         self._done = self._steps = 0
@@ -177,7 +180,7 @@ class AdapterSet:
         return self._put(method, name, resolution, seed)
 
     def _put(
-        self, method: Method, name: str, resolution: Resolution, seed: int | None, *, fresh: bool = True
+        self, method: Method, name: str, resolution: Resolution, seed: int | None, *, saved: "Loaded | None" = None
     ) -> "AdapterSet":
         self._check_name(name)
         sites = (*resolution.sites, *self._head_sites(method))
@@ -187,10 +190,12 @@ class AdapterSet:
             raise AttachError(
                 f'adapter "{name}" would live twice at {", ".join(twice)}: it is both a target and a head'
             )
-        parts = [method.build(site) for site in resolution.sites] + [
-            Head().build(site) for site in sites[len(resolution.sites) :]
-        ]
-        shared = method.shared(resolution.sites)
+        if saved is not None and saved.parts is not None:
+            parts, shared = list(saved.parts.values()), None
+        else:
+            parts = [method.build(site) for site in resolution.sites]
+            parts += [Head().build(site) for site in sites[len(resolution.sites) :]]
+            shared = method.shared(resolution.sites)
         if shared is not None:
             parts[0].add_module("shared", shared)  # held once
             for part in parts[1 : len(resolution.sites)]:
@@ -198,7 +203,7 @@ class AdapterSet:
             shared.prepare()
         for part in parts:
             part.prepare()
-        if fresh:
+        if saved is None:
             generators = {}
             for part in parts:
                 device = next((p.device for p in part.parameters()), torch.device("cpu"))
@@ -214,7 +219,7 @@ class AdapterSet:
         for site, part in zip(sites, parts, strict=True):
             mechanism.put_on(site, name, part)
         self._entries[name] = Entry(method, resolution, sites)
-        self._kept_places = None
+        _add_places(self._places(), sites)
         if len(self._entries) == 1:
             self.activate(name)
         return self
@@ -315,7 +320,7 @@ class AdapterSet:
         self._active = expression
 
     def _set_plans(self, expression: Expression) -> None:
-        for layer, parameters in self._places():
+        for layer, parameters in self._places().items():
             mechanism.set_plans(layer, *mechanism.plans_at(layer, parameters, expression))
 
     def _all_by_row(self, expression: Expression) -> bool:
@@ -405,6 +410,8 @@ class AdapterSet:
         extra: numbers, texts, lists and mappings to keep with them.   replace: an adapter folder that is there goes.
         Raises FolderError, and then what was there is still there.
         """
+        from .formats.write import About, Placed, write_folder  # here: as in `load`
+
         names = self.names if name is None else [name]
         if not names:
             raise AttachError("nothing to save: the model has no adapters")
@@ -445,8 +452,8 @@ class AdapterSet:
 
     def _refuse_foreign(self, sites: Sequence[Site]) -> None:
         """Raise AttachError where adapters live that were put on through a part of this model, or a model around it."""
-        ours = {id(layer) for layer, _ in self._places()}
-        adapted = [site for site in sites if mechanism.is_adapted(site.layer) and id(site.layer) not in ours]
+        ours = self._places()
+        adapted = [site for site in sites if mechanism.is_adapted(site.layer) and site.layer not in ours]
         foreign = [site.name for site in adapted if len(mechanism.held(site.layer))]
         if foreign:
             raise AttachError(
@@ -463,17 +470,12 @@ class AdapterSet:
             raise TargetError(f"heads={method.heads} cannot be trained. {'; '.join(refused[:5])}")
         return sites
 
-    def _places(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
-        """Every adapted layer, with those of its parameters that are sites; kept until adapters come or go."""
+    def _places(self) -> dict[nn.Module, tuple[str, ...]]:
+        """Every adapted layer, with those of its parameters that are sites; kept until adapters go."""
         if self._kept_places is None:
-            found: dict[int, tuple[nn.Module, tuple[str, ...]]] = {}
+            self._kept_places = {}
             for entry in self._entries.values():
-                for site in entry.sites:
-                    layer, parameters = found.get(id(site.layer), (site.layer, ()))
-                    if site.parameter is not None and site.parameter not in parameters:
-                        parameters = (*parameters, site.parameter)
-                    found[id(site.layer)] = (layer, parameters)
-            self._kept_places = list(found.values())
+                _add_places(self._kept_places, entry.sites)
         return self._kept_places
 
     def _entry(self, name: str) -> Entry:
@@ -492,6 +494,13 @@ class AdapterSet:
             )
         if not name or any(mark in name for mark in "./@\\") or name != name.strip():
             raise AttachError(f'"{name}" is no name for an adapter: it may not be empty or contain . / @ \\')
+
+
+def _add_places(places: dict[nn.Module, tuple[str, ...]], sites: Sequence[Site]) -> None:
+    for site in sites:
+        parameters = places.setdefault(site.layer, ())
+        if site.parameter is not None and site.parameter not in parameters:
+            places[site.layer] = (*parameters, site.parameter)
 
 
 def _renamed(expression: Expression, old: str, new: str) -> Expression:

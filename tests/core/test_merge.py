@@ -10,6 +10,7 @@ from smidgen import AdapterSet, LoRA, Rows, Stack, Targets, attach
 from smidgen.core import merge
 from smidgen.core.adapter import Adapter
 from smidgen.core.errors import AttachError, MergeError, NotMergeable
+from smidgen.core.layers import LinearKind
 from smidgen.core.storage import WeightStorage, register_storage
 from smidgen.methods.bitfit import BitFit
 from smidgen.methods.ia3 import IA3
@@ -91,6 +92,32 @@ def test_a_merge_is_computed_in_fp32_and_rounded_once():
     }
     adapters.merge()
     assert all(torch.equal(dict(model.named_parameters())[name], W) for name, W in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_that_leaves_the_weight_as_it_is_loses_nothing_of_it(dtype: torch.dtype):
+    model = nn.Sequential(nn.Linear(3, 5)).to(dtype)
+    weight, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
+    adapters = attach(model, BitFit(targets="0"))
+    with torch.no_grad():
+        adapters.parameters()[0].fill_(0.5)
+    assert adapters.merge().errors == {"0": 0.0}
+    assert torch.equal(model[0].weight, weight)
+    assert torch.equal(model[0].bias, (bias.float() + 0.5).to(dtype))
+
+
+def test_the_layer_that_is_tried_is_the_smallest_of_its_kind(monkeypatch: pytest.MonkeyPatch):
+    _, adapters = adapted()  # Linear(8, 12), Linear(12, 4)
+    tried: list[int] = []
+    probe = LinearKind.probe
+    monkeypatch.setattr(
+        LinearKind,
+        "probe",
+        lambda self, layer, generator: (tried.append(len(layer.weight)), probe(self, layer, generator))[1],
+    )
+    adapters.merge()
+    assert tried == [4]
+    assert not adapters.names
 
 
 def test_a_weight_of_many_rows_is_merged_in_blocks_to_the_same_bits(monkeypatch: pytest.MonkeyPatch):

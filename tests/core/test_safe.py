@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 import tracemalloc
+import zlib
 
 import hypothesis
 import pytest
@@ -84,7 +85,42 @@ def test_some_tensors_can_be_read_by_name(tmp_path):
         safe.read_tensors(path, header, ["c", "flag", "d"])
 
 
+def test_every_tensor_read_begins_at_a_cache_line(tmp_path):
+    safe.write_tensors(tmp_path / "x.safetensors", some_tensors())
+    read = safe.read_tensors(tmp_path / "x.safetensors")
+    assert {tensor.data_ptr() % 64 for tensor in read.values() if tensor.numel()} == {0}
+
+
 def test_the_checksum_is_over_dtype_shape_and_bytes():
+    tensor = torch.tensor([[1.0, 2.0, 3.0]])
+    assert safe.checksum(tensor) == f"crc32:{zlib.crc32(b'F32 [1, 3]' + bytes([10]) + tensor.numpy().tobytes()):08x}"
+    assert safe.checksum(tensor) != safe.checksum(tensor.reshape(3, 1))
+    assert safe.checksum(tensor) != safe.checksum(tensor.view(torch.int32))
+    matrix = torch.randn(3, 5, requires_grad=True)
+    assert safe.checksum(matrix) == safe.checksum(matrix.T.contiguous().T)
+    assert safe.checksum(torch.empty(0)) != safe.checksum(torch.empty(0, 1))
+
+
+def test_every_flipped_bit_changes_the_checksum():
+    tensor = torch.randn(3, 5)
+    said, bits = safe.checksum(tensor), tensor.view(torch.int32).flatten()
+    for place in range(15):
+        for bit in range(32):
+            bits[place] ^= 1 << bit if bit < 31 else -(2**31)
+            assert not safe.is_intact(tensor, said)
+            bits[place] ^= 1 << bit if bit < 31 else -(2**31)
+    assert safe.is_intact(tensor, said)
+
+
+def test_a_tensor_is_intact_by_either_kind_of_checksum_and_by_no_other():
+    tensor = torch.randn(3, 5)
+    assert safe.is_intact(tensor, safe.checksum(tensor))
+    assert safe.is_intact(tensor, safe.tensor_sha256(tensor))
+    for said in (None, 7, "", "crc32:", "crc32:00000000", safe.checksum(tensor)[6:], safe.tensor_sha256(tensor + 1)):
+        assert not safe.is_intact(tensor, said)
+
+
+def test_the_checksum_of_format_1_is_sha256():
     tensor = torch.tensor([[1.0, 2.0, 3.0]])
     assert safe.tensor_sha256(tensor) == hashlib.sha256(b"F32 [1, 3]\n" + tensor.numpy().tobytes()).hexdigest()
     assert safe.tensor_sha256(tensor) != safe.tensor_sha256(tensor.reshape(3, 1))

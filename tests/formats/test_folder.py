@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import time
@@ -96,6 +97,32 @@ def test_the_golden_folder_of_every_format_is_still_read() -> None:
         assert read_extra(folder) == {"labels": ["no", "yes"]}
         for name in adapters.names:
             same_tensors(example(), adapters, name, name)
+
+
+@pytest.mark.parametrize("golden", sorted(GOLDEN.iterdir()), ids=lambda path: path.name)
+def test_a_damaged_tensor_is_found_in_every_format(golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden / "style", tmp_path / "a")
+    with open(tmp_path / "a" / "adapter_model.safetensors", "r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\1")
+    model = Example()
+    with pytest.raises(FolderError, match=r"1 of \d+ tensors: .* is damaged"):
+        load(model, tmp_path / "a")
+    assert adapters_of(model) is None
+
+
+def test_what_is_read_is_built_once_and_has_memory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = trained(attach(Example(), LoRA(rank=2, targets=["first", "second"], heads=("classifier",)), seed=0))
+    adapters.save(tmp_path / "a")
+    built: list[str] = []
+    build = LoRA.build
+    monkeypatch.setattr(LoRA, "build", lambda self, site: (built.append(site.name), build(self, site))[1])
+    again = load(Example(), tmp_path / "a")
+    assert built == ["first", "second"]
+    same_tensors(adapters, again)
+    assert not any(parameter.is_meta for parameter in again.parameters())
+    assert len({parameter.untyped_storage().data_ptr() for parameter in again.parameters()}) == 6
+    assert {(type(p), p.requires_grad) for p in again.parameters()} == {(nn.Parameter, True)}
 
 
 def test_this_release_writes_the_newest_golden_folder_byte_for_byte(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from .. import __version__
 from ..core.errors import RecipeError
 from .reporting import reporting
 from .tune import tune
@@ -35,7 +36,6 @@ class _Verbs(TyperGroup):
 
 app = typer.Typer(
     cls=_Verbs,
-    help="Adapt a pre-trained model to your data by training a smidgen of its parameters.",
     epilog=_EXAMPLES,
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -54,6 +54,25 @@ TaskFile = Annotated[
     str | None,
     typer.Option("--task", metavar="FILE.py:NAME", help="Your own task, if it was tuned for one; the file is run."),
 ]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"smidgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", metavar="", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Adapt a pre-trained model to your data by training a smidgen of its parameters."""
+
 
 app.command("tune", rich_help_panel="Tune")(tune)
 

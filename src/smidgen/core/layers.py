@@ -74,7 +74,7 @@ class LayerKind:
 
     def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
         """Put the matrix M (rows, I) into the stored weight, rounding to its dtype."""
-        W[rows] = M.to(W.dtype)
+        W[rows] = M
 
     def as_stored(self, W: Tensor, M: Tensor) -> Tensor:
         """The whole matrix M (O, I) in the stored shape of W; differentiable."""
@@ -122,7 +122,7 @@ class TransposedLinearKind(LinearKind):
         return W[:, rows].T
 
     def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
-        W[:, rows] = M.T.to(W.dtype)
+        W[:, rows] = M.T
 
     def as_stored(self, W: Tensor, M: Tensor) -> Tensor:
         return M.T
@@ -181,7 +181,7 @@ class ConvKind(LayerKind):
         return W[rows].flatten(1)
 
     def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
-        W[rows] = M.view(W[rows].shape).to(W.dtype)
+        W[rows] = M.view(W[rows].shape)
 
     def probe(self, layer: nn.Module, generator: torch.Generator) -> Tensor:
         layer = cast(nn.Conv2d, layer)
@@ -251,7 +251,7 @@ class TransposedConvKind(ConvKind):
 
     def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
         whole = self.read_rows(W, slice(None)).clone()
-        whole[rows] = M.to(W.dtype)
+        whole[rows] = M
         W.copy_(self.as_stored(W, whole))
 
     def as_stored(self, W: Tensor, M: Tensor) -> Tensor:
@@ -294,7 +294,7 @@ class EmbeddingKind(LayerKind):
         return W[:, rows].T
 
     def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
-        W[:, rows] = M.T.to(W.dtype)
+        W[:, rows] = M.T
 
     def as_stored(self, W: Tensor, M: Tensor) -> Tensor:
         return M.T
@@ -326,7 +326,7 @@ class NormKind(LayerKind):
         return W.reshape(-1)[rows, None]
 
     def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
-        W.view(-1)[rows] = M[:, 0].to(W.dtype)
+        W.view(-1)[rows] = M[:, 0]
 
     def probe(self, layer: nn.Module, generator: torch.Generator) -> Tensor:
         weight = cast(Tensor, layer.weight)
@@ -357,10 +357,10 @@ class MatrixKind(LayerKind):
 
     def write_rows(self, W: Tensor, rows: slice, M: Tensor) -> None:
         if len(self.shape) == 3:
-            W.view(-1, self._width())[rows] = M.to(W.dtype)
+            W.view(-1, self._width())[rows] = M
         else:  # by its own rows: a kernel may lie in another memory format
             own = W if W.ndim else W.view(1)
-            own[rows] = M.view(own[rows].shape).to(W.dtype)
+            own[rows] = M.view(own[rows].shape)
 
     def _width(self) -> int:
         """I: (E O, I) for a stack, (O, I) for a matrix, (O, 1) for a vector; a kernel is a matrix of rows."""

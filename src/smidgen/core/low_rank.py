@@ -108,6 +108,9 @@ class LowRankAdapter(AdditiveAdapter):
         count = round(-math.log1p(-self.dropout) * size)
         return torch.randint(size, (count,), device=x.device)
 
+    def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+        return self.weight_delta(rows).to(W.dtype).add_(W), b  # the product is nobody else's
+
     def _mask(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """1 where dropout keeps, 0 where it drops; uint8."""
         # 16 random bits for each: on a CPU bernoulli_ would take as long as the layer itself

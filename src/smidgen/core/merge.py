@@ -67,7 +67,7 @@ def _find(site: Site, name: str) -> Adapter | None:
 
 
 def _blocks(site: Site, expression: Expression) -> "Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]":
-    """Blocks of rows: (rows, old, new, new bias), old and new (rows, I) in fp32 or better."""
+    """Blocks of rows: (rows, old, new, new bias), old and new (rows, I) in fp32 or better; old is a copy."""
     stored, bias = site.storage.read(site.stored), site.bias
     height, width = site.linear.read_rows(stored, slice(None)).shape
     found = [_find(site, name) for name in names_in(expression)]
@@ -76,7 +76,7 @@ def _blocks(site: Site, expression: Expression) -> "Iterator[tuple[slice, Tensor
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         old = site.linear.read_rows(stored, rows)
-        old = old.to(torch.promote_types(old.dtype, torch.float32))
+        old = old.to(torch.promote_types(old.dtype, torch.float32), copy=True)
         b = None if bias is None else bias.detach().flatten()[rows].to(old.dtype)
         new, b = merged(expression, lambda name: _find(site, name), old, b, rows)
         yield rows, old, new, b
@@ -90,20 +90,34 @@ def _error(site: Site, expression: Expression) -> float:
     for _, old, new, b in _blocks(site, expression):
         if b is not None and not torch.isfinite(b.to(cast(Tensor, site.bias).dtype)).all():
             return float("inf")
-        lost += float(torch.linalg.vector_norm(new.to(dtype).to(new.dtype) - new)) ** 2
-        update += float(torch.linalg.vector_norm(new - old)) ** 2
+        difference = new - old if _share_memory(new, old) else old.sub_(new)  # in its place: memory takes the time here
+        update += _squares(difference)
+        lost += _squares(difference.copy_(new.to(dtype)).sub_(new))
     if not math.isfinite(lost):  # one value that is not finite makes the norm so
         return float("inf")
     return (lost / update) ** 0.5 if update else 0.0
 
 
-@torch.no_grad()
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _squares(x: Tensor) -> float:
+    x = x.flatten()
+    return float(torch.dot(x, x))
+
+
 def _write(site: Site, expression: Expression) -> None:
-    target, bias = site.storage.writable(site.stored), site.bias
+    _write_into(site.storage.writable(site.stored), None if site.bias is None else site.bias.data, site, expression)
+
+
+@torch.no_grad()
+def _write_into(weight: Tensor, bias: Tensor | None, site: Site, expression: Expression) -> None:
+    """Write the merged weight, in its stored shape, and the merged bias."""
     for rows, _, new, b in _blocks(site, expression):
-        site.linear.write_rows(target, rows, new)
+        site.linear.write_rows(weight, rows, new)
         if bias is not None and b is not None:
-            bias.data.view(-1)[rows] = b.to(bias.dtype)
+            bias.view(-1)[rows] = b.to(bias.dtype)
 
 
 def _refuse_unmergeable(sites: list[Site], expression: Expression) -> None:
@@ -134,26 +148,23 @@ def _refuse_tied(model: nn.Module, sites: list[Site]) -> None:
 
 @torch.no_grad()
 def _compare_with_running(sites: list[Site], expression: Expression) -> None:
-    """Run one layer of each kind with the adapters and with the merged weight; MergeError if they differ."""
-    seen: set[tuple[object, ...]] = set()
+    """Run one layer of each kind, the smallest, with the adapters and with the merged weight; MergeError if they
+    differ.
+    """
+    smallest: dict[tuple[object, ...], Site] = {}
+    for site in sorted(sites, key=lambda site: site.stored.numel()):
+        if site.parameter is None:  # a parameter runs by the same arithmetic that merges it
+            kind = (type(site.layer), tuple(type(_find(site, name)) for name in names_in(expression)))
+            smallest.setdefault(kind, site)
     generator = torch.Generator().manual_seed(0)
-    for site in sites:
-        key = (type(site.layer), tuple(type(_find(site, name)) for name in names_in(expression)))
-        if site.parameter is not None or key in seen:
-            continue  # a parameter runs by the same arithmetic that merges it
-        seen.add(key)
+    for site in smallest.values():
         layer, training = site.layer, site.layer.training
         layer.eval()
         x = site.linear.probe(layer, generator)
         base = mechanism.bare_call(layer)
         plan = plan_for(expression, mechanism.held(layer).get)
         running = base(x) if plan is None else plan(base, x)
-        W, b = torch.cat([new for _, _, new, _ in _blocks(site, expression)]), site.bias
-        if b is not None:
-            parts = [part for _, _, _, part in _blocks(site, expression) if part is not None]
-            b = torch.cat(parts).view(b.shape).to(b.dtype)
-        stored = site.linear.as_stored(site.storage.read(site.stored), W).to(site.stored.dtype)
-        with mechanism.replaced(layer, {"weight": stored} | ({} if b is None else {"bias": b})):
+        with mechanism.replaced(layer, _merged_copies(site, expression)):
             merged_out = base(x)
         layer.train(training)
         tolerance = 1e-4 if running.dtype in (torch.float32, torch.float64) else 3e-2
@@ -164,3 +175,12 @@ def _compare_with_running(sites: list[Site], expression: Expression) -> None:
                 "output; nothing was changed. Its forward does more with the weight than a plain layer of its kind: "
                 "keep the adapter attached"
             )
+
+
+def _merged_copies(site: Site, expression: Expression) -> dict[str, Tensor]:
+    """The weight and the bias that `_write` would leave at a site."""
+    copies = {"weight": torch.empty_like(site.storage.read(site.stored), dtype=site.stored.dtype)}
+    if site.bias is not None:
+        copies["bias"] = site.bias.detach().clone()
+    _write_into(copies["weight"], copies.get("bias"), site, expression)
+    return copies

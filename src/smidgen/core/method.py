@@ -150,6 +150,11 @@ class Method:
         """
         return self, tensors
 
+    @property
+    def told_by_tensors(self) -> bool:
+        """True if a saved adapter's tensors say more of the method than its settings: `with_tensors`."""
+        return type(self).with_tensors is not Method.with_tensors
+
     def with_tensors(self, tensors: Mapping[Site, Mapping[str, Tensor]]) -> "Method":
         """The method as a saved adapter has it, for one whose tensors say more than its settings.
 

@@ -75,10 +75,20 @@ class Site:
 
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialised trainable parameter for this site: on its device, in fp32 or better."""
-        like = next(self.layer.parameters(), None) if self.kind is None else self.stored
+        like = self._followed()
         if like is None:
             return nn.Parameter(torch.empty(shape, dtype=torch.float32))
         return nn.Parameter(torch.empty(shape, dtype=master_dtype(like), device=like.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers of an adapter here are; on the CPU while the base has no memory."""
+        like = self._followed()
+        return torch.device("cpu") if like is None or like.is_meta else like.device
+
+    def _followed(self) -> Tensor | None:
+        """The tensor of the base whose device and dtype an adapter here follows."""
+        return next(self.layer.parameters(), None) if self.kind is None else self.stored
 
     def project(self, x: Tensor, A: Tensor) -> Tensor:
         """x by A (R, I), the layer's own way; A is cast to x's dtype, never x to A's."""

@@ -36,7 +36,7 @@ class DenseStorage(WeightStorage):
     plain = True
 
     def matches(self, weight: Tensor) -> bool:
-        return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+        return type(weight) in (Tensor, nn.Parameter) and weight.dtype.is_floating_point
 
     def read(self, weight: Tensor) -> Tensor:
         return weight.detach()
@@ -92,4 +92,4 @@ def register_storage(storage: WeightStorage) -> None:
 
 def master_dtype(weight: Tensor) -> torch.dtype:
     """The dtype adapters keep on this weight: fp32 on 16-bit and quantised weights, fp64 on fp64."""
-    return torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

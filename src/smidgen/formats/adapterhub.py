@@ -98,11 +98,6 @@ def activation(saved: Saved) -> Any:
     return _ACTIVATIONS[theirs]
 
 
-def is_there(folder: Path) -> bool:
-    """True if the folder is one of AdapterHub's."""
-    return any((folder / file).is_file() for file in (_SAFE, _PICKLED)) and (folder / "adapter_config.json").is_file()
-
-
 def read(folder: Path, modules: Modules) -> list[Imported]:
     """The adapters in the folder.  Raises FolderError."""
     from .adapterhub_methods import READERS  # here: it imports this file

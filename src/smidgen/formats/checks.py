@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..core.errors import FolderError
 from ..core.fingerprint import fingerprint, same_base
 from ..core.method import Method
-from ..core.safe import read_tensors, tensor_sha256
+from ..core.safe import is_intact, read_tensors
 from ..core.site import Site
 from .config import as_read, config_fields
 from .layout import PREFIX, Modules, Stored, Tensors, canonical, clean
@@ -99,7 +99,7 @@ def check_values(opened: Opened, read: Mapping[str, Tensor]) -> None:
     problems = []
     if opened.note is not None:
         sums = opened.note.tensors
-        problems = [f"{key} is damaged" for key, tensor in read.items() if tensor_sha256(tensor) != sums.get(key)]
+        problems = [f"{key} is damaged" for key, tensor in read.items() if not is_intact(tensor, sums.get(key))]
     problems += [f"{key} holds NaN or infinity" for key, tensor in read.items() if not finite(tensor)]
     if problems:
         raise FolderError(f"{opened.weights}: {len(problems)} of {len(read)} tensors: {'; '.join(problems[:8])}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..core.errors import FolderError
 from ..core.method import Method
 from ..core.site import Site
-from .layout import expected_tensors
+from .layout import parts_without_memory, tensors_of
 from .write import finite
 
 
@@ -28,7 +28,7 @@ class Imported:
 
     def checked(self) -> dict[tuple[str, str], Tensor]:
         """The tensors in the dtypes that the method has.  Raises FolderError if they are not those of this model."""
-        expected = expected_tensors(self.method, self.sites, ())
+        expected = tensors_of(parts_without_memory(self.method, self.sites, ()))
         dtypes = {(site, name): t.dtype for site, own in expected.items() for name, t in own.items()}
         needed = {(site, name): tuple(expected[site][name].shape) for site, name in dtypes}
         given = {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}

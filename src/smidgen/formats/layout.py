@@ -8,7 +8,7 @@
 Where Hugging Face PEFT has the method, its keys and shapes are written instead: see `peft_*.py`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,15 +81,26 @@ def tensors_of(parts: Mapping[str, Adapter]) -> dict[str, dict[str, Tensor]]:
     return {name: dict(part.state_dict(keep_vars=True)) for name, part in parts.items()}
 
 
-def expected_tensors(method: Method, sites: Sequence[Site], heads: Sequence[Site]) -> dict[str, dict[str, Tensor]]:
-    """The tensors that this adapter has, on the meta device: shapes and dtypes without memory."""
+def parts_without_memory(method: Method, sites: Sequence[Site], heads: Sequence[Site]) -> dict[str, Adapter]:
+    """The parts of this adapter on the meta device: shapes and dtypes, without memory."""
     with _WithoutMemory():
         parts = {site.name: method.build(site) for site in sites}
         shared = method.shared(tuple(sites))
         if shared is not None:
             parts[sites[0].name].add_module("shared", shared)
         parts |= {site.name: Head().build(site) for site in heads}
-    return tensors_of(parts)
+    return parts
+
+
+def is_all_of(part: Adapter, tensors: Collection[str]) -> bool:
+    """True if a part without memory is whole once it has these tensors: it holds, shares and computes no others."""
+    held = [*part.named_parameters(), *part.named_buffers()]
+    return (
+        type(part).prepare is Adapter.prepare
+        and "shared" not in part._modules
+        and all(name in tensors for name, _ in held)
+        and not any(isinstance(value, Tensor) for module in part.modules() for value in vars(module).values())
+    )
 
 
 class _WithoutMemory(TorchFunctionMode):

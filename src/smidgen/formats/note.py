@@ -1,7 +1,7 @@
 """`smidgen.json`: what our adapter folder knows beyond Hugging Face PEFT's two files.
 
 A folder of one adapter:
-    format          1
+    format          2; of 1, which is read too, the checksums are sha256
     name            the adapter's name
     method          ours, as `smidgen methods` lists it
     settings        the method's own; patterns as {site: value}
@@ -9,7 +9,7 @@ A folder of one adapter:
     heads           paths of modules trained whole
     composition     what was active if it was made of this adapter alone, or null
     base            {class, name, fingerprint} of the base model
-    tensors         {key in adapter_model.safetensors: sha256 of its dtype, shape and values}
+    tensors         {key in adapter_model.safetensors: checksum of its dtype, shape and values}
     not_peft        why HF PEFT's layout could not hold this adapter, or null
     extra           whatever the caller wanted to keep with it: task, label names, ...
 
@@ -27,7 +27,7 @@ from ..core.errors import FolderError, SmidgenError
 from ..core.safe import read_json
 from .translation import plain
 
-FORMAT = 1
+FORMAT = 2
 NOTE = "smidgen.json"
 
 
@@ -90,9 +90,9 @@ def read_note(folder: Path) -> "Note | Several | None":
         return None
     data = read_json(path)
     version = data.pop("format", None)
-    if version != FORMAT:
+    if version not in (1, FORMAT):
         raise FolderError(
-            f"{path}: format is {str(version)[:40]!r}, this smidgen reads {FORMAT}. A newer one wrote it: upgrade"
+            f"{path}: format is {str(version)[:40]!r}, this smidgen reads 1 and {FORMAT}. A newer one wrote it: upgrade"
         )
     kinds = {"adapters": list, "extra": dict} if "adapters" in data else _KINDS
     wrong = [name for name, kind in kinds.items() if not isinstance(data.get(name), kind)]

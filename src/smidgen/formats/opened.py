@@ -95,14 +95,18 @@ def method_and_sites(opened: Opened) -> tuple[Method, list[Site], bool]:
 
 def with_tensors(method: Method, sites: Sequence[Site], keys: Iterable[str], value: Callable[[str], Tensor]) -> Method:
     """`Method.with_tensors`, for methods that have it, with what the file holds for each site."""
-    if type(method).with_tensors is Method.with_tensors:
+    if not method.told_by_tensors:
         return method
     own_names = {suffix: name for name, suffix in method.disk.tensors.items()}
-    tensors: dict[Site, dict[str, Tensor]] = {}
-    for site in sites:
-        begin = site_key(site, "", "") + "."
-        found = {key: key.removeprefix(begin) for key in keys if key.startswith(begin)}
-        tensors[site] = {own_names.get(suffix, suffix): value(key) for key, suffix in found.items()}
+    tensors: dict[Site, dict[str, Tensor]] = {site: {} for site in sites}
+    by_begin = {site_key(site, "", ""): found for site, found in tensors.items()}
+    for key in keys:
+        begin, dot, suffix = key.rpartition(".")
+        while dot:  # a site may lie within another
+            if begin in by_begin:
+                by_begin[begin][own_names.get(suffix, suffix)] = value(key)
+            begin, dot, last = begin.rpartition(".")
+            suffix = f"{last}.{suffix}"
     return method.with_tensors(tensors)
 
 

@@ -33,11 +33,6 @@ _ROTATION = {f"rotate_layer.parametrizations.weight.{end}" for end in ("original
 _LINK = 9  # the place of intervention_link_key in a representation
 
 
-def is_there(folder: Path) -> bool:
-    """True if the folder is one of pyreft's."""
-    return (folder / "config.json").is_file() and any(folder.glob("intkey_*.bin"))
-
-
 def read(folder: Path, modules: Modules) -> list[Imported]:
     """The adapter in the folder.  Raises FolderError."""
     config = read_json(folder / "config.json")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,16 +16,19 @@ from ..core.method import Method
 from ..core.safe import read_tensors
 from ..core.site import Site
 from ..core.targets import Resolution
-from . import adapterhub, pyreft
 from .checks import check_agreement, check_base, check_copies, check_places, check_shapes, check_values
 from .imported import Imported
-from .layout import Modules, canonical, expected_tensors
+from .layout import Modules, canonical, is_all_of, parts_without_memory, tensors_of
 from .note import NOTE, Note, Several, composition, read_note
 from .opened import Opened, method_and_sites, open_folder, with_tensors, with_tokens_apart
 from .translations import translation_of
 from .write import CONFIG, all_stored
 
-_OTHERS = (adapterhub, pyreft)  # projects whose folders are read and not written
+# Projects whose folders are read and not written: the file here that reads them, and what they are known by.
+_OTHERS = {
+    "adapterhub": ("adapter_config.json", ("adapter.safetensors", "pytorch_adapter.bin")),
+    "pyreft": ("config.json", ("intkey_*.bin",)),
+}
 HeadSites = Callable[[Method], list[Site]]
 # What settings of the wrong type or size end in, when a method is made of them
 _NO_SETTINGS = (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError, AttributeError, LookupError)
@@ -39,6 +43,7 @@ class Loaded:
     method: Method
     resolution: Resolution
     tensors: Mapping[tuple[str, str], Tensor]  # (site name, tensor name) -> value
+    parts: Mapping[str, Adapter] | None = None  # by site name, without memory, if the tensors are all that they hold
 
     def fill(self, parts: Mapping[str, Adapter]) -> None:
         """Make these the tensors of the adapter's parts.  Whether they are trained stays as it was."""
@@ -46,10 +51,12 @@ class Loaded:
             path, _, leaf = name.rpartition(".")
             owner = parts[site].get_submodule(path)
             if leaf in owner._buffers:
-                owner._buffers[leaf] = value.to(cast(Tensor, owner._buffers[leaf]).device)
+                was = cast(Tensor, owner._buffers[leaf])
+                owner._buffers[leaf] = value.to(parts[site].site.device if was.is_meta else was.device)
                 continue
             parameter = cast(nn.Parameter, owner._parameters[leaf])
-            if parameter.is_meta:  # the base has no memory yet; the adapter has
+            if parameter.is_meta:
+                value = value.to(parts[site].site.device)
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             else:
                 parameter.data = value.to(parameter.device)
@@ -75,8 +82,8 @@ def read_folder(
     head_sites: the sites of a method's heads in the model.
     """
     folder, modules = _existing(folder), Modules(model)
-    if (other := next((project for project in _OTHERS if project.is_there(folder)), None)) is not None:
-        return _of_other_project(folder, other.read, modules, name)
+    if (other := _other_project(folder)) is not None:
+        return _of_other_project(folder, import_module(f"{__package__}.{other}").read, modules, name)
     note = read_note(folder)
     places, active = _locate(folder, note, name)
     loaded: tuple[Loaded, ...] = ()
@@ -100,6 +107,13 @@ def read_folder(
 def _renamed(loaded: Loaded, name: str, number: int) -> Loaded:
     name += str(number + 1) if number else ""
     return replace(loaded, name=name, saved_as=name)
+
+
+def _other_project(folder: Path) -> str | None:
+    for project, (config, files) in _OTHERS.items():
+        if (folder / config).is_file() and any(path.is_file() for file in files for path in folder.glob(file)):
+            return project
+    return None
 
 
 def _of_other_project(
@@ -177,8 +191,9 @@ def _checked(opened: Opened, name: str | None, head_sites: HeadSites, *, with_ba
     method, sites, theirs = method_and_sites(opened)
     heads = head_sites(method)
     check_places(opened, method, sites)
-    method = with_tensors(method, sites, opened.keys, opened.without_memory)
-    expected = expected_tensors(method, sites, heads)
+    built = method = with_tensors(method, sites, opened.keys, opened.without_memory)
+    parts = parts_without_memory(method, sites, heads)
+    expected = tensors_of(parts)
     translation = translation_of(type(method))
     stored = all_stored(translation, method, sites, heads, expected, theirs=theirs)
     copies = check_shapes(opened, stored, expected, translation)
@@ -197,6 +212,7 @@ def _checked(opened: Opened, name: str | None, head_sites: HeadSites, *, with_ba
             continue
         for (site, part), value in zip(entry.holds, entry.unpack(read[raw[entry.key]]), strict=True):
             tensors[site, part] = value.to(expected[site][part].dtype).contiguous()
+    whole = method is built and all(is_all_of(part, expected[site]) for site, part in parts.items())
     saved_as = opened.note.name if opened.note else "default"
     return Loaded(
         name=name or saved_as,
@@ -204,4 +220,5 @@ def _checked(opened: Opened, name: str | None, head_sites: HeadSites, *, with_ba
         method=method,
         resolution=Resolution(opened.modules.model, tuple(sites)),
         tensors=tensors,
+        parts=parts if whole else None,
     )

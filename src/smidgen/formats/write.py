@@ -17,10 +17,10 @@ from ..core.errors import FolderError
 from ..core.files import atomic_directory
 from ..core.fingerprint import fingerprint
 from ..core.method import Method
-from ..core.safe import tensor_sha256, write_tensors
+from ..core.safe import checksum, write_tensors
 from ..core.site import Site
 from .config import config_fields, expects_more, peft_obstacle
-from .layout import Modules, Stored, Tensors, clean, expected_tensors, stored_heads, tensors_of
+from .layout import Modules, Stored, Tensors, clean, parts_without_memory, stored_heads, tensors_of
 from .note import NOTE, Note, Place, Several, as_json
 from .peft_fields import TASKS
 from .translation import PeftTranslation, Translation
@@ -135,7 +135,7 @@ def _files(
             "name": name_of_base,
             "fingerprint": fingerprint(model, leave_out=(*heads, *whole)),
         },
-        tensors={key: tensor_sha256(tensor) for key, tensor in sorted(tensors.items())},
+        tensors={key: checksum(tensor) for key, tensor in sorted(tensors.items())},
         composition=_composition(active, (placed.name,)),
         not_peft=obstacle,
         extra=dict(about.extra or {}),
@@ -197,7 +197,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _check_readable(placed: Placed, held: Mapping[str, Mapping[str, Tensor]]) -> None:
     """What is read back has the shapes that the settings say; so what is written must have them."""
-    expected = expected_tensors(placed.method, placed.sites, placed.heads)
+    expected = tensors_of(parts_without_memory(placed.method, placed.sites, placed.heads))
     for site, named in expected.items():
         for name, tensor in named.items():
             if name not in held[site] or held[site][name].shape != tensor.shape:

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ..core import data_starts, starts
+from ..core import starts
 from ..core.checks import require_finite, require_one_of, require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
@@ -135,6 +135,8 @@ class LoRA(Method):
         EVA gives every site a rank of its own, and leaves out those that get none; s stays what it was.
         Raises ConfigError, TargetError, or NonFiniteError if an input or a gradient is not finite.
         """
+        from ..core import data_starts  # here: few starts need it
+
         require(self.start in OF_DATA, f'start="{self.start}" needs no data: attach the method as it is')
         sites = self.resolve(model).sites
         ranks, scales = {s.name: self.rank_at(s) for s in sites}, {s.name: self.scale_at(s) for s in sites}
@@ -159,12 +161,16 @@ class LoRA(Method):
         )
         return self
 
+    @property
+    def told_by_tensors(self) -> bool:
+        return self.start in SUBTRACTED
+
     def with_tensors(self, tensors: Mapping[Site, Mapping[str, Tensor]]) -> "LoRA":
         """While a folder is read: HF PEFT's own, of a start that is subtracted, has R rows of A; ours has 2 R."""
         found = [(named["A"], self.rank_at(site)) for site, named in tensors.items() if "A" in named]
         method = replace(self)
         same = bool(found) and all(A.is_meta and len(A) == rank for A, rank in found)
-        object.__setattr__(method, "of_changed_base", same and self.start in SUBTRACTED)
+        object.__setattr__(method, "of_changed_base", same)
         return method
 
     def build(self, site: Site) -> "LoRAAdapter":

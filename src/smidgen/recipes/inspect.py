@@ -17,7 +17,7 @@ from torch import nn
 from ..core.errors import CheckpointError, FolderError, SmidgenError
 from ..core.layers import kind_of
 from ..core.method import Method, methods
-from ..core.safe import read_header, read_json, read_tensors, tensor_sha256
+from ..core.safe import is_intact, read_header, read_json, read_tensors
 from ..core.targets import body_layers
 from ..evaluate.units import bytes_text, number_text, seconds_text, share_text
 from ..formats.note import NOTE, Note, Several, read_note
@@ -172,9 +172,7 @@ def _trained(method: Method, model: nn.Module) -> int:
 def _damaged(folder: Path, note: Note) -> list[str]:
     """Which tensors are not as they were written; one that is not named there is not either."""
     tensors = read_tensors(folder / WEIGHTS)
-    wrong = [
-        name for name, digest in note.tensors.items() if name not in tensors or tensor_sha256(tensors[name]) != digest
-    ]
+    wrong = [name for name, said in note.tensors.items() if name not in tensors or not is_intact(tensors[name], said)]
     return wrong + [name for name in tensors if name not in note.tensors]
 
 
