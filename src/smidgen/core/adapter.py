@@ -120,6 +120,7 @@ class Held(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.slots: Any = None  # of mixed rows; made when first needed
         self.register_forward_hook(_never_called)  # torch's fused encoder layers read weights unless hooks are there
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -136,8 +137,9 @@ class Held(nn.Module):
         self._modules[key] = adapter
 
     def drop(self, key: str) -> None:
-        """Let an adapter go."""
+        """Let an adapter go, and what was copied of it."""
         del self._modules[key]
+        self.slots = None
 
     def __len__(self) -> int:
         return len(self._modules)

@@ -1,0 +1,261 @@
+"""Mixed rows of low-rank adapters on a linear layer: two batched products for a batch, however many adapters it has.
+
+    y[rows of slot s] += x[rows of slot s] A_s^T B_s^T          A: (S, R, I)   B: (S, O, R), already scaled
+
+A slot holds one low-rank change in the dtype that the layer computes in, smaller ranks filled up with zeros, and serves
+`width` rows. The layer keeps its slots from one composition to the next: of a new one only what is not there is copied.
+Before every use the parameters are asked whether they are what was copied.
+Why not slices of sorted rows, or one product with all slots and a mask: docs/decisions/0013-mixed-rows-in-slots.md
+"""
+
+import functools
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapter import Call
+from .low_rank import LowRankAdapter, is_bare_linear
+from .site import compute_dtype
+
+Terms = tuple[tuple[LowRankAdapter, float], ...]  # a low-rank change: adapters and their weights
+Factors = tuple[Tensor, Tensor]
+Group = tuple[Terms, tuple[int, ...]]  # a change, and the numbers of the rows that have it
+_MOST_PADDED = 1.25  # rows that the slots can serve, over rows
+
+
+class SlotsPlan:
+    """The low-rank changes of some of the `rows` rows of a batch, in the slots that their layer keeps."""
+
+    def __init__(self, groups: Sequence[Group], rows: int, slots: "Slots") -> None:
+        self.rows, self.slots = rows, slots
+        self.width = _width(tuple(sorted(len(own) for _, own in groups)))
+        pieces = [(own[i : i + self.width], terms) for terms, own in groups for i in range(0, len(own), self.width)]
+        pieces.sort(key=operator.itemgetter(0))
+        self.own, self.content = tuple(own for own, _ in pieces), tuple(terms for _, terms in pieces)  # of each slot
+        self.adapters = tuple(dict.fromkeys(adapter for terms in self.content for adapter, _ in terms))
+        self.order: tuple[int, ...] | None = None  # of these pieces in the layer's slots, where it is another
+        self.straight = self.turned = _Places.of(self.own, self.width)
+        self.trained = False
+
+    def run(self, y: Tensor, x: Tensor, call: Call) -> Tensor | None:
+        """y (N, ..., O), which `call` gave for x (N, ..., I), with the changes.
+
+        None while an adapter is in training mode: it may drop or draw then, and has to run by itself.
+        """
+        dtype, places = compute_dtype(x), self.straight
+        fresh = self._may_be_trained() or torch.compiler.is_compiling() or _in_process_group()
+        filled = None if fresh else self.slots.still(self.content, dtype, x.device)
+        if filled is None:
+            if any(adapter.training for adapter in self.adapters):
+                return None
+            filled = _stacked(self.content, dtype) if fresh else self.slots.filled(self.content, dtype, x.device)
+        A, B = filled
+        if not fresh:
+            places = self._places(self.slots.order)
+        rows = x.reshape(self.rows, -1, x.shape[-1])[_on(places.read, x)].to(dtype)  # repeats count as tokens
+        h = torch.bmm(rows.reshape(len(A), -1, x.shape[-1]), A.mT)  # (S, width tokens, R)
+        out = y.reshape(self.rows, -1, y.shape[-1])
+        in_place = not torch.is_grad_enabled() and is_bare_linear(call) and y.is_contiguous()  # nobody else has seen y
+        if in_place and isinstance(places.read, slice) and places.kept is None and y.dtype == dtype:
+            out[places.read].view(len(A), -1, y.shape[-1]).baddbmm_(h, B.mT)
+            return y
+        change = torch.bmm(h, B.mT).reshape(-1, *out.shape[1:]).to(y.dtype)
+        if places.kept is not None:
+            change = change[_on(places.kept, x)]
+        add = out.index_add_ if in_place else out.index_add
+        return add(0, places.write.to(x.device), change).view(y.shape)
+
+    def _places(self, order: tuple[int, ...]) -> "_Places":
+        if order is not self.order:
+            self.order, self.turned = order, _Places.of([self.own[piece] for piece in order], self.width)
+        return self.turned
+
+    def _may_be_trained(self) -> bool:
+        """True once the plan ran where gradients are wanted: not every optimiser's step raises a version."""
+        if not self.trained and torch.is_grad_enabled() and any(map(_wants_gradients, self.adapters)):
+            self.trained = self.slots.outdated = True
+        return self.trained
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Which rows go through the slots, one slot after another, and which rows get what comes out."""
+
+    read: slice | Tensor  # (S width,)
+    kept: Tensor | None  # those of (S width) that are no padding; None: all
+    write: Tensor  # (of those kept)
+
+    @staticmethod
+    def of(own: Sequence[tuple[int, ...]], width: int) -> "_Places":
+        read = [row for rows in own for row in (*rows, *rows[:1] * (width - len(rows)))]
+        kept = [slot * width + i for slot, rows in enumerate(own) for i in range(len(rows))]
+        write = torch.tensor([row for rows in own for row in rows])
+        consecutive = read == list(range(read[0], read[0] + len(read)))
+        return _Places(
+            slice(read[0], read[0] + len(read)) if consecutive else torch.tensor(read),
+            torch.tensor(kept) if len(kept) < len(read) else None,
+            write,
+        )
+
+
+class Slots:
+    """The slots of one layer.  A copy of the layer starts without any."""
+
+    def __init__(self) -> None:
+        self.A = self.B = torch.empty(0, 0, 0)
+        self.held: list[Terms | None] = []  # what stands in each slot; None: nothing that can be used again
+        self.sources: dict[Terms, _Source] = {}
+        self.content: tuple[Terms, ...] = ()
+        self.order: tuple[int, ...] = ()
+        self.watch = _Source(())
+        self.outdated = False
+
+    def __reduce__(self) -> Any:
+        return Slots, ()
+
+    def distrust(self, adapter: LowRankAdapter) -> None:
+        """This adapter may now change without notice: copy it again before its next use."""
+        for terms in [terms for terms in self.sources if any(each is adapter for each, _ in terms)]:
+            del self.sources[terms]
+            self.content = ()
+
+    def still(self, content: tuple[Terms, ...], dtype: torch.dtype, device: torch.device) -> Factors | None:
+        """A (S, R, I) and B (S, O, R) of `content`, if they stand here and nothing has changed since."""
+        if content is not self.content or self.A.dtype != dtype or self.A.device != device or self.outdated:
+            return None
+        return (self.A[: len(content)], self.B[: len(content)]) if self.watch.is_as_seen() else None
+
+    def filled(self, content: tuple[Terms, ...], dtype: torch.dtype, device: torch.device) -> Factors:
+        """The same, copied here where they are not; `order` says which piece of `content` stands in each slot."""
+        if self.outdated:
+            self.sources, self.outdated = {}, False
+        # ordinary tensors, also under inference_mode; whole precision, also under autocast
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            self._fill(content, dtype, device)
+        return self.A[: len(content)], self.B[: len(content)]
+
+    def _fill(self, content: tuple[Terms, ...], dtype: torch.dtype, device: torch.device) -> None:
+        known = {terms: source for terms, source in self.sources.items() if source.is_as_seen()}
+        new = {terms: _factors(terms) for terms in content if terms not in known}
+        R = max(*(len(A) for A, _ in new.values()), *(source.rank for source in known.values()), 0, 0)
+        site = content[0][0][0].site
+        if (self.A.dtype, self.A.device, self.A.shape[1]) != (dtype, device, R) or len(self.A) < len(content):
+            self.A = self.B = torch.empty(0, 0, 0)  # what is there goes before more is asked for
+            self.A = torch.zeros(len(content), R, site.fan_in, dtype=dtype, device=device)
+            self.B = torch.zeros(len(content), site.fan_out, R, dtype=dtype, device=device)
+            self.held = [None] * len(content)
+        self.held = [terms if terms in known else None for terms in self.held]
+        self.order = _order(content, self.held[: len(content)])
+        for slot, piece in enumerate(self.order):
+            if self.held[slot] != content[piece]:
+                self._put(slot, content[piece], *(new.get(content[piece]) or _factors(content[piece])))
+        ranks = {terms: len(A) for terms, (A, _) in new.items()}
+        self.sources = {
+            terms: known[terms] if terms in known else _Source(terms, ranks[terms]) for terms in self.held if terms
+        }
+        self.watch, self.content = _Source(itertools.chain(*content)), content
+
+    def _put(self, slot: int, terms: Terms, A: Tensor, B: Tensor) -> None:
+        R = len(A)
+        self.A[slot, :R], self.B[slot, :, :R] = A, B
+        self.A[slot, R:], self.B[slot, :, R:] = 0, 0
+        self.held[slot] = terms
+
+
+class _Source:
+    """The tensors that low-rank changes are computed of, and how they were seen last."""
+
+    def __init__(self, terms: Iterable[tuple[LowRankAdapter, float]], rank: int = 0) -> None:
+        self.rank = rank
+        self.adapters = tuple(dict.fromkeys(adapter for adapter, _ in terms))
+        places = [place for adapter in self.adapters for place in _places_of(adapter)]
+        self.values = [adapter.__dict__ for adapter in self.adapters]
+        self.places = list({(id(owner), name): (owner, name) for owner, name in places}.values())
+        self.tensors = self._now()
+        self.aliases = [tensor.detach() for tensor in self.tensors]  # so that no other data comes to stand there
+        # what a step may change without raising the version, or has no version, is never as it was seen
+        knowable = not any(t.is_inference() or (t.is_leaf and t.grad is not None) for t in self.tensors)
+        self.seen = self._state(self.tensors) if knowable else None
+
+    def is_as_seen(self) -> bool:
+        """True if none of them has changed since."""
+        now = self._now()  # in a large model none of this is in a cache: touch as little as can be
+        return self.seen is not None and all(map(operator.is_, now, self.tensors)) and self.seen == self._state(now)
+
+    def _now(self) -> list[Any]:
+        return [owner.get(name) for owner, name in self.places]
+
+    def _state(self, now: list[Any]) -> list[Any]:
+        own = [(values["scale"], values["training"]) for values in self.values]
+        return [*map(_version, now), *map(Tensor.data_ptr, now), *own]
+
+
+_version = operator.attrgetter("_version")
+
+
+def _places_of(adapter: LowRankAdapter) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where the tensors stand that an adapter's factors may come from: (a module's tensors, name)."""
+    shared = getattr(adapter, "shared", None)
+    layer = adapter.site.layer
+    for module in (*adapter.modules(), *(shared.modules() if isinstance(shared, nn.Module) else ()), layer):
+        for owner in (module._parameters, module._buffers):
+            yield from ((owner, name) for name, tensor in owner.items() if tensor is not None)
+
+
+def _wants_gradients(adapter: LowRankAdapter) -> bool:
+    return any(owner[name].requires_grad for owner, name in _places_of(adapter))
+
+
+def _factors(terms: Terms) -> Factors:
+    """A (R, I) and B (O, R) of a weighted sum, with all scales in B; differentiable."""
+    both = [(*adapter.factors(), adapter.scale * weight) for adapter, weight in terms]
+    A, B = [A for A, _, _ in both], [scale * B for _, B, scale in both]
+    return (A[0], B[0]) if len(both) == 1 else (torch.cat(A), torch.cat(B, 1))
+
+
+def _stacked(content: tuple[Terms, ...], dtype: torch.dtype) -> Factors:
+    """A (S, R, I) and B (S, O, R) computed now; differentiable."""
+    factors = {terms: _factors(terms) for terms in dict.fromkeys(content)}
+    R = max(len(A) for A, _ in factors.values())
+    padded = {
+        terms: (F.pad(A, (0, 0, 0, R - len(A))).to(dtype), F.pad(B, (0, R - len(A))).to(dtype))
+        for terms, (A, B) in factors.items()
+    }
+    A, B = zip(*(padded[terms] for terms in content), strict=True)
+    return torch.stack(A), torch.stack(B)
+
+
+def _order(content: tuple[Terms, ...], held: list[Terms | None]) -> tuple[int, ...]:
+    """Which piece of `content` goes into each slot, so that what is held stays, and the rest in turn."""
+    waiting: dict[Terms, list[int]] = {}
+    for piece, terms in enumerate(content):
+        waiting.setdefault(terms, []).append(piece)
+    order: list[int | None] = [None] * len(content)
+    for slot, terms in enumerate(held):
+        if terms is not None and waiting.get(terms):
+            order[slot] = waiting[terms].pop(0)
+    rest = iter(sorted(itertools.chain(*waiting.values())))
+    return tuple(next(rest) if piece is None else piece for piece in order)
+
+
+@functools.lru_cache(maxsize=256)
+def _width(counts: tuple[int, ...]) -> int:
+    """How many rows a slot serves, for groups of so many rows: the fewest slots that leave few places empty."""
+    slots = {width: sum(-(-count // width) for count in counts) for width in range(1, max(counts) + 1)}
+    fitting = [width for width in slots if slots[width] * width <= _MOST_PADDED * sum(counts)]
+    return min(fitting, key=lambda width: (slots[width], width))
+
+
+def _on(index: slice | Tensor, x: Tensor) -> slice | Tensor:
+    return index if isinstance(index, slice) else index.to(x.device)
+
+
+def _in_process_group() -> bool:
+    """True where parameters may be shards, whose gathered values come and go behind their version."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
