@@ -1,9 +1,10 @@
 """Mixed rows of low-rank adapters on a linear layer: two batched products for a batch, however many adapters it has.
 
-    y[rows of slot s] += x[rows of slot s] A_s^T B_s^T          A: (S, R, I)   B: (S, O, R), already scaled
+    y[rows of slot s] += c x[rows of slot s] A_s^T B_s^T          A: (S, R, I)   B: (S, O, R)
 
-A slot holds one low-rank change in the dtype that the layer computes in, smaller ranks filled up with zeros, and serves
-`width` rows. The layer keeps its slots from one composition to the next: of a new one only what is not there is copied.
+A slot holds one low-rank change in the dtype that the layer computes in, and serves `width` rows. Smaller ranks are
+filled up with zeros; c is the scale of the first adapter, and what others differ by is in their B. The layer keeps its
+slots from one composition to the next: of a new one only what is not there is copied.
 Before every use the parameters are asked whether they are what was copied.
 Why not slices of sorted rows, or one product with all slots and a mask: docs/decisions/0013-mixed-rows-in-slots.md
 """
@@ -24,7 +25,7 @@ from .low_rank import LowRankAdapter, is_bare_linear
 from .site import compute_dtype
 
 Terms = tuple[tuple[LowRankAdapter, float], ...]  # a low-rank change: adapters and their weights
-Factors = tuple[Tensor, Tensor]
+Filled = tuple[Tensor, Tensor, float]  # A, B and c
 Group = tuple[Terms, tuple[int, ...]]  # a change, and the numbers of the rows that have it
 _MOST_PADDED = 1.25  # rows that the slots can serve, over rows
 
@@ -55,7 +56,7 @@ class SlotsPlan:
             if any(adapter.training for adapter in self.adapters):
                 return None
             filled = _stacked(self.content, dtype) if fresh else self.slots.filled(self.content, dtype, x.device)
-        A, B = filled
+        A, B, c = filled
         if not fresh:
             places = self._places(self.slots.order)
         rows = x.reshape(self.rows, -1, x.shape[-1])[_on(places.read, x)].to(dtype)  # repeats count as tokens
@@ -63,9 +64,9 @@ class SlotsPlan:
         out = y.reshape(self.rows, -1, y.shape[-1])
         in_place = not torch.is_grad_enabled() and is_bare_linear(call) and y.is_contiguous()  # nobody else has seen y
         if in_place and isinstance(places.read, slice) and places.kept is None and y.dtype == dtype:
-            out[places.read].view(len(A), -1, y.shape[-1]).baddbmm_(h, B.mT)
+            out[places.read].view(len(A), -1, y.shape[-1]).baddbmm_(h, B.mT, alpha=c)
             return y
-        change = torch.bmm(h, B.mT).reshape(-1, *out.shape[1:]).to(y.dtype)
+        change = torch.bmm(c * h, B.mT).reshape(-1, *out.shape[1:]).to(y.dtype)
         if places.kept is not None:
             change = change[_on(places.kept, x)]
         add = out.index_add_ if in_place else out.index_add
@@ -109,6 +110,7 @@ class Slots:
 
     def __init__(self) -> None:
         self.A = self.B = torch.empty(0, 0, 0)
+        self.scale = 1.0
         self.held: list[Terms | None] = []  # what stands in each slot; None: nothing that can be used again
         self.sources: dict[Terms, _Source] = {}
         self.content: tuple[Terms, ...] = ()
@@ -125,37 +127,39 @@ class Slots:
             del self.sources[terms]
             self.content = ()
 
-    def still(self, content: tuple[Terms, ...], dtype: torch.dtype, device: torch.device) -> Factors | None:
-        """A (S, R, I) and B (S, O, R) of `content`, if they stand here and nothing has changed since."""
+    def still(self, content: tuple[Terms, ...], dtype: torch.dtype, device: torch.device) -> Filled | None:
+        """A (S, R, I), B (S, O, R) and c of `content`, if they stand here and nothing has changed since."""
         if content is not self.content or self.A.dtype != dtype or self.A.device != device or self.outdated:
             return None
-        return (self.A[: len(content)], self.B[: len(content)]) if self.watch.is_as_seen() else None
+        return (self.A[: len(content)], self.B[: len(content)], self.scale) if self.watch.is_as_seen() else None
 
-    def filled(self, content: tuple[Terms, ...], dtype: torch.dtype, device: torch.device) -> Factors:
+    def filled(self, content: tuple[Terms, ...], dtype: torch.dtype, device: torch.device) -> Filled:
         """The same, copied here where they are not; `order` says which piece of `content` stands in each slot."""
         if self.outdated:
             self.sources, self.outdated = {}, False
         # ordinary tensors, also under inference_mode; whole precision, also under autocast
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             self._fill(content, dtype, device)
-        return self.A[: len(content)], self.B[: len(content)]
+        return self.A[: len(content)], self.B[: len(content)], self.scale
 
     def _fill(self, content: tuple[Terms, ...], dtype: torch.dtype, device: torch.device) -> None:
         known = {terms: source for terms, source in self.sources.items() if source.is_as_seen()}
-        new = {terms: _factors(terms) for terms in content if terms not in known}
-        R = max(*(len(A) for A, _ in new.values()), *(source.rank for source in known.values()), 0, 0)
-        site = content[0][0][0].site
-        if (self.A.dtype, self.A.device, self.A.shape[1]) != (dtype, device, R) or len(self.A) < len(content):
+        if not known:
+            self.scale = _scale_of(content)
+        new = {terms: _factors(terms, self.scale) for terms in content if terms not in known}
+        ranks = {terms: len(A) for terms, (A, _) in new.items()} | {t: source.rank for t, source in known.items()}
+        site, S, R = content[0][0][0].site, len(content), max(ranks[terms] for terms in content)
+        if (self.A.dtype, self.A.device, self.A.shape[1]) != (dtype, device, R) or len(self.A) < S:
             self.A = self.B = torch.empty(0, 0, 0)  # what is there goes before more is asked for
-            self.A = torch.zeros(len(content), R, site.fan_in, dtype=dtype, device=device)
-            self.B = torch.zeros(len(content), site.fan_out, R, dtype=dtype, device=device)
-            self.held = [None] * len(content)
+            self.A = torch.zeros(S, R, site.fan_in, dtype=dtype, device=device)
+            self.B = torch.zeros(S, site.fan_out, R, dtype=dtype, device=device)
+            self.held = [None] * S
         self.held = [terms if terms in known else None for terms in self.held]
-        self.order = _order(content, self.held[: len(content)])
+        self.order = _order(content, self.held[:S])
         for slot, piece in enumerate(self.order):
-            if self.held[slot] != content[piece]:
-                self._put(slot, content[piece], *(new.get(content[piece]) or _factors(content[piece])))
-        ranks = {terms: len(A) for terms, (A, _) in new.items()}
+            terms = content[piece]
+            if self.held[slot] != terms:
+                self._put(slot, terms, *(new[terms] if terms in new else _factors(terms, self.scale)))
         self.sources = {
             terms: known[terms] if terms in known else _Source(terms, ranks[terms]) for terms in self.held if terms
         }
@@ -212,23 +216,32 @@ def _wants_gradients(adapter: LowRankAdapter) -> bool:
     return any(owner[name].requires_grad for owner, name in _places_of(adapter))
 
 
-def _factors(terms: Terms) -> Factors:
-    """A (R, I) and B (O, R) of a weighted sum, with all scales in B; differentiable."""
-    both = [(*adapter.factors(), adapter.scale * weight) for adapter, weight in terms]
-    A, B = [A for A, _, _ in both], [scale * B for _, B, scale in both]
-    return (A[0], B[0]) if len(both) == 1 else (torch.cat(A), torch.cat(B, 1))
+def _scale_of(content: tuple[Terms, ...]) -> float:
+    return content[0][0][0].scale or 1.0
 
 
-def _stacked(content: tuple[Terms, ...], dtype: torch.dtype) -> Factors:
-    """A (S, R, I) and B (S, O, R) computed now; differentiable."""
-    factors = {terms: _factors(terms) for terms in dict.fromkeys(content)}
+def _factors(terms: Terms, c: float) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R) of a weighted sum, over c; differentiable."""
+    A, B = [], []
+    for adapter, weight in terms:
+        own_A, own_B = adapter.factors()
+        scale = adapter.scale * weight / c
+        A.append(own_A)
+        B.append(own_B if scale == 1 else scale * own_B)  # so that a row is rounded as it is alone
+    return (A[0], B[0]) if len(A) == 1 else (torch.cat(A), torch.cat(B, 1))
+
+
+def _stacked(content: tuple[Terms, ...], dtype: torch.dtype) -> Filled:
+    """A (S, R, I), B (S, O, R) and c, computed now; differentiable."""
+    c = _scale_of(content)
+    factors = {terms: _factors(terms, c) for terms in dict.fromkeys(content)}
     R = max(len(A) for A, _ in factors.values())
     padded = {
         terms: (F.pad(A, (0, 0, 0, R - len(A))).to(dtype), F.pad(B, (0, R - len(A))).to(dtype))
         for terms, (A, B) in factors.items()
     }
     A, B = zip(*(padded[terms] for terms in content), strict=True)
-    return torch.stack(A), torch.stack(B)
+    return torch.stack(A), torch.stack(B), c
 
 
 def _order(content: tuple[Terms, ...], held: list[Terms | None]) -> tuple[int, ...]:
