@@ -145,10 +145,10 @@ def plan_for(expression: Expression, find: Find, slots: Slots | None = None) -> 
         if all(getattr(plan, "observes", False) for plan, _ in parts):  # there is nothing to weigh
             return StackPlan(tuple(plan for plan, _ in parts))
         return parts[0][0] if len(parts) == 1 and parts[0][1] == 1.0 else WeightedPlan(tuple(parts))
-    plans = [(plan_for(part, find), rows, index) for part, rows, index in _grouped(expression)]
-    if all(plan is None for plan, _, _ in plans):
+    groups = tuple((plan_for(part, find), rows, index) for part, rows, index in _grouped(expression))
+    if all(plan is None for plan, _, _ in groups):
         return None
-    return RowsPlan(tuple(plans), len(expression.parts), Slots() if slots is None else slots)
+    return RowsPlan(groups, len(expression.parts), Slots() if slots is None else slots)
 
 
 @functools.lru_cache(maxsize=16)  # the same for every layer
@@ -246,21 +246,22 @@ class RowsPlan:
             ]
             return _by_row(torch.cat(outs), self.rows)[self.inverse.to(x.device)].flatten(0, 1)
         y, others = call(x, *args, **kwargs), self.groups
-        if self.thin is not None and (changed := self.thin.run(y, x, call)) is not None:
-            y, others = changed, self.others
-        changes = [(index, _delta(plan, self._of(x, index))) for plan, _, index in others if plan is not None]
-        if not changes:
+        if self.thin is not None and (done := self.thin.run(y, x, call)) is not None:
+            y, others = done, self.others
+        changed = [(index, _delta(plan, self._of(x, index))) for plan, _, index in others if plan is not None]
+        if not changed:
             return y
-        index = torch.cat([index for index, _ in changes]).to(y.device)
-        change = torch.cat([_by_row(change.to(y.dtype), len(index)) for index, change in changes])
-        return _by_row(y, self.rows).index_add(0, index, change).flatten(0, 1)
+        by_row = _by_row(y, self.rows)
+        changes = [_by_row(d.to(y.dtype), len(index)).expand(-1, *by_row.shape[1:]) for index, d in changed]
+        index = torch.cat([index for index, _ in changed]).to(y.device)
+        return by_row.index_add(0, index, torch.cat(changes)).flatten(0, 1)
 
     def _of(self, x: Tensor, index: Tensor) -> Tensor:
         return _by_row(x, self.rows)[index.to(x.device)].flatten(0, 1)
 
 
 def _by_row(x: Tensor, rows: int) -> Tensor:
-    return x.unflatten(0, (rows, -1))
+    return x.unflatten(0, (rows, -1))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _terms(plan: Plan | None, weight: float = 1.0) -> Terms | None:

@@ -250,9 +250,9 @@ def _order(content: tuple[Terms, ...], held: list[Terms | None]) -> tuple[int, .
     for piece, terms in enumerate(content):
         waiting.setdefault(terms, []).append(piece)
     order: list[int | None] = [None] * len(content)
-    for slot, terms in enumerate(held):
-        if terms is not None and waiting.get(terms):
-            order[slot] = waiting[terms].pop(0)
+    for slot, there in enumerate(held):
+        if there is not None and waiting.get(there):
+            order[slot] = waiting[there].pop(0)
     rest = iter(sorted(itertools.chain(*waiting.values())))
     return tuple(next(rest) if piece is None else piece for piece in order)
 
