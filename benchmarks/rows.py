@@ -64,7 +64,7 @@ class Twins:
         targets = [name for name, part in self.base.named_modules() if isinstance(part, nn.Linear)]
         targets = [name for name in targets if name != "lm_head"]
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
-        self.theirs: Any = get_peft_model(theirs, config, "a0")  # type: ignore[arg-type]
+        self.theirs: Any = get_peft_model(theirs, config, "a0")
         self.adapters = smidgen.attach(ours, LoRA(rank=RANK, alpha=ALPHA, targets=targets), "a0")
         for number in range(1, count):
             self.adapters.add(LoRA(rank=RANK, alpha=ALPHA, targets=targets), f"a{number}")
@@ -119,7 +119,7 @@ def again(run: Callable[[Tensor], Any], repeats: int, x: Tensor) -> None:
 
 def ratios(variants: dict[str, Prepared], rounds: int) -> dict[str, Spread]:
     """CPU time of each over that of the variant "base"."""
-    measured = interleaved(variants, rounds, lambda prepare: cpu_seconds(prepare()), warm_up=True)  # type: ignore[type-var, arg-type]
+    measured = interleaved(variants, rounds, lambda prepare: cpu_seconds(prepare()))
     return over(measured, "base")
 
 

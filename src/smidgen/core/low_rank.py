@@ -46,9 +46,7 @@ class LowRankAdapter(AdditiveAdapter):
 
     @property
     def by_factors(self) -> bool:
-        """True if nothing but `factors` and `scale` says what happens here in eval mode, so that the rows of a mixed
-        batch can be run from them.
-        """
+        """True if `factors`, `scale` and dropout say all that happens here: then mixed rows can be run from them."""
         return self.runs_as(LowRankAdapter)
 
     def runs_as(self, known: "type[LowRankAdapter]") -> bool:

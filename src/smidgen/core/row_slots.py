@@ -47,14 +47,16 @@ class SlotsPlan:
     def run(self, y: Tensor, x: Tensor, call: Call) -> Tensor | None:
         """y (N, ..., O), which `call` gave for x (N, ..., I), with the changes.
 
-        None while an adapter is in training mode: it may drop or draw then, and has to run by itself.
+        None while an adapter drops entries of its input: then each runs by itself.
         """
         dtype, places = compute_dtype(x), self.straight
         fresh = self._may_be_trained() or torch.compiler.is_compiling() or _in_process_group()
         filled = None if fresh else self.slots.still(self.content, dtype, x.device)
         if filled is None:
-            if any(adapter.training for adapter in self.adapters):
+            training = [adapter for adapter in self.adapters if adapter.training]  # factors may be drawn anew each call
+            if any(adapter.dropout for adapter in training):
                 return None
+            fresh = fresh or bool(training)
             filled = _stacked(self.content, dtype) if fresh else self.slots.filled(self.content, dtype, x.device)
         A, B, c = filled
         if not fresh:
