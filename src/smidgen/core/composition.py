@@ -211,7 +211,7 @@ Group = tuple[Plan | None, tuple[int, ...], Tensor]  # a plan, and the numbers o
 
 
 class RowsPlan:
-    """A mixed batch at one layer: the base runs once where all changes are additive, per group where one is not.
+    """A mixed batch at one layer: the base runs once where all changes are added or all scale, else once per group.
 
     Low-rank changes of a linear layer run together, in slots; others in turn, each for its group of rows.
     Rows may have been repeated evenly on the way (beam search, windows of an image): row r then owns a block of rows.
@@ -222,11 +222,14 @@ class RowsPlan:
         self.groups, self.rows = groups, rows
         self.additive = all(plan is None or plan.additive for plan, _, _ in groups)
         self.by_row = all(plan is None or plan.by_row for plan, _, _ in groups)
+        group_of = {row: number for number, (_, own, _) in enumerate(groups) for row in own}
+        self.group_of = torch.tensor([group_of[row] for row in range(rows)])
         self.inverse = torch.argsort(torch.cat([index for _, _, index in groups]))
         found = [(group, _terms(group[0])) for group in groups if group[0] is not None]
         self.others = tuple(group for group, terms in found if terms is None)
         thin = [(terms, rows) for (_, rows, _), terms in found if terms is not None]
         self.thin = SlotsPlan(thin, rows, slots) if thin and self.additive else None
+        self.scaling = all(plan is None or getattr(plan, "scales", None) is not None for plan, _, _ in groups)
 
     def __call__(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.shape[0] == 1:
@@ -237,6 +240,8 @@ class RowsPlan:
             )
         if len(self.groups) == 1:  # the same for all rows
             return cast(Plan, self.groups[0][0])(call, x, *args, **kwargs)
+        if self.scaling:
+            return self._scaled("output", call(self._scaled("input", x), *args, **kwargs))
         if not self.additive:
             outs = [
                 call(self._of(x, index), *args, **kwargs)
@@ -255,6 +260,21 @@ class RowsPlan:
         changes = [_by_row(d.to(y.dtype), len(index)).expand(-1, *by_row.shape[1:]) for index, d in changed]
         index = torch.cat([index for index, _ in changed]).to(y.device)
         return by_row.index_add(0, index, torch.cat(changes)).flatten(0, 1)
+
+    def _scaled(self, side: str, x: Tensor) -> Tensor:
+        """x with the channels of each row scaled, where the row's adapter scales this side of the call."""
+        adapters = [cast("Adapter | None", plan) for plan, _, _ in self.groups]
+        vectors = [a.vector() if a is not None and a.scales == side else None for a in adapters]
+        site, l = next(((a.site, l) for a, l in zip(adapters, vectors, strict=True) if a and l is not None), (None, x))
+        if site is None:
+            return x
+        less_one = (
+            torch.stack([torch.ones_like(l) if own is None else own for own in vectors]) - 1
+        )  # l would be rounded
+        by_row = less_one.to(x.dtype)[self.group_of.to(x.device)]
+        shape = site.channels(l, x).shape  # of one row's, to stand against its channels
+        rows = _by_row(x, self.rows)
+        return torch.addcmul(rows, rows, by_row.view(self.rows, *[1] * (x.ndim - len(shape)), *shape)).flatten(0, 1)
 
     def _of(self, x: Tensor, index: Tensor) -> Tensor:
         return _by_row(x, self.rows)[index.to(x.device)].flatten(0, 1)
