@@ -222,9 +222,10 @@ class RowsPlan:
         self.groups, self.rows = groups, rows
         self.additive = all(plan is None or plan.additive for plan, _, _ in groups)
         self.by_row = all(plan is None or plan.by_row for plan, _, _ in groups)
-        group_of = {row: number for number, (_, own, _) in enumerate(groups) for row in own}
-        self.group_of = torch.tensor([group_of[row] for row in range(rows)])
-        self.inverse = torch.argsort(torch.cat([index for _, _, index in groups]))
+        if not self.additive:
+            numbers = torch.tensor([number for number, (_, own, _) in enumerate(groups) for _ in own])
+            self.inverse = torch.argsort(torch.cat([index for _, _, index in groups]))
+            self.group_of = numbers[self.inverse]  # of each row
         found = [(group, _terms(group[0])) for group in groups if group[0] is not None]
         self.others = tuple(group for group, terms in found if terms is None)
         thin = [(terms, rows) for (_, rows, _), terms in found if terms is not None]

@@ -14,7 +14,7 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from .low_rank import LowRankAdapter, is_bare_linear
 from .site import compute_dtype
 
 Terms = tuple[tuple[LowRankAdapter, float], ...]  # a low-rank change: adapters and their weights
+Place = tuple[dict[str, Any], str]  # a module's parameters or buffers, and a name among them
 Filled = tuple[Tensor, Tensor, float]  # A, B and c
 Group = tuple[Terms, tuple[int, ...]]  # a change, and the numbers of the rows that have it
 _MOST_PADDED = 1.25  # rows that the slots can serve, over rows
@@ -35,12 +36,12 @@ class SlotsPlan:
 
     def __init__(self, groups: Sequence[Group], rows: int, slots: "Slots") -> None:
         self.rows, self.slots = rows, slots
-        self.width = _width(tuple(sorted(len(own) for _, own in groups)))
-        pieces = [(own[i : i + self.width], terms) for terms, own in groups for i in range(0, len(own), self.width)]
-        pieces.sort(key=operator.itemgetter(0))
-        self.own, self.content = tuple(own for own, _ in pieces), tuple(terms for _, terms in pieces)  # of each slot
+        changes, layout = zip(*groups, strict=True)
+        self.width, pieces = _pieces(layout)
+        self.own = tuple(own for own, _ in pieces)  # the rows of each slot
+        self.content: tuple[Terms, ...] = tuple(changes[group] for _, group in pieces)
         self.adapters = tuple(dict.fromkeys(adapter for terms in self.content for adapter, _ in terms))
-        self.order: tuple[int, ...] | None = None  # of these pieces in the layer's slots, where it is another
+        self.order: tuple[int, ...] | None = None  # of these pieces in the layer's slots
         self.straight = self.turned = _Places.of(self.own, self.width)
         self.trained = False
 
@@ -76,7 +77,7 @@ class SlotsPlan:
 
     def _places(self, order: tuple[int, ...]) -> "_Places":
         if order is not self.order:
-            self.order, self.turned = order, _Places.of([self.own[piece] for piece in order], self.width)
+            self.order, self.turned = order, _Places.of(tuple(self.own[piece] for piece in order), self.width)
         return self.turned
 
     def _may_be_trained(self) -> bool:
@@ -95,7 +96,9 @@ class _Places:
     write: Tensor  # (of those kept)
 
     @staticmethod
-    def of(own: Sequence[tuple[int, ...]], width: int) -> "_Places":
+    @functools.lru_cache(maxsize=64)  # the same for every layer
+    def of(own: tuple[tuple[int, ...], ...], width: int) -> "_Places":
+        """Of the rows that each slot has."""
         read = [row for rows in own for row in (*rows, *rows[:1] * (width - len(rows)))]
         kept = [slot * width + i for slot, rows in enumerate(own) for i in range(len(rows))]
         write = torch.tensor([row for rows in own for row in rows])
@@ -115,9 +118,10 @@ class Slots:
         self.scale = 1.0
         self.held: list[Terms | None] = []  # what stands in each slot; None: nothing that can be used again
         self.sources: dict[Terms, _Source] = {}
+        self.ranks: dict[Terms, int] = {}
         self.content: tuple[Terms, ...] = ()
         self.order: tuple[int, ...] = ()
-        self.watch = _Source(())
+        self.layer = self.watch = _Source()
         self.outdated = False
 
     def __reduce__(self) -> Any:
@@ -145,13 +149,15 @@ class Slots:
         return self.A[: len(content)], self.B[: len(content)], self.scale
 
     def _fill(self, content: tuple[Terms, ...], dtype: torch.dtype, device: torch.device) -> None:
-        known = {terms: source for terms, source in self.sources.items() if source.is_as_seen()}
+        same = self.layer.is_as_seen()
+        known = {terms: source for terms, source in self.sources.items() if same and source.is_as_seen()}
         if not known:
             self.scale = _scale_of(content)
         new = {terms: _factors(terms, self.scale) for terms in content if terms not in known}
-        ranks = {terms: len(A) for terms, (A, _) in new.items()} | {t: source.rank for t, source in known.items()}
-        site, S, R = content[0][0][0].site, len(content), max(ranks[terms] for terms in content)
-        if (self.A.dtype, self.A.device, self.A.shape[1]) != (dtype, device, R) or len(self.A) < S:
+        self.ranks |= {terms: len(A) for terms, (A, _) in new.items()}
+        site, S, R = content[0][0][0].site, len(content), max(self.ranks[terms] for terms in content)
+        fits = len(self.A) >= S and R <= self.A.shape[1] <= 2 * R
+        if not fits or (self.A.dtype, self.A.device) != (dtype, device):
             self.A = self.B = torch.empty(0, 0, 0)  # what is there goes before more is asked for
             self.A = torch.zeros(S, R, site.fan_in, dtype=dtype, device=device)
             self.B = torch.zeros(S, site.fan_out, R, dtype=dtype, device=device)
@@ -162,10 +168,15 @@ class Slots:
             terms = content[piece]
             if self.held[slot] != terms:
                 self._put(slot, terms, *(new[terms] if terms in new else _factors(terms, self.scale)))
-        self.sources = {
-            terms: known[terms] if terms in known else _Source(terms, ranks[terms]) for terms in self.held if terms
-        }
-        self.watch, self.content = _Source(itertools.chain(*content)), content
+        standing = dict.fromkeys(terms for terms in self.held if terms)
+        self.sources = {terms: known[terms] if terms in known else _source_of(terms) for terms in standing}
+        self.ranks = {terms: self.ranks[terms] for terms in standing}
+        own = site.layer._parameters
+        self.layer = _Source.of(
+            (own, name) for name in own if own[name] is not None
+        )  # factors may come from the weight
+        self.watch = _Source.joined([self.layer, *(self.sources[terms] for terms in dict.fromkeys(content))])
+        self.content = content
 
     def _put(self, slot: int, terms: Terms, A: Tensor, B: Tensor) -> None:
         R = len(A)
@@ -174,44 +185,67 @@ class Slots:
         self.held[slot] = terms
 
 
+@dataclass(frozen=True, eq=False)
 class _Source:
-    """The tensors that low-rank changes are computed of, and how they were seen last."""
+    """Tensors that a copy was computed of, and how they were when it was; one entry for each, or each adapter."""
 
-    def __init__(self, terms: Iterable[tuple[LowRankAdapter, float]], rank: int = 0) -> None:
-        self.rank = rank
-        self.adapters = tuple(dict.fromkeys(adapter for adapter, _ in terms))
-        places = [place for adapter in self.adapters for place in _places_of(adapter)]
-        self.values = [adapter.__dict__ for adapter in self.adapters]
-        self.places = list({(id(owner), name): (owner, name) for owner, name in places}.values())
-        self.tensors = self._now()
-        self.aliases = [tensor.detach() for tensor in self.tensors]  # so that no other data comes to stand there
-        # what a step may change without raising the version, or has no version, is never as it was seen
-        knowable = not any(t.is_inference() or (t.is_leaf and t.grad is not None) for t in self.tensors)
-        self.seen = self._state(self.tensors) if knowable else None
+    places: Sequence[Place] = ()
+    tensors: Sequence[Tensor] = ()
+    aliases: Sequence[Tensor] = ()  # hold the data, so that no other comes to stand at its address
+    knowable: Sequence[bool] = ()
+    versions: Sequence[int] = ()
+    addresses: Sequence[int] = ()
+    values: Sequence[dict[str, Any]] = ()
+    states: Sequence[tuple[float, bool]] = ()
+
+    @staticmethod
+    def of(places: Iterable[Place], adapters: Iterable[LowRankAdapter] = ()) -> "_Source":
+        """As they are now."""
+        places, values = list(places), [adapter.__dict__ for adapter in adapters]
+        tensors = [owner[name] for owner, name in places]
+        # a step may change what has a gradient without raising its version; what inference_mode made has no version
+        knowable = [not (tensor.is_inference() or (tensor.is_leaf and tensor.grad is not None)) for tensor in tensors]
+        versions = [tensor._version if known else -1 for tensor, known in zip(tensors, knowable, strict=True)]
+        aliases, addresses = [tensor.detach() for tensor in tensors], [tensor.data_ptr() for tensor in tensors]
+        return _Source(places, tensors, aliases, knowable, versions, addresses, values, [*map(_state, values)])
+
+    @staticmethod
+    def joined(sources: Sequence["_Source"]) -> "_Source":
+        """All of these as one."""
+        columns = zip(*(vars(source).values() for source in sources), strict=True)
+        return _Source(*(list(itertools.chain(*column)) for column in columns))
 
     def is_as_seen(self) -> bool:
         """True if none of them has changed since."""
-        now = self._now()  # in a large model none of this is in a cache: touch as little as can be
-        return self.seen is not None and all(map(operator.is_, now, self.tensors)) and self.seen == self._state(now)
-
-    def _now(self) -> list[Any]:
-        return [owner.get(name) for owner, name in self.places]
-
-    def _state(self, now: list[Any]) -> list[Any]:
-        own = [(values["scale"], values["training"]) for values in self.values]
-        return [*map(_version, now), *map(Tensor.data_ptr, now), *own]
+        now = [owner.get(name) for owner, name in self.places]  # outside any cache in a large model: touch little
+        return (
+            all(self.knowable)
+            and all(map(operator.is_, now, self.tensors))
+            and [*map(_version, now)] == self.versions
+            and [*map(Tensor.data_ptr, cast(list[Tensor], now))] == self.addresses
+            and [*map(_state, self.values)] == self.states
+        )
 
 
 _version = operator.attrgetter("_version")
+_state = operator.itemgetter("scale", "training")
 
 
-def _places_of(adapter: LowRankAdapter) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where the tensors stand that an adapter's factors may come from: (a module's tensors, name)."""
-    shared = getattr(adapter, "shared", None)
-    layer = adapter.site.layer
-    for module in (*adapter.modules(), *(shared.modules() if isinstance(shared, nn.Module) else ()), layer):
+def _tensors_of(*modules: nn.Module) -> Iterator[Place]:
+    """Where the tensors stand that these modules hold."""
+    for module in itertools.chain(*(module.modules() for module in modules)):
         for owner in (module._parameters, module._buffers):
             yield from ((owner, name) for name, tensor in owner.items() if tensor is not None)
+
+
+def _source_of(terms: Terms) -> _Source:
+    adapters = dict.fromkeys(adapter for adapter, _ in terms)
+    return _Source.of(itertools.chain(*map(_places_of, adapters)), adapters)
+
+
+def _places_of(adapter: LowRankAdapter) -> Iterator[Place]:
+    shared = getattr(adapter, "shared", None)
+    return _tensors_of(adapter, *([shared] if isinstance(shared, nn.Module) else []))
 
 
 def _wants_gradients(adapter: LowRankAdapter) -> bool:
@@ -259,8 +293,15 @@ def _order(content: tuple[Terms, ...], held: list[Terms | None]) -> tuple[int, .
     return tuple(next(rest) if piece is None else piece for piece in order)
 
 
-@functools.lru_cache(maxsize=256)
-def _width(counts: tuple[int, ...]) -> int:
+@functools.lru_cache(maxsize=64)  # the same for every layer
+def _pieces(layout: tuple[tuple[int, ...], ...]) -> tuple[int, list[tuple[tuple[int, ...], int]]]:
+    """For groups of these rows: how many rows a slot serves, and of each slot its rows and the number of its group."""
+    width = _width([len(own) for own in layout])
+    pieces = [(own[i : i + width], group) for group, own in enumerate(layout) for i in range(0, len(own), width)]
+    return width, sorted(pieces)
+
+
+def _width(counts: Sequence[int]) -> int:
     """How many rows a slot serves, for groups of so many rows: the fewest slots that leave few places empty."""
     slots = {width: sum(-(-count // width) for count in counts) for width in range(1, max(counts) + 1)}
     fitting = [width for width in slots if slots[width] * width <= _MOST_PADDED * sum(counts)]
