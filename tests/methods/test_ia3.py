@@ -191,3 +191,30 @@ def test_torchs_attention_is_left_out_with_the_reason_and_unknown_models_are_ref
     assert "left out layers.0.self_attn: its keys and values are computed without a call" in adapters.report()
     with pytest.raises(TargetError, match="no attention or feed-forward is recognised in Sequential"):
         attach(nn.Sequential(nn.Linear(3, 3)), IA3())
+
+
+def test_the_rows_of_a_mixed_batch_share_one_call_of_the_base() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    adapters = attach(model, IA3(targets=["0", "1"], feedforward=("1",)), "a")
+    adapters.add(IA3(targets=["0", "1"], feedforward=("0",)), "b")  # the other sides
+    with torch.no_grad():
+        for parameter in adapters.parameters("a", "b"):
+            parameter.uniform_(0.5, 1.5)
+    a, b = ({site: part.l.flatten() for site, part in adapters.parts(name).items()} for name in "ab")
+    rows = torch.randn(6, 4, 3)
+    seen: list[int] = []
+    own = nn.Linear.forward
+
+    def counting(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return own(layer, x)
+
+    adapters.activate(Rows("b", None, "a"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", counting)
+        out = model(rows)
+    assert seen == [6, 6]
+    (W0, b0), (W1, b1) = ((layer.weight, layer.bias) for layer in (model[0], model[1]))
+    first = ((rows[:2] * b["0"]) @ W0.T + b0) @ W1.T * b["1"] + b1 * b["1"]
+    last = (a["0"] * (rows[4:] @ W0.T + b0) * a["1"]) @ W1.T + b1
+    torch.testing.assert_close(out, torch.cat([first, rows[2:4] @ W0.T @ W1.T + b0 @ W1.T + b1, last]))

@@ -5,7 +5,7 @@ Every method of the field can be written as `forward(call, x)`, where `call` is 
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class Adapter(nn.Module):
         weightable: base + w * (what it changes) has a meaning, so that `Weighted` can hold it.
         mergeable: `merged` says how the weight changes.
         observes: only looks at the call and passes it on.
+        scales: "output" where the whole rule is l * call(x), "input" where it is call(l * x), with a number per channel
+            from `vector`; the rows of one batch then share one base call.
         in_blocks: some rows of `merged` cost less than all of them; False where the whole change is made each time.
     """
 
@@ -37,6 +39,7 @@ class Adapter(nn.Module):
     weightable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     observes: ClassVar[bool] = False
+    scales: ClassVar[Literal["input", "output"] | None] = None
     in_blocks: ClassVar[bool] = True
 
     shared: nn.Module  # set by AdapterSet: what all adapters of the name use together, if the method has that
@@ -65,6 +68,10 @@ class Adapter(nn.Module):
 
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         """The rule: what becomes of the call."""
+        raise NotImplementedError
+
+    def vector(self) -> Tensor:
+        """l (channels,), of an adapter that `scales`."""
         raise NotImplementedError
 
     def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
@@ -120,6 +127,7 @@ class Held(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.slots: Any = None  # of mixed rows; made when first needed
         self.register_forward_hook(_never_called)  # torch's fused encoder layers read weights unless hooks are there
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -136,8 +144,9 @@ class Held(nn.Module):
         self._modules[key] = adapter
 
     def drop(self, key: str) -> None:
-        """Let an adapter go."""
+        """Let an adapter go, and what was copied of it."""
         del self._modules[key]
+        self.slots = None
 
     def __len__(self) -> int:
         return len(self._modules)

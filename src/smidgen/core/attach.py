@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import HELD, Adapter, Call, Held
-from .composition import Expression, Plan, merged, names_in, plan_for
+from .composition import Expression, Plan, Rows, merged, names_in, plan_for
+from .row_slots import Slots
 from .site import Site
 
 LEAN_OF = "lean_of"  # attribute of a class that core/lean.py made: the class that the module had
@@ -128,7 +129,18 @@ def plans_at(
         adapters = {name: adapter for name, key in keys.items() if (adapter := held(layer).get(key)) is not None}
         if adapters:
             values[parameter] = ValuePlan(expression, adapters)
-    return plan_for(expression, held(layer).get), values
+    return plan_for(expression, held(layer).get, _slots(layer, expression)), values
+
+
+def _slots(layer: nn.Module, expression: Expression) -> Slots | None:
+    """The layer's copies of adapters for mixed rows.  What acts otherwise may be trained, so it is copied again."""
+    holder = held(layer)
+    if isinstance(expression, Rows):
+        holder.slots = holder.slots or Slots()
+    elif holder.slots is not None:
+        for name in names_in(expression):
+            holder.slots.distrust(holder.get(name))
+    return cast("Slots | None", holder.slots)
 
 
 def set_plans(layer: nn.Module, plan: Plan | None, values: "dict[str, ValuePlan]") -> None:

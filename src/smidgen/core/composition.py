@@ -10,7 +10,9 @@ A plan is the same tree holding the adapters found at one layer.  It is called l
 knows whether it is `additive` and acts `by_row`.  A layer that has none of the adapters gets None and costs nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from .adapter import Adapter, AdditiveAdapter, Call
 from .errors import AttachError
+from .low_rank import LowRankAdapter
+from .row_slots import Slots, SlotsPlan, Terms
 
 Find = Callable[[str], Adapter | None]
 Merged = tuple[Tensor, Tensor | None]
@@ -122,8 +126,11 @@ class Plan(Protocol):
     def __call__(self, call: Call, *args: Any, **kwargs: Any) -> Any: ...
 
 
-def plan_for(expression: Expression, find: Find) -> Plan | None:
-    """The plan of an expression at one layer, where `find` gives the adapter of a name there, or None."""
+def plan_for(expression: Expression, find: Find, slots: Slots | None = None) -> Plan | None:
+    """The plan of an expression at one layer, where `find` gives the adapter of a name there, or None.
+
+    slots: where mixed rows keep copies of low-rank adapters, from one plan of the layer to the next.
+    """
     if expression is None:
         return None
     if isinstance(expression, str):
@@ -138,17 +145,21 @@ def plan_for(expression: Expression, find: Find) -> Plan | None:
         if all(getattr(plan, "observes", False) for plan, _ in parts):  # there is nothing to weigh
             return StackPlan(tuple(plan for plan, _ in parts))
         return parts[0][0] if len(parts) == 1 and parts[0][1] == 1.0 else WeightedPlan(tuple(parts))
-    return _rows_plan(expression, find)
+    groups = tuple((plan_for(part, find), rows, index) for part, rows, index in _grouped(expression))
+    if all(plan is None for plan, _, _ in groups):
+        return None
+    return RowsPlan(groups, len(expression.parts), Slots() if slots is None else slots)
 
 
-def _rows_plan(expression: Rows, find: Find) -> "Plan | None":
+@functools.lru_cache(maxsize=16)  # the same for every layer
+def _grouped(expression: Rows) -> "tuple[tuple[Expression, tuple[int, ...], Tensor], ...]":
+    """Each distinct composition, and which rows have it."""
     groups: dict[Expression, list[int]] = {}
     for row, part in enumerate(expression.parts):
         if isinstance(part, Rows):
             raise AttachError("Rows inside Rows has no meaning: a row has one composition")
         groups.setdefault(part, []).append(row)
-    plans = [(plan_for(part, find), torch.tensor(rows)) for part, rows in groups.items()]
-    return None if all(plan is None for plan, _ in plans) else RowsPlan(tuple(plans), len(expression.parts))
+    return tuple((part, tuple(rows), torch.tensor(rows)) for part, rows in groups.items())
 
 
 def _delta(plan: Plan, x: Tensor) -> Tensor:
@@ -196,61 +207,98 @@ class WeightedPlan:
         return cast(Tensor, sum(weight * _delta(plan, x) for plan, weight in self.parts))
 
 
-class RowsPlan:
-    """A mixed batch at one layer: the base runs once where all changes are additive, per group where one is not.
+Group = tuple[Plan | None, tuple[int, ...], Tensor]  # a plan, and the numbers of its rows twice
 
+
+class RowsPlan:
+    """A mixed batch at one layer: the base runs once where all changes are added or all scale, else once per group.
+
+    Low-rank changes of a linear layer run together, in slots; others in turn, each for its group of rows.
     Rows may have been repeated evenly on the way (beam search, windows of an image): row r then owns a block of rows.
     An input that all rows share (positions) is given to each.
     """
 
-    def __init__(self, groups: "tuple[tuple[Plan | None, Tensor], ...]", rows: int) -> None:
+    def __init__(self, groups: tuple[Group, ...], rows: int, slots: Slots) -> None:
         self.groups, self.rows = groups, rows
-        self.additive = all(plan is None or plan.additive for plan, _ in groups)
-        self.by_row = all(plan is None or plan.by_row for plan, _ in groups)
-        self.inverse = torch.argsort(torch.cat([index for _, index in groups]))
+        self.additive = all(plan is None or plan.additive for plan, _, _ in groups)
+        self.by_row = all(plan is None or plan.by_row for plan, _, _ in groups)
+        if not self.additive:
+            numbers = torch.tensor([number for number, (_, own, _) in enumerate(groups) for _ in own])
+            self.inverse = torch.argsort(torch.cat([index for _, _, index in groups]))
+            self.group_of = numbers[self.inverse]  # of each row
+        found = [(group, _terms(group[0])) for group in groups if group[0] is not None]
+        self.others = tuple(group for group, terms in found if terms is None)
+        thin = [(terms, rows) for (_, rows, _), terms in found if terms is not None]
+        self.thin = SlotsPlan(thin, rows, slots) if thin and self.additive else None
+        self.scaling = all(plan is None or getattr(plan, "scales", None) is not None for plan, _, _ in groups)
 
     def __call__(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.shape[0] == 1:
             x = x.expand(self.rows, *x.shape[1:])
-        if len(self.groups) == 1:  # the same for all rows
-            self._blocks(x)
-            return cast(Plan, self.groups[0][0])(call, x, *args, **kwargs)
-        if self.additive:
-            y = call(x, *args, **kwargs)
-            return torch.add(y, self.delta(x).to(y.dtype))
-        blocks = self._blocks(x)
-        outs = [
-            call(rows, *args, **kwargs) if plan is None else plan(call, rows, *args, **kwargs)
-            for plan, rows in zip((plan for plan, _ in self.groups), blocks, strict=True)
-        ]
-        return self._gather(outs, x)
-
-    def delta(self, x: Tensor) -> Tensor:
-        """The changes of all rows in the order of the batch, where all are additive."""
-        blocks = self._blocks(x)
-        deltas: list[Tensor | None] = [
-            None if plan is None else _delta(plan, rows) for (plan, _), rows in zip(self.groups, blocks, strict=True)
-        ]
-        like = next(delta for delta in deltas if delta is not None)
-        filled = [
-            like.new_zeros(len(rows), *like.shape[1:]) if delta is None else delta.to(like.dtype)
-            for delta, rows in zip(deltas, blocks, strict=True)
-        ]
-        return self._gather(filled, x)
-
-    def _blocks(self, x: Tensor) -> list[Tensor]:
-        repeat, rest = divmod(x.shape[0], self.rows)
-        if rest or not repeat:
+        if x.shape[0] % self.rows or not x.shape[0]:
             raise AttachError(
                 f"Rows names {self.rows} rows, the batch has {x.shape[0]}: say one adapter (or None) for each row"
             )
-        by_row = x.view(self.rows, repeat, *x.shape[1:])
-        return [by_row[index.to(x.device)].flatten(0, 1) for _, index in self.groups]
+        if len(self.groups) == 1:  # the same for all rows
+            return cast(Plan, self.groups[0][0])(call, x, *args, **kwargs)
+        if self.scaling:
+            return self._scaled("output", call(self._scaled("input", x), *args, **kwargs))
+        if not self.additive:
+            outs = [
+                call(self._of(x, index), *args, **kwargs)
+                if plan is None
+                else plan(call, self._of(x, index), *args, **kwargs)
+                for plan, _, index in self.groups
+            ]
+            return _by_row(torch.cat(outs), self.rows)[self.inverse.to(x.device)].flatten(0, 1)
+        y, others = call(x, *args, **kwargs), self.groups
+        if self.thin is not None and (done := self.thin.run(y, x, call)) is not None:
+            y, others = done, self.others
+        changed = [(index, _delta(plan, self._of(x, index))) for plan, _, index in others if plan is not None]
+        if not changed:
+            return y
+        by_row = _by_row(y, self.rows)
+        changes = [_by_row(d.to(y.dtype), len(index)).expand(-1, *by_row.shape[1:]) for index, d in changed]
+        index = torch.cat([index for index, _ in changed]).to(y.device)
+        return by_row.index_add(0, index, torch.cat(changes)).flatten(0, 1)
 
-    def _gather(self, blocks: list[Tensor], x: Tensor) -> Tensor:
-        repeat = x.shape[0] // self.rows
-        out = torch.cat(blocks)
-        return out.view(self.rows, repeat, *out.shape[1:])[self.inverse.to(out.device)].flatten(0, 1)
+    def _scaled(self, side: str, x: Tensor) -> Tensor:
+        """x with the channels of each row scaled, where the row's adapter scales this side of the call."""
+        adapters = [cast("Adapter | None", plan) for plan, _, _ in self.groups]
+        vectors = [a.vector() if a is not None and a.scales == side else None for a in adapters]
+        site, l = next(((a.site, l) for a, l in zip(adapters, vectors, strict=True) if a and l is not None), (None, x))
+        if site is None:
+            return x
+        less_one = (
+            torch.stack([torch.ones_like(l) if own is None else own for own in vectors]) - 1
+        )  # l would be rounded
+        by_row = less_one.to(x.dtype)[self.group_of.to(x.device)]
+        shape = site.channels(l, x).shape  # of one row's, to stand against its channels
+        rows = _by_row(x, self.rows)
+        return torch.addcmul(rows, rows, by_row.view(self.rows, *[1] * (x.ndim - len(shape)), *shape)).flatten(0, 1)
+
+    def _of(self, x: Tensor, index: Tensor) -> Tensor:
+        return _by_row(x, self.rows)[index.to(x.device)].flatten(0, 1)
+
+
+def _by_row(x: Tensor, rows: int) -> Tensor:
+    return x.unflatten(0, (rows, -1))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _terms(plan: Plan | None, weight: float = 1.0) -> Terms | None:
+    """The plan as a weighted sum of low-rank changes of a linear layer, if it is one."""
+    if isinstance(plan, LowRankAdapter):
+        return ((plan, weight),) if plan.additive and plan.by_factors else None
+    if isinstance(plan, StackPlan):
+        return _joined(_terms(part, weight) for part in plan.plans)
+    if isinstance(plan, WeightedPlan):
+        return _joined(_terms(part, weight * own) for part, own in plan.parts)
+    return None
+
+
+def _joined(parts: Iterable[Terms | None]) -> Terms | None:
+    found = list(parts)
+    return None if any(terms is None for terms in found) else tuple(itertools.chain(*cast(list[Terms], found)))
 
 
 def merged(expression: Expression, find: Find, W: Tensor, b: Tensor | None, rows: slice) -> Merged:

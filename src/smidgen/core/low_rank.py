@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .adapter import AdditiveAdapter, Call
 from .kernels import frozen_linear_low_rank, frozen_linear_low_rank_of_made
-from .layers import ConvKind
+from .layers import ConvKind, LinearKind
 from .site import Site
 
 _FEW = 0.1  # share of entries up to which places take less than a byte for each entry
@@ -45,6 +45,16 @@ class LowRankAdapter(AdditiveAdapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R), differentiable, in fp32 or better."""
         raise NotImplementedError
+
+    @property
+    def by_factors(self) -> bool:
+        """True if `factors`, `scale` and dropout say all that happens here: then mixed rows can be run from them."""
+        return self.runs_as(LowRankAdapter)
+
+    def runs_as(self, known: "type[LowRankAdapter]") -> bool:
+        """True on a linear layer, if no subclass of `known` has a `forward` or `delta` of its own."""
+        own = type(self)
+        return isinstance(self.site.kind, LinearKind) and (own.forward, own.delta) == (known.forward, known.delta)
 
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.fuses(call):

@@ -142,6 +142,10 @@ class AdaLoRAAdapter(LowRankAdapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.A * self.E, self.B
 
+    @property
+    def by_factors(self) -> bool:
+        return self.runs_as(AdaLoRAAdapter)
+
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.allocates and self.training and torch.is_grad_enabled() and not self.followed:
             raise ConfigError(

@@ -104,6 +104,9 @@ class IA3Adapter(Adapter):
     def reset(self, generator: torch.Generator | None) -> None:
         nn.init.ones_(self.l)
 
+    def vector(self) -> Tensor:
+        return self.l.flatten()
+
     def scaled(self, x: Tensor) -> Tensor:
         """l * x, as x + (l - 1) * x: l itself in bf16 would be off by up to 0.004, often all that was learned."""
         return torch.addcmul(x, x, self.site.channels(self.l.flatten() - 1, x))
@@ -111,6 +114,8 @@ class IA3Adapter(Adapter):
 
 class IA3Output(IA3Adapter):
     """Scales the output: l (O, 1), of a convolution (1, O, 1, 1)."""
+
+    scales = "output"
 
     def __init__(self, site: Site) -> None:
         channels = site.linear.stack * site.fan_out
@@ -126,6 +131,8 @@ class IA3Output(IA3Adapter):
 
 class IA3Input(IA3Adapter):
     """Scales the input: l (1, I), of a convolution (1, C, 1, 1)."""
+
+    scales = "input"
 
     def __init__(self, site: Site) -> None:
         super().__init__(site, 1, site.linear.input_channels(site.layer))

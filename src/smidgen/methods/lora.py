@@ -229,6 +229,10 @@ class LoRAAdapter(LowRankAdapter):
         A = beside(self.A, self.A - self.A0, self.site.linear.stack)
         return A, torch.cat([self.B - self.B0, self.B0], 1)
 
+    @property
+    def by_factors(self) -> bool:
+        return self.bias is None and self.runs_as(LoRAAdapter)
+
     def delta(self, x: Tensor) -> Tensor:
         change = super().delta(x)
         return change if self.bias is None else change + self.site.channels(self.scale * self.bias, change)

@@ -105,6 +105,10 @@ class OSFAdapter(LowRankAdapter):
             for parameter, start in ((self.U, self.U0), (self.S, self.S0), (self.V, self.V0)):
                 parameter.copy_(start)
 
+    @property
+    def by_factors(self) -> bool:
+        return False  # R is near the layer's size: a copy for each row of a mixed batch would be large
+
     def factors(self) -> tuple[Tensor, Tensor]:
         U, V = _projecting(self.U, self.kept_U), _projecting(self.V.T, self.kept_V.T).T
         left = U * self.S  # (O, M)
