@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from ..core.errors import nearest
 from ..core.method import Method, method_named
-from ..tasks.custom import brings_model_and_data
+from ..tasks.own.in_file import brings_model_and_data
 from ..tasks.registry import task_said
 from .method_part import MethodPart as MethodPart
 from .method_part import TaskPart as TaskPart
