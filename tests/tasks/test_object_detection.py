@@ -215,8 +215,8 @@ def test_a_detector_is_tuned_by_its_most_important_weights_where_nobody_names_a_
 ) -> None:
     from smidgen.auto.plan import Plan
     from smidgen.recipes.choose import choose, method_of
-    from smidgen.recipes.prepare import prepare
     from smidgen.recipes.load import recipe_from
+    from smidgen.recipes.prepare import prepare
 
     said = {"model": MAKER, "data": str(scenes(tmp_path)), "task": {"name": "object_detection", "image_size": 64}}
     recipe = recipe_from({**said, **({"method": method} if method else {})})
