@@ -1,9 +1,11 @@
 """Conv-Adapter: its formula with torch's own layers, its four placements in a ResNet, and its count of parameters."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
@@ -51,6 +53,49 @@ def test_beside_a_convolution_it_reads_as_the_convolution_does(settings: dict[st
     stir(adapters)
     own = {name: value for name, value in settings.items() if name != "groups"}
     expected = y + as_layers(adapters.parts("default")["0"], padding=1, **own)(x)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+
+
+class SamePadding(nn.Conv2d):
+    """A convolution that pads by itself, as EfficientNet's do after TensorFlow's "same"."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = []
+        for size, k, s in zip(reversed(x.shape[2:]), reversed(self.kernel_size), reversed(self.stride), strict=True):
+            missing = max(0, (math.ceil(size / s) - 1) * s + k - size)
+            sides += [missing // 2, missing - missing // 2]
+        return F.conv2d(F.pad(x, sides), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution with a forward of its own, and torch's padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+@pytest.mark.parametrize("kernel", [3, (5, 2), 1])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_beside_a_convolution_that_pads_by_itself_it_reads_what_that_reads(kernel: Any, stride: int) -> None:
+    layer, x = SamePadding(8, 6, kernel, stride), torch.randn(2, 8, 8, 7)
+    y = layer(x)
+    adapters = attach(nn.Sequential(layer), ConvAdapter(targets="0", compression=2))
+    assert torch.equal(layer(x), y)
+    stir(adapters)
+    down, *rest = as_layers(adapters.parts("default")["0"], stride=stride)
+    beside = SamePadding(8, 4, kernel, stride, groups=4)
+    beside.load_state_dict(down.state_dict())
+    torch.testing.assert_close(layer(x), y + nn.Sequential(beside, *rest)(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"padding": 1}, {"padding": 1, "stride": 2}, {"padding": 0, "stride": 3}])
+def test_a_forward_of_its_own_that_pads_as_it_says_is_followed_too(settings: dict[str, Any]) -> None:
+    layer, x = Standardised(8, 6, 3, **settings), torch.randn(2, 8, 8, 7)
+    y = layer(x)
+    adapters = attach(nn.Sequential(layer), ConvAdapter(targets="0", compression=2))
+    stir(adapters)
+    expected = y + as_layers(adapters.parts("default")["0"], **settings)(x)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
 
 

@@ -14,8 +14,9 @@ from smidgen.auto.plan import Plan
 from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.recipes.load import load_recipe
 from smidgen.tasks.base import Asked
-from smidgen.tasks.custom import Custom, task_in_file
+from smidgen.tasks.custom import Custom
 from smidgen.tasks.models import Located
+from smidgen.tasks.own.in_file import task_in_file
 from smidgen.tasks.own.maker import CustomModel
 from smidgen.tasks.own.rows import Row
 from smidgen.tasks.pieces import Pieces, as_batch, wrong_with, wrong_with_model

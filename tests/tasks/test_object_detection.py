@@ -207,3 +207,30 @@ def test_a_box_that_is_moved_out_of_the_picture_goes() -> None:
     assert 0 < int(there.sum()) < 200
     assert (boxes[~there] == -1).all()
     assert (boxes[there][..., 1:] >= 0).all()
+
+
+@pytest.mark.parametrize(("method", "rate"), [(None, "0.001"), ("lora", "0.0005")])
+def test_a_detector_is_tuned_by_its_most_important_weights_where_nobody_names_a_method(
+    tmp_path: Path, method: str | None, rate: str
+) -> None:
+    from smidgen.auto.plan import Plan
+    from smidgen.recipes.choose import choose, method_of
+    from smidgen.recipes.load import recipe_from
+    from smidgen.recipes.prepare import prepare
+
+    said = {"model": MAKER, "data": str(scenes(tmp_path)), "task": {"name": "object_detection", "image_size": 64}}
+    recipe = recipe_from({**said, **({"method": method} if method else {})})
+    plan = Plan()
+    work = prepare(recipe, plan, torch.device("cpu"), 0)
+    part, rates = method_of(recipe, work, plan)
+    choose(recipe.train, rates, work, plan, 0)
+    entries = {name: (value, why) for name, value, why in plan.entries}
+    assert entries["learning_rate"][0] == rate
+    if method:
+        assert part.name == "lora"
+        return
+    assert part.settings["targets"] == ["model.2.cv2.*", "model.2.cv3.*"]
+    assert (part.settings["budget"], part.settings["by"], part.settings["grain"]) == (0.05, "fisher", "tensors")
+    assert entries["method"][0] == "selective"
+    assert "the detector's own weights" in entries["method"][1]
+    assert entries["targets"][1] == "a twentieth of the weights, in neck and head"

@@ -13,6 +13,7 @@ from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
 from smidgen.tasks.language.seq2seq_model import Seq2SeqModel
+from smidgen.tasks.language.source_target import SourceTarget
 from smidgen.tasks.language.token_rows import IGNORED
 from smidgen.tasks.language.writing import rouge_l
 from smidgen.tasks.models import locate
@@ -256,7 +257,7 @@ def test_the_prefix_stands_before_each_source_and_rows_are_cut_with_their_end(fo
 def test_columns_are_found_by_their_names_or_as_said(folders, columns, said, expected):
     rows = table(**{name: ["the cat", "a dog"] for name in columns})
     task = Seq2Seq.understand({"train": rows}, Seq2SeqSettings(), asked_of(folders["t5"], columns=said))
-    assert (task.source, task.target) == expected
+    assert (task.columns.source, task.columns.target) == expected
 
 
 def test_columns_that_are_not_clear_are_asked_for(folders):
@@ -281,9 +282,9 @@ def test_translations_become_two_columns(folders, tmp_path):
     assert not problems
     assert parts["train"].names == ["id", "translation.en", "translation.fr"]
     task = Seq2Seq.understand(parts, Seq2SeqSettings(), asked_of(folders["t5"]))
-    assert (task.source, task.target) == ("translation.en", "translation.fr")
+    assert (task.columns.source, task.columns.target) == ("translation.en", "translation.fr")
     back = asked_of(folders["t5"], columns={"source": "translation.fr"})
-    assert Seq2Seq.understand(parts, Seq2SeqSettings(), back).target == "translation.en"
+    assert Seq2Seq.understand(parts, Seq2SeqSettings(), back).columns.target == "translation.en"
 
 
 def test_rows_without_a_text_are_named(folders):
@@ -316,7 +317,7 @@ def test_a_saved_task_is_used_again_also_without_targets(folders):
     assert len(again.samples(model, rows, [0, 1])) == 2
     other = table(document=["the cat"], summary=["le chat"])
     again.rows_for(other, labelled=True)
-    assert (again.source, again.target) == ("document", "summary")
+    assert again.columns == SourceTarget("document", "summary")
     with pytest.raises(KeyError):
         Seq2Seq.from_description({"task": "seq2seq"}, asked)
 

@@ -87,7 +87,7 @@ class ConvAdapter(Method):
 
     def build(self, site: Site) -> "ConvAdapterPart":
         if self.placement == "convolution_parallel":
-            return BesideConvolution(self, site)
+            return (BesidePadding if _pads_itself(site.layer) else BesideConvolution)(self, site)
         if self.placement == "convolution_sequential":
             return AfterAny(self, site)
         takes_one = len(inspect.signature(site.layer.forward).parameters) == 1
@@ -139,6 +139,22 @@ class BesideConvolution(ConvAdapterPart, AdditiveAdapter):
         return self.change(padded, layer.stride, 0, layer.dilation)
 
 
+class BesidePadding(ConvAdapterPart):
+    """Beside a convolution with a forward of its own: where that pads more than its `padding` says, so is D's input.
+
+    As TensorFlow's "same" does, an odd one is put behind: EfficientNet's Conv2dSame, Conv2dStaticSamePadding.
+    """
+
+    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y, layer = call(x, *args, **kwargs), cast(nn.Conv2d, self.site.layer)
+        sizes = zip(x.shape[2:], y.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True)
+        needed = [(gives - 1) * s + d * (k - 1) + 1 - reads for reads, gives, k, s, d in sizes]
+        own = [0] * len(needed) if isinstance(layer.padding, str) else [2 * side for side in layer.padding]
+        missing = [p if n <= p < n + s else max(0, n) for n, p, s in zip(needed, own, layer.stride, strict=True)]
+        around = [side for n in reversed(missing) for side in (n // 2, n - n // 2)]
+        return torch.add(y, self.change(F.pad(x, around), layer.stride, 0, layer.dilation).to(y.dtype))
+
+
 class AfterAny(ConvAdapterPart):
     """Reads what the convolution or the block gives."""
 
@@ -182,6 +198,12 @@ def _main_path(module: nn.Module) -> Iterator[nn.Conv2d]:
     for path, layer in modules_of(module):
         if isinstance(layer, _CONVOLUTIONS) and not set(path.split(".")) & set(_SHORTCUTS):
             yield cast(nn.Conv2d, layer)
+
+
+def _pads_itself(layer: nn.Module) -> bool:
+    """True for a convolution of a class of its own, whose forward may do more than torch's."""
+    kind = getattr(type(layer), "base_class", type(layer))
+    return all(kind.forward is not convolution.forward for convolution in _CONVOLUTIONS)
 
 
 def _sees_several(module: nn.Module) -> bool:

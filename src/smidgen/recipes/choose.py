@@ -1,5 +1,6 @@
 """The numbers of a run: the plan carried out on this recipe, this data and this machine."""
 
+import dataclasses
 import itertools
 import statistics
 import time
@@ -19,7 +20,6 @@ from ..auto.plan import (
     shorter_length,
 )
 from ..auto.presets import Preset, preset
-from ..core.method import Method
 from ..core.products import Library, quicker_library
 from ..data.batches import LengthBucketedBatches
 from ..tasks.base import Batch
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+_PRESET = "the preset of "
 _TRIAL_BATCHES = 4  # that a parameter may wait for its gradient
 _TRIAL = range(8)  # rows of the trial that measures the machine
 
@@ -60,15 +61,17 @@ class Chosen:
     save_every: int = 0
 
 
-def method_of(recipe: Recipe, plan: Plan) -> tuple[Method, Preset]:
-    """The method with what was said and, for the rest, its preset."""
-    said = recipe.method.settings if recipe.method else {}
-    name = recipe.method.name if recipe.method else "lora"
-    rates = preset(name)
-    plan.decide("method", recipe.method and name, name, "the best known quality for its cost, and it merges")
-    for field, value in {**rates.settings, **said}.items():
-        plan.decide(field, said.get(field), value, f"the preset of {name}")
-    return MethodPart(name=name, **{**rates.settings, **said}).build(), rates
+def method_of(recipe: Recipe, work: Work, plan: Plan) -> tuple[MethodPart, Preset]:
+    """The method with what was said and, for the rest, what the task wants or its preset has; and its rates here."""
+    part, task = recipe.method_part, work.task
+    rates, said, (wanted, why) = preset(part.name), part.settings, task.method_settings(part.name, work.model)
+    plan.decide("method", recipe.method and part.name, part.name, task.default_method[1])
+    for field, value in {**rates.settings, **wanted, **said}.items():
+        plan.decide(field, said.get(field), value, why if field in wanted else _PRESET + part.name)
+    if (factor := task.rate_factor(part.name)) != 1:
+        why = f"{factor:g} times the preset's, for this task"
+        rates = dataclasses.replace(rates, learning_rate=factor * rates.learning_rate, why=why)
+    return MethodPart(name=part.name, **{**rates.settings, **wanted, **said}), rates
 
 
 def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) -> Chosen:
@@ -90,14 +93,11 @@ def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) ->
     minutes = plan.decide("minutes", said.minutes, default, why)
     if minutes is not None and seconds is not None and "max_length" not in work.recipe.task.settings:
         _shorten(work, plan, seconds, minutes)
-    rate, why_rate = rates.learning_rate, rates.why
-    if work.task.rate_factor != 1:
-        rate, why_rate = rate * work.task.rate_factor, f"{work.task.rate_factor:g} times the preset's, for this task"
     return Chosen(
         precision=precision,
         batch=batch,
         accumulate=plan.decide("accumulate", said.accumulate, 1, "a batch fits"),
-        learning_rate=plan.decide("learning_rate", said.learning_rate, rate, why_rate),
+        learning_rate=plan.decide("learning_rate", said.learning_rate, rates.learning_rate, rates.why),
         head_learning_rate=_head_rate(said, rates, work, plan),
         weight_decay=plan.decide(
             "weight_decay", said.weight_decay, rates.weight_decay, "a little, against overfitting"
@@ -122,7 +122,7 @@ def _head_rate(said: TrainPart, rates: Preset, work: Work, plan: Plan) -> float:
     """The learning rate of what the task adds; nothing is said of it where it adds nothing."""
     if not any(True for _ in work.model.head.parameters()):
         return rates.head_learning_rate
-    why = "the head starts from the linear probe" if work.task.probed else rates.why
+    why = "the head starts from the linear probe" if work.task.probed else "the preset's"
     factor = work.task.head_rate_factor
     if factor != 1:
         why += f"; {factor:g} times the preset's, for this task"

@@ -22,11 +22,9 @@ from ..auto.plan import (
     Plan,
 )
 from ..auto.preflight import preflight
-from ..auto.presets import preset
 from ..core.errors import CheckpointError, RecipeError
 from ..core.files import remove_directory
 from ..core.fingerprint import fingerprint
-from ..core.method import Method
 from ..core.products import products_by
 from ..evaluate.terminal import show
 from ..training import checkpoint
@@ -87,7 +85,8 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
     data = recipe.data.train if recipe.data.train != recipe.model.path else "its own data"
     console.print(f"[bold]smidgen {__version__}[/bold]  {recipe.model.path}  on  {data}", highlight=False)
     work = prepare(recipe, plan, device, seed)
-    method, rates = method_of(recipe, plan)
+    said, rates = method_of(recipe, work, plan)
+    method = said.build()
     chosen = choose(recipe.train, rates, work, plan, seed)
     if chosen.shard:
         spread = shard_blocks(work.model.body, device)
@@ -174,7 +173,7 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
     report = judge.report(
         work, rows, base.name, base.answers, tuned, outcome, plan, method.name, notes, samples, _versions()
     )
-    resolved = _resolved(recipe, out, work, method, chosen)
+    resolved = _resolved(recipe, out, work, said, chosen)
     report = save_result(out, work, adapters, report, resolved, replace=fresh or resume)
     if checkpoints.exists():
         remove_directory(checkpoints)
@@ -187,8 +186,7 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
 
 def _said(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe a resumed run has to say again; its paths may move, and the report may have more."""
-    method = recipe.method or MethodPart()
-    parts = {"task": recipe.task, "train": recipe.train, "method": method}
+    parts = {"task": recipe.task, "train": recipe.train, "method": recipe.method_part}
     keys = {
         f"{name}.{key}": value for name, part in parts.items() for key, value in part.model_dump(mode="json").items()
     }
@@ -227,12 +225,11 @@ def _finished(out: Path, checkpoints: Path, *, resume: bool, fresh: bool) -> boo
     return is_result(out)
 
 
-def _resolved(recipe: Recipe, out: Path, work: Work, method: Method, chosen: Chosen) -> Recipe:
+def _resolved(recipe: Recipe, out: Path, work: Work, method: MethodPart, chosen: Chosen) -> Recipe:
     """The recipe with everything said that the plan chose: it runs the same again."""
     numbers = {name: getattr(chosen, name) for name in TrainPart.model_fields if hasattr(chosen, name)}
     numbers["label_smoothing"] = chosen.label_smoothing or None  # not for every kind
     numbers |= {"epochs": None, "minutes": None, "threads": torch.get_num_threads()}  # the steps say it
-    said = MethodPart(name=method.name, **{**preset(method.name).settings, **(recipe.method or MethodPart()).settings})
     columns = {**recipe.data.columns, **work.task.resolved_columns()}
     settings = recipe.task.settings | {k: v for k, v in work.task.resolved_settings().items() if v is not None}
     return recipe.model_copy(
@@ -242,7 +239,7 @@ def _resolved(recipe: Recipe, out: Path, work: Work, method: Method, chosen: Cho
             "task": TaskPart(
                 name=recipe.task.name, **{key: value for key, value in settings.items() if value is not None}
             ),
-            "method": said,
+            "method": method,
             "data": recipe.data.model_copy(update={"columns": columns}),
         }
     )

@@ -20,8 +20,9 @@ from ..core.safe import read_json, read_tensors, write_tensors
 from ..evaluate.card import model_card
 from ..evaluate.report import Report
 from ..tasks.base import Asked, Task, TaskModel
-from ..tasks.custom import Custom, brings_model_and_data
+from ..tasks.custom import Custom
 from ..tasks.models import Located, locate
+from ..tasks.own.in_file import brings_model_and_data
 from ..tasks.own.python_file import names_file
 from ..tasks.registry import task_named, task_said
 from .prepare import Work

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from ..core.errors import nearest
 from ..core.method import Method, method_named
-from ..tasks.custom import brings_model_and_data
+from ..tasks.own.in_file import brings_model_and_data
 from ..tasks.registry import task_said
 from .method_part import MethodPart as MethodPart
 from .method_part import TaskPart as TaskPart
@@ -157,7 +157,7 @@ class Recipe(Part):
         if self.train.shard and "full" in self.report.against:
             what = "a base in shards is not fine-tuned whole; leave out report.against or train.shard"
             wrong.append((("report", "against"), what))
-        name = (self.method or MethodPart()).name
+        name = self.method_part.name
         if self.train.lora_plus is not None and not method_named(name).faster:
             wrong.append((("train", "lora_plus"), f"{name} has no B to learn faster; leave it out"))
         if self.out is not None and self.out.resolve() == Path(self.model.path).resolve():
@@ -168,9 +168,14 @@ class Recipe(Part):
             raise mistakes(wrong)
         return self
 
+    @property
+    def method_part(self) -> MethodPart:
+        """The method that the recipe names, else the task's."""
+        return self.method or MethodPart(name=task_said(self.task.name).default_method[0])
+
     def method_object(self) -> Method:
-        """The method with its settings; LoRA with its own defaults where the recipe names none."""
-        return (self.method or MethodPart()).build()
+        """The method with what is said of it; the rest are its own defaults."""
+        return self.method_part.build()
 
     def to_yaml(self) -> str:
         """A recipe file that loads back equal to this one; what nobody said is left out."""

@@ -151,7 +151,8 @@ class Task(ABC):
     smooths: ClassVar[bool] = False  # knows `label_smoothing`
     may_shorten: ClassVar[bool] = True  # rows may be cut below `max_length` where the time is short
     largest_batch: ClassVar[int] = 32
-    rate_factor: ClassVar[float] = 1.0  # on the preset's learning rate
+    # where nobody names one, and why that
+    default_method: ClassVar[tuple[str, str]] = ("lora", "the best known quality for its cost, and it merges")
     head_rate_factor: ClassVar[float] = 1.0  # on the preset's learning rate of the head
     resamples: ClassVar[int] = 1000  # of the bootstrap; fewer where a score is slow
 
@@ -215,6 +216,14 @@ class Task(ABC):
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:  # noqa: B027
         """Decide what depends on model and rows: maximal length, scale of the targets ..."""
+
+    def method_settings(self, method: str, model: TaskModel) -> tuple[Mapping[str, Any], str]:
+        """Settings of a method that this task wants in place of its preset's, as a recipe says them, and why."""
+        return {}, ""
+
+    def rate_factor(self, method: str) -> float:
+        """On the learning rate of the method's preset."""
+        return 1.0
 
     # -- rows -------------------------------------------------------------------------------------------------------
     @abstractmethod

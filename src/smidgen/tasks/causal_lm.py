@@ -8,7 +8,7 @@ share a row of fixed length, each with positions of its own, and none sees anoth
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from .base import Asked, Batch, Examples, TaskModel
 from .judging import seen_before
 from .language.asking import AskingRows, in_words
 from .language.chat_template import ensure_template
-from .language.language_model import LanguageModel
+from .language.language_model import LanguageModel, Packing, decide_packing
 from .language.likelihood import METRICS, LikelihoodTask
 from .language.token_rows import as_batch, as_examples, learns, pieces
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
@@ -40,12 +40,12 @@ class CausalLMSettings:
     """
 
     loss_on: Literal["answers", "all"] = "answers"
-    packing: Literal["auto", "on", "off"] = "auto"
+    packing: Packing = "auto"
     max_length: int | None = None
 
     def __post_init__(self) -> None:
         require_one_of(self, "loss_on", ("answers", "all"))
-        require_one_of(self, "packing", ("auto", "on", "off"))
+        require_one_of(self, "packing", get_args(Packing))
         require_whole(self, "max_length", least=2)
 
 
@@ -126,15 +126,8 @@ class CausalLM(LikelihoodTask):
             asked.plan.decide("left out", None, share, f"no answer begins within {self.max_length} tokens")
 
     def _decide_packing(self, model: LanguageModel, asked: Asked) -> bool:
-        said = self.settings.packing
-        if said == "off" or (said == "auto" and self.shape.kind != "text"):
-            why = "batches are of rows of like length, so little is padded; a mask for each block would cost more"
-            return asked.plan.decide("packing", False if said == "off" else None, False, why)
-        why_not = "its prompt stands in front of the first document alone" if asked.reserved else model.why_not_packed()
-        if said == "on" and why_not:
-            raise RecipeError(f"task.packing is on, but rows cannot share a block: {why_not}")
-        why = why_not or "documents share blocks and do not see each other; checked on this model"
-        return asked.plan.decide("packing", True if said == "on" else None, why_not is None, why)
+        packs, why = decide_packing(self.settings.packing, self.shape.kind, model, asked.reserved)
+        return asked.plan.decide("packing", None if self.settings.packing == "auto" else packs, packs, why)
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def encode(self, table: Table) -> Examples:

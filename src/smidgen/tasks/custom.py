@@ -6,8 +6,7 @@ NAME is a function that returns `Pieces` (pieces.py), or a class, your own `Task
 a saved result tells which it was, and never runs it.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -19,38 +18,12 @@ from ..data.table import Problem, Table
 from .base import Asked, Batch, Examples, Task
 from .judging import counted
 from .own.maker import CustomModel, Maker
-from .own.python_file import names_file, object_in_file
+from .own.python_file import names_file
 from .own.rows import Row, as_table, rows_said, wrong_rows
 from .pieces import TARGETS, Pieces
 from .registry import task
 
 _AT_ONCE = 64  # rows whose targets are read together
-
-
-def task_in_file(said: str) -> type[Task]:
-    """The task that FILE.py:NAME says; the file is run.  Raises RecipeError."""
-    found = object_in_file(said)
-    if isinstance(found, type) and issubclass(found, Task):
-        missing = sorted(found.__abstractmethods__) + [
-            name for name in ("summary", "Settings", "roles") if not hasattr(found, name)
-        ]
-        if missing:
-            raise RecipeError(f"{said} is a Task without {', '.join(missing)}")
-        if "name" not in vars(found):
-            found.name = Custom.name  # not what it inherits: its results are not those of another task
-        return found
-    if isinstance(found, type) or not callable(found):
-        kind = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
-        raise RecipeError(f"{said} is {kind}; it is to be a function that returns Pieces, or a class derived from Task")
-    return _bound(said, found)
-
-
-def brings_model_and_data(said: str) -> bool:
-    """True for FILE.py:NAME of a function, whose `Pieces` have all that a run needs."""
-    try:
-        return names_file(said) and issubclass(cls := task_in_file(said), Custom) and cls.file == said
-    except RecipeError:
-        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +144,3 @@ class Custom(Task):
     def save_body(self, body: nn.Module, folder: str) -> None:
         how = "adapters = smidgen.load(model, FOLDER); adapters.merge(); then save the model as your code does"
         raise RecipeError(f"{type(body).__name__} is yours, and how it is saved too. Merge it in Python: {how}")
-
-
-@functools.cache
-def _bound(said: str, maker: Callable[[], Any]) -> type[Custom]:
-    return type("Custom", (Custom,), {"file": said, "maker": Maker(said, maker)})

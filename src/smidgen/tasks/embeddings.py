@@ -131,13 +131,8 @@ class Embeddings(Task):
         return seen_before(seen, known, "rows, by one of their texts,")
 
     # -- the model --------------------------------------------------------------------------------------------------
-    @property
-    def _pooling(self) -> Pooling:
-        assert self.settings.pooling is not None, "understand comes first"
-        return self.settings.pooling
-
     def build(self, asked: Asked) -> Embedder:
-        return Embedder(load_body(asked.model, asked.dtype, asked.revision), self._pooling)
+        return Embedder(load_body(asked.model, asked.dtype, asked.revision), self.settings.pooling or "mean")
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
         lengths = self.sides.lengths(self.columns, some_of(train, asked.seed))
@@ -214,4 +209,4 @@ class Embeddings(Task):
         super().save_body(body, folder)
         prompts = {"query": self.sides.query_prompt, "document": self.sides.document_prompt}
         width = cast(Any, body).config.hidden_size
-        save_trained(folder, self._pooling, prompts, width=width, max_length=self.max_length)
+        save_trained(folder, self.settings.pooling or "mean", prompts, width=width, max_length=self.max_length)

@@ -92,14 +92,12 @@ class Recommendation(Task):
         train = tables["train"]
         columns, reasons = interaction_columns(train, asked.columns)
         asked.decide_columns(columns, reasons)
-        known, files = load_recommender(asked.model).known, {"user": settings.users, "item": settings.items}
+        files = {"user": settings.users, "item": settings.items}
         words: Words = {side: read_features(read(files[side])[0]) if files[side] else {} for side in SIDES}
         found: dict[Side, list[str]] = {side: [*map(identity, train.column(columns[side]))] for side in SIDES}
-        catalogue = Catalogue.grown(known, found, words)
+        catalogue = Catalogue.grown(load_recommender(asked.model).known, found, words)
         for side in SIDES:
-            new, there, old = len(catalogue.new[side]), len(set(found[side])), len(known.names(side))
-            why = f"{there - new:,} of {there:,} in training are among the base's {old:,}"
-            asked.plan.decide(f"new {side}s", None, f"{new:,}", why)
+            asked.plan.decide(f"new {side}s", None, *catalogue.what_is_new(side, found[side]))
         made = cls(catalogue, columns, settings, asked.metric)
         made._words = words
         ordered = "time" in columns

@@ -57,7 +57,7 @@ def task_said(said: str) -> type[Task]:
     Raises RecipeError.
     """
     if names_file(said):
-        from .custom import task_in_file  # which is entered in the table itself
+        from .own.in_file import task_in_file  # which is entered in the table itself
 
         return task_in_file(said)
     return task_named(said)

@@ -8,7 +8,7 @@ token, when it is judged, to a bounded number of rows.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -23,11 +23,11 @@ from .judging import seen_before
 from .language.likelihood import METRICS, LikelihoodTask
 from .language.pair_tokens import PairTokens
 from .language.seq2seq_model import Seq2SeqModel
-from .language.source_target import by_language, source_alone, source_and_target
-from .language.writing import RATIOS, SUMS, sums_of
+from .language.source_target import SourceTarget, by_language, source_and_target
+from .language.writing import RATIOS, SUMS, sums_of, written
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
 from .registry import task
-from .text.rows import said_rows, some_of, wrong_texts
+from .text.rows import said_rows, some_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ class Seq2SeqSettings:
 
 @task("seq2seq")
 class Seq2Seq(LikelihoodTask):
-    """Sequence to sequence with a given tokenizer and columns.   target: None where rows are only to be predicted."""
+    """Sequence to sequence with a given tokenizer and columns."""
 
     summary = "a text written to a text: summaries, translations"
     may_shorten = False
@@ -71,13 +71,12 @@ class Seq2Seq(LikelihoodTask):
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
-        source: str,
-        target: str | None,
+        columns: SourceTarget,
         settings: Seq2SeqSettings,
         metric: str | None = None,
     ) -> None:
         self.tokens = PairTokens(tokenizer, settings.prefix, (settings.source_language, settings.target_language))
-        self.tokenizer, self.source, self.target, self.settings, self.notes = tokenizer, source, target, settings, []
+        self.tokenizer, self.columns, self.settings, self.notes = tokenizer, columns, settings, []
         self.max_length, self.max_target_length = settings.max_length, settings.max_target_length
         self.metrics = (*METRICS, *RATIOS)
         self.judge_by(metric)
@@ -94,16 +93,16 @@ class Seq2Seq(LikelihoodTask):
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         source, target, why = source_and_target(tables["train"], asked.columns)
         asked.decide_columns({"source": source, "target": target}, {"source": why, "target": why})
-        return cls(load_tokenizer(asked.model, asked.revision), source, target, settings, asked.metric)
+        return cls(load_tokenizer(asked.model, asked.revision), SourceTarget(source, target), settings, asked.metric)
 
     def check(self, table: Table) -> dict[int, str]:
-        return wrong_texts(table, (self.source, self.target))
+        return self.columns.check(table)
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        return duplicate_groups(table.column(self.source))
+        return duplicate_groups(self.columns.sources(table))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        return seen_before(train.column(self.source), test.column(self.source), "sources")
+        return seen_before(self.columns.sources(train), self.columns.sources(test), "sources")
 
     # -- the model --------------------------------------------------------------------------------------------------
     def build(self, asked: Asked) -> Seq2SeqModel:
@@ -132,14 +131,13 @@ class Seq2Seq(LikelihoodTask):
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def _tokens(self, table: Table) -> tuple[list[list[int]], list[list[int]]]:
-        targets = None if self.target not in table.columns else table.column(self.target)
-        return self.tokens.of(table.column(self.source), targets)
+        return self.tokens.of(self.columns.sources(table), self.columns.targets(table))
 
     def encode(self, table: Table) -> Examples:
         assert self.max_length is not None
         assert self.max_target_length is not None
-        written = self.settings.written if self.writes else 0
-        return self.tokens.examples(*self._tokens(table), self.max_length, self.max_target_length, written)
+        most = self.settings.written if self.writes else 0
+        return self.tokens.examples(*self._tokens(table), self.max_length, self.max_target_length, most)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         return self.tokens.batch(examples, indices)
@@ -157,9 +155,7 @@ class Seq2Seq(LikelihoodTask):
         return torch.cat([answers, sums], dim=1)
 
     def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        sums = answers[:, _OWN:].double().sum(0)
-        written = {name: float(sums[top] / sums[bottom]) for name, (top, bottom) in RATIOS.items() if self.writes}
-        return {**super().score(answers, targets), **written}
+        return super().score(answers, targets) | (written(answers[:, _OWN:]) if self.writes else {})
 
     def parts(self, answers: Tensor, targets: Tensor) -> Tensor | None:
         if not self.writes:
@@ -170,65 +166,41 @@ class Seq2Seq(LikelihoodTask):
     def samples(self, model: TaskModel, table: Table, rows: Sequence[int]) -> list[str]:
         """What the model writes to the sources of these rows: the likeliest token each time."""
         assert self.max_target_length is not None
-        model, found = cast(Seq2SeqModel, model), []
-        device = next(model.body.parameters()).device
-        for start in range(0, len(rows), _AT_ONCE):
-            examples = self.encode(table.select(rows[start : start + _AT_ONCE]))
-            batch = {name: some.to(device) for name, some in self.collate(examples, range(len(examples))).items()}
-            found += self.tokens.texts(model.say(batch, self.max_target_length))
-        return found
+        model, examples = cast(Seq2SeqModel, model), self.encode(table.select(rows))
+        parts = [range(start, min(start + _AT_ONCE, len(rows))) for start in range(0, len(rows), _AT_ONCE)]
+        said = [model.say(self.collate(examples, some), self.max_target_length) for some in parts]
+        return [text for ids in said for text in self.tokens.texts(ids)]
 
     def prompt_of(self, table: Table, row: int) -> str:
-        return str(table.column(self.source)[row])
+        return self.columns.sources(table)[row]
 
     def truth_of(self, table: Table, row: int) -> str:
-        return str(table.column(cast(str, self.target))[row])
+        return cast("list[str]", self.columns.targets(table))[row]
 
     def resolved_settings(self) -> dict[str, Any]:
         return {"max_length": self.max_length, "max_target_length": self.max_target_length}
 
     def resolved_columns(self) -> dict[str, str]:
-        return {"source": self.source, "target": cast(str, self.target)}
+        return asdict(self.columns)
 
     # -- using a result ---------------------------------------------------------------------------------------------
     def describe(self) -> dict[str, Any]:
-        return {
-            "task": self.name,
-            "columns": {"source": self.source, "target": self.target},
-            "prefix": self.settings.prefix,
-            "source_language": self.settings.source_language,
-            "target_language": self.settings.target_language,
-            "written": self.settings.written,
-            "max_length": self.max_length,
-            "max_target_length": self.max_target_length,
-            "metric": self.metric,
-        }
+        chosen = {**asdict(self.settings), **self.resolved_settings()}
+        return {"task": self.name, "metric": self.metric, "columns": asdict(self.columns), **chosen}
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any], asked: Asked) -> Self:
-        settings = Seq2SeqSettings(
-            prefix=str(description["prefix"]),
-            source_language=description.get("source_language"),
-            target_language=description.get("target_language"),
-            written=int(description.get("written", Seq2SeqSettings.written)),
-            max_length=int(description["max_length"]),
-            max_target_length=int(description["max_target_length"]),
-        )
-        columns = description["columns"]
+        said = {field.name: description[field.name] for field in fields(Seq2SeqSettings) if field.name in description}
+        columns = SourceTarget(str(description["columns"]["source"]), str(description["columns"]["target"]))
         tokenizer = load_tokenizer(asked.model, asked.revision)
-        return cls(tokenizer, str(columns["source"]), str(columns["target"]), settings, description["metric"])
+        return cls(tokenizer, columns, Seq2SeqSettings(**said), description["metric"])
 
     def table_of(self, inputs: Sequence[str]) -> Table:
-        return said_rows(self.source, inputs)
+        return said_rows(self.columns.source, inputs)
 
     def rows_for(self, table: Table, *, labelled: bool) -> None:
-        if not labelled:
-            self.target = None
-            if self.source not in table.columns:
-                self.source = source_alone(table)
-        elif self.source not in table.columns or self.target not in table.columns:
-            self.source, self.target, _ = source_and_target(table, {})
+        self.columns = self.columns.fitting(table, labelled=labelled)
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
-        rows = zip(table.column(self.source), answers, strict=True)
+        rows = zip(self.columns.sources(table), answers, strict=True)
         return [{"source": source, **self.likelihood(row)} for source, row in rows]

@@ -7,9 +7,8 @@ The body is the pre-trained model as it is; the task adds a linear head on the f
 Words that a maximal length cuts off get no tag, and count as wrong.  Entities are judged whole, see `spans.py`.
 """
 
-from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -26,9 +25,8 @@ from .judging import contrasted, seen_before
 from .loading import load_body, load_tokenizer, settle_length
 from .registry import task
 from .text.classifiers import TokenClassifier
-from .text.padding import padded
 from .text.rows import said_rows, some_of
-from .text.spans import NO_TAG, SCHEMES, Scheme, Tags, f1_by_type, understand_tags
+from .text.spans import NO_TAG, SCHEMES, Scheme, Tags, understand_tags
 from .text.word_columns import WordColumns, guess_word_columns
 from .text.words import SubWords, split_words
 
@@ -77,7 +75,6 @@ class TokenClassification(Task):
         self.metrics = tags.metrics
         self.judge_by(metric)
         self.notes = []
-        self._index = {name: i for i, name in enumerate(tags.names)}
 
     _said_length: int | None = None
 
@@ -101,22 +98,15 @@ class TokenClassification(Task):
         return self.columns.check(table, self.tags)
 
     def strata(self, table: Table) -> Sequence[Any] | None:
-        """The rarest tag of each row."""
-        rows = self.columns.tag_rows(table)
-        counts = Counter(tag for row in rows or [] for tag in row)
-        return rows and [min(row, key=lambda tag: (counts[tag], tag), default="") for row in rows]
+        return self.columns.rarest(table)
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
         """Documents stay whole; where there are none, equal sentences stay together."""
-        if self.columns.document is not None:
-            return cast(list[Hashable], table.column(self.columns.document))
-        return duplicate_groups(self._texts(table))
-
-    def _texts(self, table: Table) -> list[str]:
-        return [" ".join(words) for words in self.columns.words(table)]
+        documents = self.columns.documents(table)
+        return duplicate_groups(self.columns.sentences(table)) if documents is None else documents
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        return seen_before(self._texts(train), self._texts(test), "rows")
+        return seen_before(self.columns.sentences(train), self.columns.sentences(test), "rows")
 
     def build(self, asked: Asked) -> TokenClassifier:
         torch.manual_seed(asked.seed)  # of the new head
@@ -127,20 +117,11 @@ class TokenClassification(Task):
         self.max_length = settle_length(self._said_length, lengths, model.body, self.tokenizer, asked, whole=True)
 
     def encode(self, table: Table) -> Examples:
-        inputs, cut = self.sub_words.rows(self.columns.words(table), self.max_length)
-        targets = torch.full((len(table), max(map(len, self.columns.words(table)))), NO_TAG)
-        for row, tags in zip(targets, self.columns.tag_rows(table) or (), strict=False):
-            row[: len(tags)] = torch.tensor([self._index[tag] for tag in tags])
-        return Examples(inputs, targets, [len(row["input_ids"]) for row in inputs], cut)
+        tags = self.tags.numbers(self.columns.tag_rows(table), self.columns.words(table))
+        return self.sub_words.examples(self.columns.words(table), tags, self.max_length)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        """firsts: where the first sub-word of each word is, words: which word that is, targets: its tag; each (N, T),
-        -1 and NO_TAG beyond them.
-        """
-        fillers = {"input_ids": cast(int, self.tokenizer.pad_token_id or 0), "words": -1, "firsts": -1}
-        batch = padded(examples, indices, fillers)
-        tags = examples.targets[list(indices)].gather(1, batch["words"].clamp_min(0))
-        return {**batch, "targets": tags.where(batch["words"] >= 0, NO_TAG)}
+        return self.sub_words.batch(examples, indices)
 
     def feature_targets(self, batch: Batch) -> Tensor:
         return batch["targets"][batch["words"] >= 0]
@@ -159,12 +140,7 @@ class TokenClassification(Task):
         return answers
 
     def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        counts = self.tags.counts(answers, targets).sum(0)
-        by_type = zip(self.tags.types, f1_by_type(counts).tolist(), counts[:, 2].tolist(), strict=True)
-        return {
-            **{name: float(value) for name, value in self.tags.figures(counts).items()},
-            **{f"f1 {kind}": value for kind, value, there in by_type if there and self.tags.scheme != "plain"},
-        }
+        return self.tags.score(answers, targets)
 
     def parts(self, answers: Tensor, targets: Tensor) -> Tensor | None:
         return self.tags.counts(answers, targets).flatten(1)
@@ -181,14 +157,13 @@ class TokenClassification(Task):
 
     def contrasts(self, table: Table, targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
         """Rows of which exactly one has all right."""
-        counts = [self.tags.counts(answers, targets).sum(1) for answers in (base, tuned)]
-        right = [(c[:, 0] == c[:, 1]) & (c[:, 0] == c[:, 2]) for c in counts]
 
         def in_words(i: int) -> tuple[str, str, str, str]:
             words = self.columns.words(table)[i]
             truth, by_base, by_tuned = (self.tags.in_words(words, tags[i]) for tags in (targets, base, tuned))
             return " ".join(words), truth, by_base, by_tuned
 
+        right = [self.tags.all_right(answers, targets) for answers in (base, tuned)]
         return contrasted(right[0], right[1], in_words)
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
@@ -210,8 +185,7 @@ class TokenClassification(Task):
     def from_description(cls, description: Mapping[str, Any], asked: Asked) -> Self:
         if description["scheme"] not in SCHEMES:
             raise ValueError(f"there is no scheme {description['scheme']!r}")
-        said = dict(description["columns"])
-        columns = WordColumns(**{**said, "tag_names": tuple(map(str, said["tag_names"]))})
+        columns = WordColumns.from_description(description["columns"])
         tags = Tags(scheme=cast(Scheme, description["scheme"]), names=tuple(map(str, description["tags"])))
         tokenizer = load_tokenizer(asked.model, asked.revision)
         return cls(tokenizer, columns, tags, int(description["max_length"]), description["metric"])
@@ -223,9 +197,4 @@ class TokenClassification(Task):
         return table
 
     def rows_for(self, table: Table, *, labelled: bool) -> None:
-        wanted = (self.columns.tokens, self.columns.tags if labelled else None)
-        if any(name is not None and name not in table.columns for name in wanted):
-            names = self.columns.tag_names
-            self.columns, _ = guess_word_columns(table, {}, tag_names=names, allow_untagged=not labelled)
-        if not labelled:
-            self.columns = replace(self.columns, tags=None)
+        self.columns = self.columns.fitting(table, labelled=labelled)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 import smidgen
 from smidgen.core.errors import ModelError
 from smidgen.core.fingerprint import fingerprint
+from smidgen.core.targets import Targets
 from smidgen.methods.lora import LoRA
+from smidgen.methods.selective import Selective
 from smidgen.tasks.images.detectors import Detector, DetrDetector, YoloDetector, detector_of
 
 SIDE = 32
@@ -216,3 +218,47 @@ def test_a_transformers_model_of_another_kind_is_refused() -> None:
     config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     with pytest.raises(ModelError, match="YOLOS, DETR and Table Transformer can be tuned"):
         detector_of(BertModel(config), "tiny")
+
+
+class Joining(nn.Identity):
+    """A layer that reads several others, as ultralytics marks it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = [-1, 0]
+
+
+def test_the_last_stage_of_a_yolo_begins_where_layers_are_joined() -> None:
+    body = Yolo()
+    *layers, detect = body.model
+    detect.register_module("dfl", nn.Conv2d(1, 1, 1))  # turns distributions into distances: nothing to learn
+    body.model = nn.Sequential(*layers, nn.Upsample(), Joining(), nn.Conv2d(6, 6, 1), detect)
+    assert detector_of(body, "tiny").last_stage() == ["model.4.*", "model.5.cv2.*", "model.5.cv3.*"]
+    assert detector_of(Yolo(), "tiny").last_stage() == ["model.2.cv2.*", "model.2.cv3.*"]
+
+
+def test_the_last_stage_of_a_detr_is_its_decoder_and_of_a_yolos_its_last_third() -> None:
+    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig, YolosConfig, YolosForObjectDetection
+
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", out_features=["stage1"])
+    sizes = {"d_model": 8, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 3}
+    detr = DetrForObjectDetection(
+        DetrConfig(use_timm_backbone=False, backbone=None, backbone_config=backbone, **sizes, **heads)
+    )
+    found = ["class_labels_classifier", "bbox_predictor", "class_labels_classifier.*", "bbox_predictor.*"]
+    decoder = ["model.decoder.layers.0.*", "model.decoder.layers.1.*"]
+    assert detector_of(detr, "tiny").last_stage() == [*decoder, *found]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 16}
+    yolos = YolosForObjectDetection(YolosConfig(**sizes, image_size=[SIDE, SIDE], patch_size=8))
+    assert detector_of(yolos, "tiny").last_stage() == [f"vit.encoder.layer.{i}.*" for i in (4, 5)] + found
+
+
+@pytest.mark.parametrize("make", BODIES)
+def test_selective_tuning_finds_weights_in_the_last_stage(make: Callable[[], nn.Module]) -> None:
+    made = detector(make, "new")
+    method = Selective(targets=made.last_stage(), by="magnitude", grain="tensors", budget=0.3)
+    sites = smidgen.attach(made.body, method.choose(made.body)).sites("default")
+    assert sites
+    patterns = Targets(*made.last_stage())
+    assert all(patterns.matches(site.path, made.body.get_submodule(site.path)) for site in sites)

@@ -28,6 +28,7 @@ from ..base import Asked, Batch, TaskModel
 from ..loading import first_line, load_body
 
 _YOLO = "a .loss(batch, predictions) and a Detect head as .model[-1], with nc, stride, reg_max and cv3"
+_LAYER = 8  # more parameters than that has a layer of a transformer, and none of a stack of plain layers
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as all DETR-likes were trained with
 
 
@@ -66,6 +67,10 @@ class Detector(TaskModel):
             appended.frozen = not (any(taught[: self.own]) or appended.behind)
 
     @abstractmethod
+    def last_stage(self) -> list[str]:
+        """Patterns of the body's modules behind its backbone: the neck, where it has one, and the head."""
+
+    @abstractmethod
     def extend(self, count: int) -> None:
         """Add `count` classes behind the old ones."""
 
@@ -83,6 +88,20 @@ class YoloDetector(Detector):
         super().__init__(body, [str(name) for name in (names.values() if isinstance(names, dict) else names)])
         self.multiple, self.is_unique = int(max(detect.stride)), bool(getattr(detect, "end2end", False))
         self.suppress = not self.is_unique
+
+    def last_stage(self) -> list[str]:
+        """From the first layer that puts others together (its `f` lists them), and the branches of the head.
+
+        What else the head has is no weight to be learned: the distances that its distributions are over.
+        """
+        *layers, detect = cast(Any, self.body).model
+        joins = [i for i, layer in enumerate(layers) if isinstance(getattr(layer, "f", None), list)]
+        neck = [f"model.{i}.*" for i in range(min(joins, default=len(layers)), len(layers))]
+        branches = [name for name, child in detect.named_children() if isinstance(child, nn.ModuleList)]
+        return [*(p for p in neck if self._has_parameters(p)), *(f"model.{len(layers)}.{name}.*" for name in branches)]
+
+    def _has_parameters(self, pattern: str) -> bool:
+        return any(True for _ in self.body.get_submodule(pattern.removesuffix(".*")).parameters())
 
     def extend(self, count: int) -> None:
         body, detect = cast(Any, self.body), cast(Any, self.body).model[-1]
@@ -141,6 +160,19 @@ class DetrDetector(Detector):
         self.config.auxiliary_loss = False  # of decoder layers in between: a few adapters need no such help
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+
+    def last_stage(self) -> list[str]:
+        """The decoder's layers, or the last third of the only stack, and the networks for classes and boxes."""
+        heads = [name for name in ("class_labels_classifier", "bbox_predictor") if hasattr(self.body, name)]
+        stacks = [
+            (name, len(stack))
+            for name, stack in self.body.named_modules()
+            if isinstance(stack, nn.ModuleList) and len({type(layer) for layer in stack}) == 1
+            if name.partition(".")[0] not in heads and len(list(stack[0].parameters())) > _LAYER
+        ]
+        name, count = stacks[-1]
+        first = 0 if len(stacks) > 1 else count - math.ceil(count / 3)
+        return [*(f"{name}.{i}.*" for i in range(first, count)), *heads, *(f"{head}.*" for head in heads)]
 
     def extend(self, count: int) -> None:
         classifier = cast(Any, self.body).class_labels_classifier

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.boxes import BOXES
+from ...data.table import Table
 from .boxes import average_precision, detections, hits
 from .letterbox import Letterbox
 
@@ -32,6 +34,19 @@ class Classes:
 
     names: Sequence[str]
     own: int
+
+    def remarks(self, taught: Sequence[bool]) -> list[str]:
+        """What is to be said of new classes, and of those without a box in the training rows."""
+        remarks, new = [], self.names[self.own :]
+        if new:
+            remarks.append(
+                f"New to the model: {', '.join(new)}. Before tuning it cannot name them, so the base has an mAP near 0 "
+                "there; compare the old classes by map50 old."
+            )
+        if idle := [name for name, is_taught in zip(self.names, taught, strict=True) if not is_taught]:
+            some = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
+            remarks.append(f"No training box of {some}: their scores get no gradient, and unmarked ones do no harm.")
+        return remarks
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -68,3 +83,14 @@ class Classes:
             }
             for row in answer[answer[:, _SCORE] >= _SHOWN]
         ]
+
+
+def counts(table: Table) -> Counter[str]:
+    """How many true boxes there are of each class."""
+    return Counter(box.name for boxes in table.column(BOXES) for box in boxes)
+
+
+def rarest(table: Table) -> list[str]:
+    """The rarest class of each image; "" where it has no box."""
+    found = counts(table)
+    return [min((box.name for box in boxes), key=lambda name: found[name], default="") for boxes in table.column(BOXES)]

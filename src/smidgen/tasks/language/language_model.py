@@ -10,15 +10,18 @@ and what would have gone in is taken from there.
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import ModelError
+from ...core.errors import ModelError, RecipeError
 from ...core.linear_cross_entropy import linear_cross_entropy_rows
+from ...data.conversations import Kind
 from ..base import Batch, TaskModel
 from .token_rows import IGNORED
+
+Packing = Literal["auto", "on", "off"]
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 _FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}  # name -> power
@@ -137,6 +140,16 @@ class LanguageModel(TaskModel):
         vocabulary = cast(Any, self.body).get_input_embeddings().num_embeddings
         ids = torch.arange(1, count + 1, device=next(self.body.parameters()).device) * 37
         return (ids % int(vocabulary))[None]
+
+
+def decide_packing(said: Packing, kind: Kind, model: LanguageModel, reserved: int) -> tuple[bool, str]:
+    """Whether rows of a kind share blocks, and why.   reserved: places of a prompt.  Raises RecipeError."""
+    if said == "off" or (said == "auto" and kind != "text"):
+        return False, "batches are of rows of like length, so little is padded; a mask for each block would cost more"
+    why_not = "its prompt stands in front of the first document alone" if reserved else model.why_not_packed()
+    if said == "on" and why_not:
+        raise RecipeError(f"task.packing is on, but rows cannot share a block: {why_not}")
+    return why_not is None, why_not or "documents share blocks and do not see each other; checked on this model"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -131,5 +131,5 @@ class Seq2SeqModel(TaskModel):
         body = cast(Any, self.body)
         kept = {name: getattr(body.generation_config, name, None) for name in _KEPT}
         how = cast(Any, GenerationConfig)(**{**kept, **self.begins}, **GREEDY, max_new_tokens=count)
-        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        given = {name: batch[name].to(body.device) for name in ("input_ids", "attention_mask")}
         return cast(Tensor, body.generate(**given, generation_config=how))

@@ -1,10 +1,12 @@
-"""Which columns hold what is read and what is written to it: as said, by usual names, or the only two of a table."""
+"""Rows of a text and what is to be written to it: which columns hold them, as said, by usual names, or the only two."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ...core.errors import DataError
 from ...data.table import Table
+from ..text.rows import wrong_texts
 
 _PAIRS = (
     ("source", "target"),
@@ -16,6 +18,33 @@ _PAIRS = (
     ("input", "output"),
     ("prompt", "completion"),
 )
+
+
+@dataclass(frozen=True)
+class SourceTarget:
+    """The columns.   target: None where rows are only to be predicted."""
+
+    source: str
+    target: str | None
+
+    def check(self, table: Table) -> dict[int, str]:
+        """What is wrong with rows."""
+        return wrong_texts(table, (self.source, self.target))
+
+    def sources(self, table: Table) -> list[str]:
+        return table.column(self.source)
+
+    def targets(self, table: Table) -> list[str] | None:
+        """None where the table has none."""
+        return None if self.target is None or self.target not in table.columns else table.column(self.target)
+
+    def fitting(self, table: Table, *, labelled: bool) -> "SourceTarget":
+        """The columns of another file, which may have other names.  Raises DataError."""
+        if not labelled:
+            return SourceTarget(self.source if self.source in table.columns else source_alone(table), None)
+        if self.source in table.columns and self.target in table.columns:
+            return self
+        return SourceTarget(*source_and_target(table, {})[:2])
 
 
 def by_language(table: Table) -> Table:

@@ -18,6 +18,8 @@ import re
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
+from torch import Tensor
+
 _WORD = re.compile(r"[^\W_]+")
 
 # sums of a row, in this order: is it written to, is it right, edits and length in characters, in words, ROUGE-L
@@ -31,6 +33,12 @@ def sums_of(said: str, answer: str) -> list[float]:
     for one, other in ((said, answer), (said.split(), answer.split())):
         counts += [edits(one, other), len(other)]
     return [1.0, float(said == answer), *counts, rouge_l(said, answer)]
+
+
+def written(sums: Tensor) -> dict[str, float]:
+    """All metrics of the sums of rows, (rows, SUMS)."""
+    total = sums.double().sum(0)
+    return {name: float(total[top] / total[bottom]) for name, (top, bottom) in RATIOS.items()}
 
 
 def edits(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:

@@ -39,6 +39,11 @@ class Catalogue:
             ]
         return cls(known, new, features)
 
+    def what_is_new(self, side: Side, found: Sequence[str]) -> tuple[str, str]:
+        """How many users or items are new, and among how many.   found: those of the training rows."""
+        new, there, old = len(self.new[side]), len(set(found)), len(self.known.names(side))
+        return f"{new:,}", f"{there - new:,} of {there:,} in training are among the base's {old:,}"
+
     def values(self) -> dict[Side, Tensor]:
         """The features of the new rows, (n, F) 0 or 1."""
         values: dict[Side, Tensor] = {}

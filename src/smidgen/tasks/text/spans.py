@@ -82,6 +82,14 @@ class Tags:
         types, ends = (found[0].tolist() for found in self.entities(tags[None]))
         return [(i, ends[i], self.types[kind]) for i, kind in enumerate(types) if kind >= 0]
 
+    def numbers(self, rows: Sequence[Sequence[str]] | None, words: Sequence[Sequence[str]]) -> Tensor:
+        """The tags of rows by index, (N, longest), NO_TAG beyond each row; NO_TAG everywhere where there are none."""
+        index = {name: i for i, name in enumerate(self.names)}
+        numbers = torch.full((len(words), max(map(len, words))), NO_TAG)
+        for line, tags in zip(numbers, rows or (), strict=False):
+            line[: len(tags)] = torch.tensor([index[tag] for tag in tags])
+        return numbers
+
     def of_words(self, words: Sequence[str], tags: Tensor) -> list[str | None]:
         """The tag of each word of a row by name, None for those that were cut off."""
         said = [self.names[tag] if tag >= 0 else None for tag in tags[: len(words)].tolist()]
@@ -132,6 +140,20 @@ class Tags:
             rows, words = (kinds >= 0).nonzero(as_tuple=True)
             counts[:, :, k].index_put_((rows, kinds[rows, words]), counts.new_ones(len(rows)), accumulate=True)
         return counts
+
+    def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
+        """All metrics, and the F1 of each type of entities that is there."""
+        counts = self.counts(answers, targets).sum(0)
+        by_type = zip(self.types, f1_by_type(counts).tolist(), counts[:, 2].tolist(), strict=True)
+        return {
+            **{name: float(value) for name, value in self.figures(counts).items()},
+            **{f"f1 {kind}": value for kind, value, there in by_type if there and self.scheme != "plain"},
+        }
+
+    def all_right(self, answers: Tensor, targets: Tensor) -> Tensor:
+        """(N,) bool: which rows have every entity right, and no other."""
+        right, said, there = self.counts(answers, targets).sum(1).unbind(-1)
+        return (right == said) & (right == there)
 
     def faults(self, tags: Sequence[str]) -> list[tuple[int, str]]:
         """Transitions that the scheme does not allow in a row of tags: index of the word, what is wrong."""

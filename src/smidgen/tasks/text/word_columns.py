@@ -1,9 +1,10 @@
 """Rows that are words with their tags: which column holds which, and what is wrong with a row."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from ...core.errors import DataError, nearest
 from ...data.labels import check_text
@@ -48,6 +49,32 @@ class WordColumns:
         if all(isinstance(tag, int) and 0 <= tag < len(self.tag_names) for tag in value):
             return [self.tag_names[tag] for tag in value]
         return None
+
+    def sentences(self, table: Table) -> list[str]:
+        """The words of each row as a text."""
+        return [" ".join(words) for words in self.words(table)]
+
+    def documents(self, table: Table) -> list[Hashable] | None:
+        """Which document each row is of; None where nothing says."""
+        return None if self.document is None else table.column(self.document)
+
+    def rarest(self, table: Table) -> list[str] | None:
+        """The rarest tag of each row."""
+        rows = self.tag_rows(table)
+        counts = Counter(tag for row in rows or [] for tag in row)
+        return None if rows is None else [min(row, key=lambda tag: (counts[tag], tag), default="") for row in rows]
+
+    def fitting(self, table: Table, *, labelled: bool) -> "WordColumns":
+        """The columns of another file, which may have other names; without tags where nothing is judged."""
+        columns, wanted = self, (self.tokens, self.tags if labelled else None)
+        if any(name is not None and name not in table.columns for name in wanted):
+            columns, _ = guess_word_columns(table, {}, tag_names=self.tag_names, allow_untagged=not labelled)
+        return columns if labelled else replace(columns, tags=None)
+
+    @classmethod
+    def from_description(cls, said: Mapping[str, Any]) -> Self:
+        """From its fields as JSON has them.  Raises KeyError or TypeError."""
+        return cls(**{**said, "tag_names": tuple(map(str, said["tag_names"]))})
 
     def check(self, table: Table, tags: Tags) -> dict[int, str]:
         """What is wrong with rows: no words, no tags or too many, tags that are unknown or break the scheme."""

@@ -7,7 +7,12 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from torch import Tensor
+
 from ...core.errors import ModelError
+from ..base import Batch, Examples
+from .padding import padded
+from .spans import NO_TAG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,9 +46,9 @@ class SubWords:
         """How many sub-words each row has, uncut."""
         return [len(encoding.ids) for encoding in self._encodings(rows, verbose=False)]
 
-    def rows(self, rows: Sequence[list[str]], max_length: int) -> tuple[list[dict[str, list[int]]], int]:
-        """Per row "input_ids", and "words" that are in it, the first `max_length` of them at most, with the "firsts",
-        where each begins; and how many rows were cut.
+    def examples(self, rows: Sequence[list[str]], tags: Tensor, max_length: int) -> Examples:
+        """Rows ready for the model: "input_ids", the "words" in it, the first `max_length` of them at most, and where
+        each begins, "firsts".   tags: (N, W), the targets.
         """
         inputs, encodings = [], self._encodings(rows, truncation=True, max_length=max_length)
         for encoding in encodings:
@@ -52,4 +57,13 @@ class SubWords:
                 if word is not None and word < max_length:
                     firsts.setdefault(word, position)
             inputs.append({"input_ids": encoding.ids, "words": list(firsts), "firsts": list(firsts.values())})
-        return inputs, sum(bool(encoding.overflowing) for encoding in encodings)
+        cut = sum(bool(encoding.overflowing) for encoding in encodings)
+        return Examples(inputs, tags, [len(row["input_ids"]) for row in inputs], cut)
+
+    def batch(self, examples: Examples, indices: Sequence[int]) -> Batch:
+        """firsts: where the first sub-word of each word is, words: which word that is, targets: its tag; each (N, T),
+        -1 and NO_TAG beyond them.
+        """
+        batch = padded(examples, indices, {"input_ids": self.tokenizer.pad_token_id or 0, "words": -1, "firsts": -1})
+        tags = examples.targets[list(indices)].gather(1, batch["words"].clamp_min(0))
+        return {**batch, "targets": tags.where(batch["words"] >= 0, NO_TAG)}
