@@ -6,14 +6,15 @@ reads a block at a time; one value out of turn is read alone.
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from itertools import accumulate, groupby
 from typing import Any, Generic, TypeVar, overload
 
 T = TypeVar("T")
 Read = Callable[[Sequence[int]], list[Any]]  # row numbers -> their values
 
-TOGETHER = 1 << 12  # rows read at once
+_TOGETHER = 1 << 12  # rows read at once, fewer where they are long
+_CHARACTERS = 1 << 22  # that they may have
 _LONG = 64  # characters of a string that is not kept in memory
 _DIFFERENT = 1 << 12  # values of a column that is kept in memory
 
@@ -24,6 +25,7 @@ class Lazy(Sequence[Any]):
     def __init__(self, read: Read, rows: Sequence[int]) -> None:
         self.read, self.rows = read, rows
         self._first, self._block = 0, list[Any]()  # the values read last, from which place on
+        self._together = _TOGETHER // 16
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,14 +52,24 @@ class Lazy(Sequence[Any]):
         i = range(len(self))[index]
         after = self._first + len(self._block)
         if i == after:  # somebody goes through it
-            self._first, self._block = i, self.take(range(i, min(i + TOGETHER, len(self))))
+            self._first, self._block = i, self._from(i)
         elif not self._first <= i < after:
             return self.take([i])[0]
         return self._block[i - self._first]
 
     def __iter__(self) -> Iterator[Any]:
-        for start in range(0, len(self), TOGETHER):
-            yield from self.take(range(start, min(start + TOGETHER, len(self))))
+        start = 0
+        while start < len(self):
+            block = self._from(start)
+            start += len(block)
+            yield from block
+
+    def _from(self, start: int) -> list[Any]:
+        """The next values from here on, as many as have a fair size together."""
+        block = self.take(range(start, min(start + self._together, len(self))))
+        long = sum(len(value) if isinstance(value, Sized) else 1 for value in block)
+        self._together = min(max(1, _CHARACTERS * len(block) // max(1, long)), _TOGETHER)
+        return block
 
 
 def picked(columns: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, Sequence[Any]]:
@@ -78,6 +90,13 @@ def picked(columns: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict
 def taken(values: Sequence[Any], indices: Sequence[int]) -> list[Any]:
     """The values at these places, in memory."""
     return values.take(indices) if isinstance(values, Lazy) else [values[i] for i in indices]
+
+
+def mapped(values: Sequence[Any], function: Callable[[Any], T]) -> Sequence[T]:
+    """The function of each value; of lazy ones when they are asked for."""
+    if not isinstance(values, Lazy):
+        return [function(value) for value in values]
+    return Lazy(lambda rows: [function(value) for value in values.read(rows)], values.rows)
 
 
 def joined(columns: Sequence[Sequence[Any]]) -> Sequence[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from smidgen.core.errors import DataError, nearest
 from smidgen.data.lazy import Lazy, joined, picked, taken
 
-FEW = 1 << 14  # rows that are in memory once they are selected
+FEW = 1 << 12  # rows that are in memory once they are selected
 
 
 @dataclass(frozen=True)
