@@ -8,6 +8,7 @@ share a row of fixed length, each with positions of its own, and none sees anoth
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
@@ -16,15 +17,17 @@ from torch import Tensor
 from ..core.checks import require_one_of, require_whole
 from ..core.errors import DataError, RecipeError
 from ..data.conversations import ROLES, Kind, Shape, before_answer, recognise
-from ..data.split import duplicate_groups, subset
+from ..data.lazy import Lazy
+from ..data.split import duplicate_groups, rows_seen, subset
 from ..data.table import Table
-from .base import Asked, Batch, Examples, TaskModel
+from .base import Asked, Batch, Encoding, Examples, TaskModel
 from .chat_template import answers_in, encoded, ensure_template, rendered
 from .language_model import LanguageModel
 from .likelihood import METRICS, LikelihoodTask
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
 from .padding import padded
 from .registry import task
+from .row_roles import GROUP_AND_WEIGHT, groups_of, mean_weight, row_columns, weights_of, without, wrong_weights
 from .saying import opening, question, say
 from .token_rows import IGNORED, Tokens, blocks, pieces
 
@@ -60,7 +63,7 @@ class CausalLM(LikelihoodTask):
     summary = "a language model that continues texts, completes prompts or answers in chats"
     may_shorten = False
     Settings = CausalLMSettings
-    roles = ROLES
+    roles = (*ROLES, *GROUP_AND_WEIGHT)
     peft_task_type = "CAUSAL_LM"
     split_words = "seeded, equal prompts kept together"
     largest_batch = 8
@@ -77,18 +80,26 @@ class CausalLM(LikelihoodTask):
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
-        shape = recognise(tables["train"], asked.columns)
+        beside = row_columns(tables["train"], asked, GROUP_AND_WEIGHT)
+        said = {role: name for role, name in asked.columns.items() if role not in beside}
+        shape = recognise(without(tables["train"], beside), said)
         asked.plan.decide("rows", None, _in_words(shape), shape.reason)
         tokenizer = load_tokenizer(asked.model, asked.revision)
         if shape.kind != "text":
             asked.plan.decide("chat template", None, *ensure_template(tokenizer))
         made = cls(tokenizer, shape, settings, asked.metric)
+        made.row_columns = beside
+        if "group" in beside:
+            made.split_words = f'seeded, rows of one "{beside["group"]}" kept together'
         why = "a text has no answers" if shape.kind == "text" else "as task.loss_on says; what is asked is given"
         asked.plan.decide("learned tokens", None, "all" if made.learns_all else "answers", why)
         return made
 
+    row_columns: Mapping[str, str] = MappingProxyType({})  # role of GROUP_AND_WEIGHT -> column
+    mean_weight: float | None = None  # of the training rows
+
     def check(self, table: Table) -> dict[int, str]:
-        problems: dict[int, str] = {}
+        problems = wrong_weights(table, self.row_columns)
         for name in self.shape.columns.values():
             table.column(name)  # one mistake, not one per row
         for i in range(len(table)):
@@ -118,19 +129,18 @@ class CausalLM(LikelihoodTask):
         return [(row, [IGNORED, *row[1:]]) for row in ids]
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        return duplicate_groups(self._asked(table))
+        return groups_of(table, self.row_columns) or duplicate_groups(self._asked(table))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        seen = set(self._asked(train))
-        again = sum(text in seen for text in self._asked(test))
+        again = rows_seen(self._asked(train), self._asked(test))
         what = "texts" if self.shape.kind == "text" else "prompts"
         return [f"{again} of {len(test)} test {what} stand in the training rows too"] if again else []
 
-    def _asked(self, table: Table) -> list[str]:
+    def _asked(self, table: Table) -> Sequence[str]:
         """What makes rows the same: the whole text, or all before the first answer."""
         if self.shape.kind == "text":
             return table.column(self.shape.columns["text"])
-        return [self.prompt_of(table, i) for i in range(len(table))]
+        return Lazy(lambda rows: [self.prompt_of(table, i) for i in rows], range(len(table)))
 
     # -- the model --------------------------------------------------------------------------------------------------
     def build(self, asked: Asked) -> LanguageModel:
@@ -142,6 +152,7 @@ class CausalLM(LikelihoodTask):
         model = cast(LanguageModel, model)
         model.eval().check()
         self.packs = self._decide_packing(model, asked)
+        self.mean_weight = mean_weight(train, self.row_columns)
         if self.packs:
             limit = getattr(model.body.config, "max_position_embeddings", None) or 1 << 20
             size, _ = choose_max_length([limit], limit, asked.device)
@@ -163,7 +174,12 @@ class CausalLM(LikelihoodTask):
         if said == "off" or (said == "auto" and self.shape.kind != "text"):
             why = "batches are of rows of like length, so little is padded; a mask for each block would cost more"
             return asked.plan.decide("packing", False if said == "off" else None, False, why)
-        why_not = "its prompt stands in front of the first document alone" if asked.reserved else model.why_not_packed()
+        if asked.reserved:
+            why_not: str | None = "its prompt stands in front of the first document alone"
+        elif "weight" in self.row_columns:
+            why_not = "each has a weight of its own"
+        else:
+            why_not = model.why_not_packed()
         if said == "on" and why_not:
             raise RecipeError(f"task.packing is on, but rows cannot share a block: {why_not}")
         why = why_not or "documents share blocks and do not see each other; checked on this model"
@@ -173,6 +189,19 @@ class CausalLM(LikelihoodTask):
         return any(target != IGNORED for target in targets[: self.max_length])
 
     # -- rows -------------------------------------------------------------------------------------------------------
+    def encoding(self) -> Encoding:
+        names = (*self.shape.columns.values(), self.row_columns.get("weight"))
+        settings = {
+            "columns": dict(self.shape.columns),
+            "kind": self.shape.kind,
+            "learns_all": self.learns_all,
+            "packs": self.packs,
+            "keeps_rows": self.keeps_rows,
+            "max_length": self.max_length,
+            "mean_weight": self.mean_weight,
+        }
+        return Encoding(columns=list(filter(None, names)), settings=settings)
+
     def encode(self, table: Table) -> Examples:
         assert self.max_length is not None
         rows = self._tokens(table)
@@ -180,19 +209,23 @@ class CausalLM(LikelihoodTask):
             rows = [piece for row in rows for piece in pieces(row, self.max_length)]
         cut = sum(len(ids) > self.max_length for ids, _ in rows)
         rows = [(ids[: self.max_length], targets[: self.max_length]) for ids, targets in rows]
+        weights = weights_of(table, self.row_columns, self.mean_weight)
         if not self.keeps_rows:
-            rows = [row for row in rows if self._learns(row[1])]
+            kept = [i for i, row in enumerate(rows) if self._learns(row[1])]
+            rows, weights = [rows[i] for i in kept], None if weights is None else weights[kept]
         inputs: list[dict[str, list[int]]] = [{"input_ids": ids, "targets": targets} for ids, targets in rows]
         if self.packs:
             inputs = blocks(rows, self.max_length)
         counts = [sum(target != IGNORED for target in row["targets"]) for row in inputs]
-        return Examples(inputs, torch.tensor(counts), [len(row["input_ids"]) for row in inputs], cut)
+        return Examples(inputs, torch.tensor(counts), [len(row["input_ids"]) for row in inputs], cut, weights)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         fillers = {"input_ids": cast(int, self.tokenizer.pad_token_id or 0), "targets": IGNORED}
         batch = padded(examples, indices, fillers)
         if "position_ids" in batch:
             del batch["attention_mask"]  # padding stands at position 0 each: documents of one token
+        if examples.weights is not None:
+            batch["weights"] = examples.weights[list(indices)]
         return batch
 
     # -- learning and judging ---------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ class Custom(Task):
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def encode(self, table: Table) -> Examples:
-        rows: list[_Row] = table.column("row")
+        rows: list[_Row] = list(table.column("row"))
         found = []
         for start in range(0, len(rows), _AT_ONCE):
             some = [row.read() for row in rows[start : start + _AT_ONCE]]

@@ -12,6 +12,7 @@ losses of batches of different size cannot be compared.
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
 import torch
@@ -21,15 +22,17 @@ from torch import Tensor, nn
 from ..core.checks import require_above_zero, require_one_of, require_whole
 from ..core.errors import DataError
 from ..data.labels import check_text
+from ..data.lazy import joined
 from ..data.split import duplicate_groups, subset
 from ..data.table import Table
 from ..data.values import number
-from .base import Asked, Batch, Example, Examples, Task, TaskModel
+from .base import Asked, Batch, Encoding, Example, Examples, Task, TaskModel
 from .loading import load_body, load_tokenizer, settle_length
 from .padding import padded
 from .pair_columns import ROLES, pair_columns, score_range
 from .ranking import mrr_at, recall_at
 from .registry import task
+from .row_roles import groups_of, row_columns, without
 from .sentence_pooling import Embedder, Pooling, save_trained, trained_pooling, trained_prompts, usual_pooling
 from .similarity import Search, connected, contrastive_loss, cosent_loss
 
@@ -75,7 +78,7 @@ class Embeddings(Task):
 
     summary = "vectors of texts, learned from pairs that belong together or have a score of similarity"
     Settings = EmbeddingsSettings
-    roles = ROLES
+    roles = (*ROLES, "group")
     split_words = "seeded, rows that share a text kept together"
     largest_batch = 64
 
@@ -99,7 +102,9 @@ class Embeddings(Task):
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         scored = None if settings.loss is None else settings.loss != "contrastive"
-        columns, reasons = pair_columns(tables["train"], asked.columns, scored=scored)
+        beside = row_columns(tables["train"], asked, ("group",))
+        said = {role: name for role, name in asked.columns.items() if role not in beside}
+        columns, reasons = pair_columns(without(tables["train"], beside), said, scored=scored)
         for role, why in reasons.items():
             asked.plan.decide(f"{role} column", asked.columns.get(role), columns[role], why)
         found, why = (
@@ -110,6 +115,9 @@ class Embeddings(Task):
         made = cls(
             tokenizer, columns, replace(settings, loss=loss, **_as_trained(settings, asked)), metric=asked.metric
         )
+        made.row_columns = beside
+        if "group" in beside:
+            made.split_words = f'seeded, rows of one "{beside["group"]}" kept together'
         if "score" in columns:
             made.scores = score_range(tables["train"].column(columns["score"]))
         else:
@@ -139,16 +147,24 @@ class Embeddings(Task):
         return problems
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        """Rows that share a text, whichever side it is on, and rows that share one with those."""
+        """What the column "group" says; else rows that share a text, whichever side it is on, and rows that share one
+        with those.
+        """
+        if "group" in self.row_columns:
+            return groups_of(table, self.row_columns)
         ids = self._numbers(table)
         return connected([row[:2] for row in ids.tolist()])
 
     def strata(self, table: Table) -> Sequence[Any] | None:
         return None if self.finds else self._scores(table).tolist()
 
+    row_columns: Mapping[str, str] = MappingProxyType({})  # "group" -> column
+
     def remarks(self, train: Table, test: Table) -> list[str]:
-        seen = {text for side in _SIDES[:2] for text in train.column(self.columns[side])}
-        again = sum(any(test.column(self.columns[side])[i] in seen for side in _SIDES[:2]) for i in range(len(test)))
+        pairs = list(zip(*(test.column(self.columns[side]) for side in _SIDES[:2]), strict=True))
+        wanted = {text for pair in pairs for text in pair}
+        seen = {text for side in _SIDES[:2] for text in train.column(self.columns[side]) if text in wanted}
+        again = sum(not seen.isdisjoint(pair) for pair in pairs)
         if not again:
             return []
         return [f"{again} of {len(test)} test rows have a text of the training rows: the figures are flattered by that"]
@@ -192,13 +208,28 @@ class Embeddings(Task):
     def _numbers(self, table: Table) -> Tensor:
         """A number for each text, the same for texts that differ in case or white space only, (N, S)."""
         sides = [table.column(self.columns[side]) for side in self._sides(table)]
-        return torch.tensor(duplicate_groups([text for texts in sides for text in texts])).view(len(sides), -1).T
+        return torch.tensor(duplicate_groups(joined(sides))).view(len(sides), -1).T
 
     def _scores(self, table: Table) -> Tensor:
         name = self.columns.get("score")
         if name not in table.columns:
             return torch.zeros(len(table))
         return torch.tensor([float(cast(float, number(value))) for value in table.column(name)])
+
+    def encoding(self) -> Encoding:
+        texts = [self.columns[side] for side in _SIDES if side in self.columns]
+        return Encoding(
+            columns=list(filter(None, [*texts, self.columns.get("score")])),
+            settings={
+                "sides": [side for side in _SIDES if side in self.columns],
+                "prompts": [self.settings.query_prompt, self.settings.document_prompt],
+                "max_length": self.max_length,
+                "finds": self.finds,
+            },
+        )
+
+    def complete(self, table: Table, examples: Examples) -> Examples:
+        return replace(examples, targets=self._numbers(table)) if self.finds else examples
 
     def encode(self, table: Table) -> Examples:
         tokenize: Any = self.tokenizer

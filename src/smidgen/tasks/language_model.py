@@ -80,7 +80,8 @@ class LanguageModel(TaskModel):
 
         handle = self.output_layer().register_forward_pre_hook(catch)
         try:
-            self.body(**{name: value for name, value in batch.items() if name != "targets"}, **self.call)
+            given = {name: value for name, value in batch.items() if name not in ("targets", "weights")}
+            self.body(**given, **self.call)
         finally:
             handle.remove()
         return caught[0][:, -batch["input_ids"].shape[1] :]  # a prompt in front has places too

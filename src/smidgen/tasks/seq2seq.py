@@ -8,6 +8,7 @@ two columns, by their languages.  With the metric rouge_l the model also writes,
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -17,13 +18,14 @@ from torch.nn.utils.rnn import pad_sequence
 from ..core.checks import require_whole
 from ..core.errors import ModelError, RecipeError
 from ..data.labels import check_text
-from ..data.split import duplicate_groups, subset
+from ..data.split import duplicate_groups, rows_seen, subset
 from ..data.table import Problem, Table
-from .base import Asked, Batch, Examples, TaskModel
+from .base import Asked, Batch, Encoding, Examples, TaskModel
 from .likelihood import METRICS, LikelihoodTask
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
 from .registry import task
 from .rouge import rouge_l
+from .row_roles import GROUP_AND_WEIGHT, groups_of, mean_weight, row_columns, weights_of, without, wrong_weights
 from .seq2seq_model import Seq2SeqModel
 from .source_target import by_language, source_alone, source_and_target
 from .token_rows import IGNORED
@@ -55,7 +57,7 @@ class Seq2Seq(LikelihoodTask):
     summary = "a text written to a text: summaries, translations"
     may_shorten = False
     Settings = Seq2SeqSettings
-    roles = ("source", "target")
+    roles = ("source", "target", *GROUP_AND_WEIGHT)
     peft_task_type = "SEQ_2_SEQ_LM"
     largest_batch = 8
 
@@ -83,13 +85,22 @@ class Seq2Seq(LikelihoodTask):
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
-        source, target, why = source_and_target(tables["train"], asked.columns)
+        beside = row_columns(tables["train"], asked, GROUP_AND_WEIGHT)
+        said = {role: name for role, name in asked.columns.items() if role not in beside}
+        source, target, why = source_and_target(without(tables["train"], beside), said)
         for role, name in (("source", source), ("target", target)):
             asked.plan.decide(f"{role} column", asked.columns.get(role), name, why)
-        return cls(load_tokenizer(asked.model, asked.revision), source, target, settings, asked.metric)
+        made = cls(load_tokenizer(asked.model, asked.revision), source, target, settings, asked.metric)
+        made.row_columns = beside
+        if "group" in beside:
+            made.split_words = f'seeded, rows of one "{beside["group"]}" kept together'
+        return made
+
+    row_columns: Mapping[str, str] = MappingProxyType({})  # role of GROUP_AND_WEIGHT -> column
+    mean_weight: float | None = None  # of the training rows
 
     def check(self, table: Table) -> dict[int, str]:
-        problems: dict[int, str] = {}
+        problems = wrong_weights(table, self.row_columns)
         for column in filter(None, (self.source, self.target)):
             for i, value in enumerate(table.column(column)):
                 if what := check_text(value):
@@ -97,11 +108,10 @@ class Seq2Seq(LikelihoodTask):
         return problems
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        return duplicate_groups(table.column(self.source))
+        return groups_of(table, self.row_columns) or duplicate_groups(table.column(self.source))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        seen = set(train.column(self.source))
-        again = sum(text in seen for text in test.column(self.source))
+        again = rows_seen(train.column(self.source), test.column(self.source))
         return [f"{again} of {len(test)} test sources stand in the training rows too"] if again else []
 
     # -- the model --------------------------------------------------------------------------------------------------
@@ -114,6 +124,7 @@ class Seq2Seq(LikelihoodTask):
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
         model = cast(Seq2SeqModel, model)
+        self.mean_weight = mean_weight(train, self.row_columns)
         some = train.select(subset(len(train), None, _SAMPLE, asked.seed))
         sources, targets = self._tokens(some)
         lengths = [len(ids) for ids in sources]
@@ -137,13 +148,23 @@ class Seq2Seq(LikelihoodTask):
         sources = encode(texts, verbose=False)["input_ids"]
         if self.target is None or self.target not in table.columns:
             return sources, [[IGNORED]] * len(table)
-        return sources, encode(text_target=table.column(self.target), verbose=False)["input_ids"]
+        return sources, encode(text_target=list(table.column(self.target)), verbose=False)["input_ids"]
 
     def _cut(self, ids: list[int], size: int) -> list[int]:
         """At most `size` tokens; the token that ends a text stays."""
         if len(ids) <= size:
             return ids
         return [*ids[: size - 1], ids[-1]] if ids[-1] in self.tokenizer.all_special_ids else ids[:size]
+
+    def encoding(self) -> Encoding:
+        names = (self.source, self.target, self.row_columns.get("weight"))
+        settings = {
+            "prefix": self.settings.prefix,
+            "max_length": self.max_length,
+            "max_target_length": self.max_target_length,
+            "mean_weight": self.mean_weight,
+        }
+        return Encoding(columns=list(filter(None, names)), settings=settings)
 
     def encode(self, table: Table) -> Examples:
         assert self.max_length is not None
@@ -158,18 +179,22 @@ class Seq2Seq(LikelihoodTask):
             inputs.append(row)
             counts.append(sum(token != IGNORED for token in row["targets"]))
         lengths = [len(row["input_ids"]) + len(row["targets"]) for row in inputs]
-        return Examples(inputs, torch.tensor(counts), lengths, cut)
+        weights = weights_of(table, self.row_columns, self.mean_weight)
+        return Examples(inputs, torch.tensor(counts), lengths, cut, weights)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         def padded(name: str, filler: int) -> Tensor:
             rows = [torch.tensor(examples.inputs[i][name]) for i in indices]
             return pad_sequence(rows, batch_first=True, padding_value=filler)
 
-        return {
+        batch = {
             "input_ids": padded("input_ids", cast(int, self.tokenizer.pad_token_id)),
             "attention_mask": (padded("input_ids", -1) != -1).long(),
             "targets": padded("targets", IGNORED),
         }
+        if examples.weights is not None:
+            batch["weights"] = examples.weights[list(indices)]
+        return batch
 
     # -- learning and judging ---------------------------------------------------------------------------------------
     def answer(self, outputs: Any, batch: Batch) -> Tensor:

@@ -1,9 +1,11 @@
 """Which columns hold what is read and what is written to it: as said, by usual names, or the only two of a table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ..core.errors import DataError
+from ..data.lazy import mapped
 from ..data.table import Table
 
 _PAIRS = (
@@ -20,13 +22,17 @@ _PAIRS = (
 
 def by_language(table: Table) -> Table:
     """The same table with each column of translations as one column per language: "translation.en" ..."""
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, Sequence[Any]] = {}
     for name, values in table.columns.items():
         if values and all(isinstance(value, dict) and len(value) > 1 for value in values):
-            columns |= {f"{name}.{key}": [value.get(key) for value in values] for key in values[0]}
+            columns |= {f"{name}.{key}": mapped(values, partial(_of_language, key)) for key in values[0]}
         else:
             columns[name] = values
     return Table(columns, table.origins)
+
+
+def _of_language(key: str, value: dict[str, Any]) -> Any:
+    return value.get(key)
 
 
 def source_and_target(table: Table, said: Mapping[str, str]) -> tuple[str, str, str]:

@@ -22,13 +22,14 @@ from ..core.checks import require_whole
 from ..core.errors import DataError
 from ..data.columns import Columns, guess_columns
 from ..data.labels import Kind, Labels, check_text, understand_labels
-from ..data.split import duplicate_groups, subset
+from ..data.split import duplicate_groups, rows_seen, subset
 from ..data.table import Table
-from .base import Asked, Batch, Examples, TaskModel
+from .base import Asked, Batch, Encoding, Examples, TaskModel
 from .labelled import ROW_ROLES, LabelledTask, with_targets
 from .loading import load_body, load_tokenizer, pooling_for, settle_length
 from .padding import padded
 from .registry import task
+from .row_roles import without
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,7 +80,8 @@ class TextClassification(LabelledTask):
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         said = {role: name for role, name in asked.columns.items() if role not in ROW_ROLES}
-        columns = guess_columns(tables["train"], **cast(Any, said))
+        beside = {role: name for role, name in asked.columns.items() if role in ROW_ROLES}
+        columns = guess_columns(without(tables["train"], beside), **cast(Any, said))
         for role, why in columns.reasons.items():
             asked.plan.decide(f"{role} column", None, getattr(columns, role), why)
         assert columns.label is not None
@@ -105,8 +107,7 @@ class TextClassification(LabelledTask):
         return self.said_groups(table) or duplicate_groups(table.column(self.columns.text))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        seen = set(train.column(self.columns.text))
-        again = sum(text in seen for text in test.column(self.columns.text))
+        again = rows_seen(train.column(self.columns.text), test.column(self.columns.text))
         if not again or self.columns.text_pair is not None:
             return []
         total = len(test)
@@ -124,8 +125,14 @@ class TextClassification(LabelledTask):
         self.learn_from(train)
 
     def _texts(self, table: Table) -> tuple[list[str], list[str] | None]:
-        pairs = table.column(self.columns.text_pair) if self.columns.text_pair else None
-        return table.column(self.columns.text), pairs
+        pairs = list(table.column(self.columns.text_pair)) if self.columns.text_pair else None
+        return list(table.column(self.columns.text)), pairs
+
+    def encoding(self) -> Encoding:
+        names = (self.columns.text, self.columns.text_pair, self.label_column, self.row_columns.get("weight"))
+        return Encoding(
+            columns=list(filter(None, names)), settings={"max_length": self.max_length, **self.encoding_of_labels()}
+        )
 
     def encode(self, table: Table) -> Examples:
         texts, pairs = self._texts(table)

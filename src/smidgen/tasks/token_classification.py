@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ..core.checks import require_one_of, require_whole
 from ..core.errors import DataError, ModelError
 from ..data.conll import read_conll
-from ..data.split import duplicate_groups, subset
+from ..data.lazy import mapped
+from ..data.split import duplicate_groups, rows_seen, subset
 from ..data.table import Problem, Table
-from .base import Asked, Batch, Example, Examples, Task, TaskModel
+from .base import Asked, Batch, Encoding, Example, Examples, Task, TaskModel
 from .loading import load_body, load_tokenizer, settle_length
 from .padding import padded
 from .registry import task
@@ -121,12 +122,11 @@ class TokenClassification(Task):
             return cast(list[Hashable], table.column(self.columns.document))
         return duplicate_groups(self._texts(table))
 
-    def _texts(self, table: Table) -> list[str]:
-        return [" ".join(words) for words in self.columns.words(table)]
+    def _texts(self, table: Table) -> Sequence[str]:
+        return mapped(self.columns.words(table), " ".join)
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        seen = set(self._texts(train))
-        again = sum(text in seen for text in self._texts(test))
+        again = rows_seen(self._texts(train), self._texts(test))
         if not again:
             return []
         return [
@@ -145,6 +145,11 @@ class TokenClassification(Task):
     def _encoded(self, table: Table, **how: Any) -> Any:
         rows = [[words[0], *(self._space + word for word in words[1:])] for words in self.columns.words(table)]
         return cast(Any, self.tokenizer)(rows, is_split_into_words=True, **how)
+
+    def encoding(self) -> Encoding:
+        names = (self.columns.tokens, self.columns.tags)
+        settings = {"max_length": self.max_length, "tags": self.tags.names, "tag_names": self.columns.tag_names}
+        return Encoding(columns=list(filter(None, names)), settings=settings, filler=NO_TAG)
 
     def encode(self, table: Table) -> Examples:
         encodings = self._encoded(table, truncation=True, max_length=self.max_length).encodings
