@@ -115,8 +115,10 @@ def _parts(task: Task, table: Table, columns: Sequence[str]) -> Iterator[dict[st
     for start in range(0, len(table), together):
         part = task.encode(table.select(range(start, min(start + together, len(table)))))
         if len(part):
-            counts = {"lengths": torch.tensor(part.lengths), "truncated": torch.tensor(part.truncated)}
-            yield {**to_tensors(flat(part.inputs)), "targets": part.targets, **counts}
+            beside = {"targets": part.targets, "lengths": torch.tensor(part.lengths)}
+            if part.weights is not None:
+                beside["weights"] = part.weights
+            yield {**to_tensors(flat(part.inputs)), **beside, "truncated": torch.tensor(part.truncated)}
 
 
 def _read(task: Task, table: Table, folder: Path, how: Encoding) -> Examples:
@@ -140,7 +142,8 @@ def _whole(task: Task, table: Table, parts: Sequence[dict[str, Tensor]], how: En
     lengths = [length for part in parts for length in part["lengths"].tolist()]
     inputs = FlatRows([from_tensors(part) for part in parts])
     cut = sum(int(part["truncated"]) for part in parts)
-    return task.complete(table, Examples(inputs, torch.cat(targets), lengths, cut))
+    weights = torch.cat([part["weights"] for part in parts]) if "weights" in parts[0] else None
+    return task.complete(table, Examples(inputs, torch.cat(targets), lengths, cut, weights))
 
 
 def _size(table: Table, columns: Sequence[str]) -> float:

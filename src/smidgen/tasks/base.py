@@ -238,7 +238,7 @@ class Task(ABC):
         return None
 
     def complete(self, table: Table, examples: Examples) -> Examples:
-        """Examples that were put together from parts, with what follows from all rows at once: weights ..."""
+        """Examples that were put together from parts, with what follows from all rows at once."""
         return examples
 
     @abstractmethod
