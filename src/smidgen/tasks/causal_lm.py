@@ -27,7 +27,7 @@ from .likelihood import METRICS, LikelihoodTask
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
 from .padding import padded
 from .registry import task
-from .row_roles import GROUP_AND_WEIGHT, groups_of, mean_weight, row_columns, weights_of, without, wrong_weights
+from .row_roles import GROUP_AND_WEIGHT, groups_of, mean_weight, row_columns, weights_of, without, wrong_roles
 from .saying import opening, question, say
 from .token_rows import IGNORED, Tokens, blocks, pieces
 
@@ -99,7 +99,7 @@ class CausalLM(LikelihoodTask):
     mean_weight: float | None = None  # of the training rows
 
     def check(self, table: Table) -> dict[int, str]:
-        problems = wrong_weights(table, self.row_columns)
+        problems = wrong_roles(table, self.row_columns)
         for name in self.shape.columns.values():
             table.column(name)  # one mistake, not one per row
         for i in range(len(table)):

@@ -32,7 +32,7 @@ from .padding import padded
 from .pair_columns import ROLES, pair_columns, score_range
 from .ranking import mrr_at, recall_at
 from .registry import task
-from .row_roles import groups_of, row_columns, without
+from .row_roles import groups_of, row_columns, without, wrong_roles
 from .sentence_pooling import Embedder, Pooling, save_trained, trained_pooling, trained_prompts, usual_pooling
 from .similarity import Search, connected, contrastive_loss, cosent_loss
 
@@ -128,7 +128,7 @@ class Embeddings(Task):
         return [side for side in _SIDES if self.columns.get(side) in table.columns]
 
     def check(self, table: Table) -> dict[int, str]:
-        problems: dict[int, str] = {}
+        problems = wrong_roles(table, self.row_columns)
         names = [name for role, name in self.columns.items() if role != "score"]
         for i, texts in enumerate(zip(*map(table.column, names), strict=True)):
             wrong = [

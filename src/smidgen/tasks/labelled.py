@@ -21,7 +21,7 @@ from ..data.labels import Kind, Labels
 from ..data.table import Table
 from ..data.values import number
 from .base import Asked, Batch, Example, Examples, Task
-from .row_roles import groups_of, mean_weight, row_columns, weights_of, wrong_weights
+from .row_roles import groups_of, mean_weight, row_columns, weights_of, wrong_roles
 
 _METRICS = {"regression": ("spearman", "r2", "mae"), "multilabel": ("macro_f1", "micro_f1", "exact_match")}
 ROW_ROLES = ("group", "time", "weight")
@@ -101,7 +101,7 @@ class LabelledTask(Task):
             for i, time in enumerate(times):
                 if time in (None, "") or (number(time) is not None) != numbers:
                     problems[i] = f'column "{name}": {time!r:.40} is no {"number as the others" if numbers else "time"}'
-        problems |= wrong_weights(table, self.row_columns)
+        problems |= wrong_roles(table, self.row_columns)
         if self.label_column is not None:
             for i, value in enumerate(table.column(self.label_column)):
                 try:

@@ -67,6 +67,6 @@ def _fit(columns: Mapping[str, str], scored: bool | None) -> None:
 
 
 def _are_scores(values: Sequence[Any]) -> bool:
-    """True if nine in ten are numbers, and not all the same."""
+    """True if most are numbers, and not all the same; the others are then bad rows."""
     found = [value for score in values if (value := number(score)) is not None]
-    return len(found) >= 0.9 * len(values) and len(set(found)) > 1
+    return len(found) > 0.5 * len(values) and len(set(found)) > 1

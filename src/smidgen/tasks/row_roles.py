@@ -36,14 +36,18 @@ def groups_of(table: Table, columns: Mapping[str, str]) -> Sequence[Hashable] | 
     return table.column(columns["group"]) if "group" in columns else None
 
 
-def wrong_weights(table: Table, columns: Mapping[str, str]) -> dict[int, str]:
-    """What is wrong with the weights of rows."""
-    name = columns.get("weight")
-    return {
-        i: f'column "{name}": {weight!r:.40} is no weight; it must be a number of at least 0'
-        for i, weight in enumerate(table.columns.get(name, ()) if name is not None else ())
-        if (found := number(weight)) is None or found < 0
-    }
+def wrong_roles(table: Table, columns: Mapping[str, str]) -> dict[int, str]:
+    """What is wrong with the groups and weights of rows, where the table has them."""
+    problems: dict[int, str] = {}
+    if (name := columns.get("group", "")) in table.columns:
+        for i, group in enumerate(table.column(name)):
+            if group is None or group == "" or isinstance(group, list | dict):
+                problems[i] = f'column "{name}": {group!r:.40} is no group; it must be a name or number'
+    if (name := columns.get("weight", "")) in table.columns:
+        for i, weight in enumerate(table.column(name)):
+            if (found := number(weight)) is None or found < 0:
+                problems[i] = f'column "{name}": {weight!r:.40} is no weight; it must be a number of at least 0'
+    return problems
 
 
 def weights_of(table: Table, columns: Mapping[str, str], mean: float | None) -> Tensor | None:

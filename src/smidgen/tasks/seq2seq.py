@@ -25,7 +25,7 @@ from .likelihood import METRICS, LikelihoodTask
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
 from .registry import task
 from .rouge import rouge_l
-from .row_roles import GROUP_AND_WEIGHT, groups_of, mean_weight, row_columns, weights_of, without, wrong_weights
+from .row_roles import GROUP_AND_WEIGHT, groups_of, mean_weight, row_columns, weights_of, without, wrong_roles
 from .seq2seq_model import Seq2SeqModel
 from .source_target import by_language, source_alone, source_and_target
 from .token_rows import IGNORED
@@ -100,7 +100,7 @@ class Seq2Seq(LikelihoodTask):
     mean_weight: float | None = None  # of the training rows
 
     def check(self, table: Table) -> dict[int, str]:
-        problems = wrong_weights(table, self.row_columns)
+        problems = wrong_roles(table, self.row_columns)
         for column in filter(None, (self.source, self.target)):
             for i, value in enumerate(table.column(column)):
                 if what := check_text(value):

@@ -8,6 +8,7 @@ from ..core.errors import DataError
 from ..data.lazy import mapped
 from ..data.table import Table
 
+_SAMPLE = 2000  # rows looked at
 _PAIRS = (
     ("source", "target"),
     ("document", "summary"),
@@ -24,15 +25,16 @@ def by_language(table: Table) -> Table:
     """The same table with each column of translations as one column per language: "translation.en" ..."""
     columns: dict[str, Sequence[Any]] = {}
     for name, values in table.columns.items():
-        if values and all(isinstance(value, dict) and len(value) > 1 for value in values):
-            columns |= {f"{name}.{key}": mapped(values, partial(_of_language, key)) for key in values[0]}
+        some = [value for value in values[:_SAMPLE] if value is not None]
+        if some and all(isinstance(value, dict) and len(value) > 1 for value in some):
+            columns |= {f"{name}.{key}": mapped(values, partial(_of_language, key)) for key in some[0]}
         else:
             columns[name] = values
     return Table(columns, table.origins)
 
 
-def _of_language(key: str, value: dict[str, Any]) -> Any:
-    return value.get(key)
+def _of_language(key: str, value: Any) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
 
 
 def source_and_target(table: Table, said: Mapping[str, str]) -> tuple[str, str, str]:
