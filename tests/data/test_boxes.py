@@ -189,3 +189,33 @@ def test_a_place_that_is_not_there_or_holds_nothing_is_an_error(tmp_path: Path) 
         read_boxes(str(tmp_path / "gone"))
     with pytest.raises(DataError, match="has no image that can be used"):
         read_boxes(str(tmp_path))
+
+
+def lying(path: Path) -> Path:
+    """A JPEG of 40 x 20 pixels whose EXIF says that it is to be turned: it is seen as 20 x 40."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20), (90, 30, 200)).save(path, exif=exif)
+    return path
+
+
+def test_boxes_of_coco_are_shares_of_the_upright_image(tmp_path: Path) -> None:
+    lying(tmp_path / "a.jpg")
+    annotation = {"id": 1, "image_id": 7, "category_id": 3, "bbox": [5, 10, 10, 20]}
+    for size in ({}, {"width": 20, "height": 40}):
+        image = {"id": 7, "file_name": "a.jpg", **size}
+        tables, problems = read_boxes(str(coco(tmp_path, images=[image], annotations=[annotation])))
+        assert problems == []
+        assert tables["train"].column("boxes") == [[Box("cat", 0.5, 0.5, 0.5, 0.5)]]
+
+
+def test_boxes_drawn_on_an_image_that_was_not_turned_are_named(tmp_path: Path) -> None:
+    lying(tmp_path / "a.jpg")
+    picture(tmp_path / "b.png")
+    images = [
+        {"id": 7, "file_name": "a.jpg", "width": 40, "height": 20},
+        {"id": 8, "file_name": "b.png", "width": 40, "height": 20},
+    ]
+    tables, problems = read_boxes(str(coco(tmp_path, images=images)))
+    assert len(tables["train"]) == 1
+    assert "a.jpg is said to be 40 x 20, but is 20 x 40 once it is upright, as EXIF says" in problems[0].what

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from smidgen.core.errors import DataError
 from smidgen.data.images import Fit, content_key, decode, decode_all, image_name, image_problem, image_size, is_image
@@ -54,6 +54,18 @@ def test_images_are_turned_upright():
     exif[0x0112] = 6  # the camera was held so that the picture has to be turned to the right
     turned = decode(file_of(image, exif=exif), Fit(height=2, width=1, resample=0))
     assert (pixel(turned, 0, 0), pixel(turned, 0, 1)) == (RED, BLUE)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_does_and_its_size_is_of_what_is_seen(orientation):
+    image = Image.frombytes("RGB", (3, 2), bytes(range(0, 180, 10)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = file_of(image, exif=exif)
+    seen = ImageOps.exif_transpose(Image.open(io.BytesIO(stored)))
+    assert image_size(stored) == (seen.height, seen.width)
+    pixels = decode(stored, Fit(height=seen.height, width=seen.width))
+    assert bytes(pixels.permute(1, 2, 0).flatten().tolist()) == seen.tobytes()
 
 
 def test_alpha_is_laid_on_white():

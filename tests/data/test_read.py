@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,16 @@ from hypothesis import strategies as st
 
 from smidgen.core.errors import DataError, MissingDependency
 from smidgen.data.labels import check_text, understand_labels
-from smidgen.data.read import read, read_splits, split_name
+from smidgen.data.read import read, read_splits, reading, split_name
 from smidgen.data.table import Table
+
+
+@pytest.fixture(params=[True, False], ids=["in memory", "where it is"], autouse=True)
+def _held(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything on this page holds both ways of reading."""
+    with reading(request.param):
+        yield
+
 
 ROWS = [
     {"text": "good, very", "label": "1"},

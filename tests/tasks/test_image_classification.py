@@ -229,3 +229,17 @@ def test_a_merged_model_of_yours_is_written_as_its_state(asked, tmp_path):
     task.save_body(model.body, str(tmp_path))
     saved = load_file(tmp_path / "model.safetensors")
     assert set(saved) == set(model.body.state_dict())
+
+
+def test_a_photo_that_lies_on_its_side_is_seen_upright(asked):
+    upright = Image.new("RGB", (12, 24), "white")
+    upright.paste("black", (0, 0, 12, 12))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", exif=exif)
+    table = rows(image=[file.getvalue()] * 12)
+    task = made(asked, table)[0]
+    pixels = task.collate(task.encode(table), [0])["pixels"][0]
+    assert pixels[:, :5].max() < 30
+    assert pixels[:, 7:].min() > 225

@@ -92,6 +92,27 @@ def test_images_are_letterboxed_and_boxes_with_them(tmp_path: Path) -> None:
     assert Letterbox.of((20, 40), 64) == Letterbox((20, 40), top=16, left=0, height=32, width=64)
 
 
+def test_a_photo_that_lies_on_its_side_is_letterboxed_upright_and_boxes_refer_to_that(tmp_path: Path) -> None:
+    root = scenes(tmp_path, count=1)
+    (root / "images" / "0.png").unlink()
+    upright = Image.new("RGB", (20, 40), (90, 90, 90))
+    ImageDraw.Draw(upright).rectangle((5, 20, 14, 39), "red")  # its lower middle
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera stored it turned to the left
+    upright.transpose(Image.Transpose.ROTATE_90).save(root / "images" / "0.jpg", exif=exif, quality=100, subsampling=0)
+    (root / "labels" / "0.txt").write_text("0 0.5 0.75 0.5 0.5\n")
+    task, table, _ = understood(root)
+    batch = task.collate(task.encode(table), [0])
+    assert batch["targets"][0].tolist() == [[1, 24, 32, 40, 64]]
+    image = batch["image"][0]
+    assert image[:, 30, 10].tolist() == pytest.approx([GREY / 255] * 3)  # it is high and narrow now
+    assert (image[0, 34:62, 26:38] > 0.9).all()
+    assert (image[1, 34:62, 26:38] < 0.1).all()
+    answers = torch.full((1, 1, 7), -1.0)
+    answers[0, 0] = torch.tensor([24.0, 32, 40, 64, 0.9, 1, 0])
+    assert task.predicted(table, answers)[0]["boxes"][0]["box"] == [5.0, 20.0, 15.0, 40.0]
+
+
 def test_training_and_answers_go_through_and_the_right_boxes_score_1(tmp_path: Path) -> None:
     task, table, wanted = understood(scenes(tmp_path))
     model, examples = task.build(wanted).train(), task.encode(table)

@@ -52,6 +52,10 @@ def tune(
     on_bad_row: Annotated[
         str | None, _option("fail|skip", "What to do about rows that cannot be used.", _WHAT, "fail, naming them all")
     ] = None,
+    cache: Annotated[
+        str | None,
+        _option("off|FOLDER", "Where encoded rows are kept.", _WHAT, "in the user's cache, where encoding takes long"),
+    ] = None,
     method: Annotated[str | None, _option("NAME", "See: smidgen methods.", _METHOD, _PLAN)] = None,
     max_length: Annotated[str | None, _option("TOKENS", "Longer texts are cut.", _TRAINING, _PLAN)] = None,
     epochs: Annotated[str | None, _option("N", "Times through the training rows.", _TRAINING, _PLAN)] = None,
@@ -104,6 +108,7 @@ def tune(
         "--label-column": label_column,
         "--column": column,
         "--on-bad-row": on_bad_row,
+        "--cache": cache,
         "--method": method,
         "--max-length": max_length,
         "--epochs": epochs,

@@ -7,7 +7,8 @@
     folder/*.jpg                                 images alone, to be predicted
 
 Every format becomes the same two columns: "image", a path, and "boxes", a list of `Box`, whose class is a name and
-whose numbers are shares of the image's width and height.  A wrong line makes its image a Problem; crowds of COCO
+whose numbers are shares of the width and height of the image as it is seen: turned upright, as EXIF says.  A wrong line
+makes its image a Problem, so does a size in COCO's JSON that is of the image before it was turned; crowds of COCO
 (iscrowd) are left out.
 """
 
@@ -240,11 +241,19 @@ def _coco_box(entry: Mapping[str, Any], names: Mapping[Any, str], width: float, 
 
 
 def _size(entry: Mapping[str, Any], path: str) -> tuple[float, float]:
-    """Width and height of an image, from the JSON or from the image."""
-    if entry.get("width") and entry.get("height"):
-        return float(entry["width"]), float(entry["height"])
+    """Width and height of an image, from the JSON or from the image.  Raises DataError where its boxes lie on an image
+    that was not turned upright.
+    """
     height, width = image_size(path)
-    return width, height
+    if not (entry.get("width") and entry.get("height")):
+        return width, height
+    said = float(entry["width"]), float(entry["height"])
+    if said == (height, width) != (width, height):
+        raise DataError(
+            f"{path} is said to be {said[0]:g} x {said[1]:g}, but is {width} x {height} once it is upright, as EXIF "
+            "says: were its boxes drawn on it lying? Turn the image and drop its EXIF, or draw them again"
+        )
+    return said
 
 
 def _finder(file: Path) -> "Callable[[str], Path | None]":

@@ -6,12 +6,16 @@ comes again below it, is data, and the error says which line to put in front.
 
 import csv
 import io
+from array import array
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, islice
+from operator import itemgetter
+from typing import Any, BinaryIO, cast
 
 from smidgen.core.errors import DataError
+from smidgen.data.lazy import Lazy, Records, ShortColumns
+from smidgen.data.lines import Lines
 from smidgen.data.raw_text import damage, decode
 from smidgen.data.table import Problem, Table
 from smidgen.data.values import number
@@ -30,26 +34,72 @@ def read_delimited(data: bytes, name: str, delimiter: str | None) -> tuple[Table
     rows: list[list[str]] = []
     origins: list[str] = []
     problems: list[Problem] = []
-    for first, fields in _records(lines, start, delimiter, len(header)):
-        where = f"{name}:{first + 1}"
-        if isinstance(fields, str):
-            problems.append(Problem(where, fields))
-        elif _is_blank(fields, header):
-            continue
-        elif what := _wrong(fields, header, delimiter):
-            problems.append(Problem(where, what))
-        else:
-            rows.append(fields)
-            origins.append(where)
-    columns: dict[str, list[Any]] = {column: [row[i] for row in rows] for i, column in enumerate(header)}
+    for first, _, fields in _records(lines, start, delimiter, len(header)):
+        found = _checked(fields, header, delimiter)
+        if isinstance(found, str):
+            problems.append(Problem(f"{name}:{first + 1}", found))
+        elif found is not None:
+            rows.append(found)
+            origins.append(f"{name}:{first + 1}")
+    columns: dict[str, Sequence[Any]] = {column: [row[i] for row in rows] for i, column in enumerate(header)}
     _refuse_data_as_header(columns, name, delimiter)
     return Table(columns, origins), problems
 
 
+def index_delimited(file: BinaryIO, name: str, delimiter: str | None) -> tuple[Table, list[Problem]]:
+    """As `read_delimited`, of an open file that stays where it is: every row is checked, and read again when asked
+    for.  Short values that come again are kept.
+    """
+    lines = Lines(file, name, "")
+    delimiter = delimiter or _find_delimiter(lines)
+    start, header = _header(lines, name, delimiter)
+    firsts, counts = array("q"), array("l")  # of the rows: the first line, and how many
+    short = ShortColumns()
+    problems: list[Problem] = []
+    for first, after, fields in _records(lines, start, delimiter, len(header)):
+        found = _checked(fields, header, delimiter)
+        if isinstance(found, str):
+            problems.append(Problem(f"{name}:{first + 1}", found))
+        elif found is not None:
+            firsts.append(first)
+            counts.append(after - first)
+            short.add(dict(zip(header, found, strict=True)))
+
+    def load(rows: Sequence[int]) -> list[list[str]]:
+        heights = [counts[row] for row in rows]
+        texts = lines.texts([firsts[row] for row in rows], [firsts[row] + counts[row] for row in rows])
+        return _parsed(texts, heights, delimiter, len(header))
+
+    records, rows = Records(load), range(len(firsts))
+    columns: dict[str, Sequence[Any]] = {
+        column: short.columns.get(column) or Lazy(records.field(itemgetter(i)), rows) for i, column in enumerate(header)
+    }
+    _refuse_data_as_header(columns, name, delimiter)
+    return Table(columns, Lazy(lambda some: [f"{name}:{firsts[row] + 1}" for row in some], rows)), problems
+
+
+def _parsed(texts: list[str], heights: list[int], delimiter: str, width: int) -> list[list[str]]:
+    """The fields of records that were read before.   texts: of each.   heights: how many lines each has."""
+    whole = "".join(text if text.endswith(("\n", "\r")) else text + "\n" for text in texts)
+    reader, found, ends = csv.reader(io.StringIO(whole, newline=""), delimiter=delimiter, strict=True), [], []
+    try:
+        for fields in reader:
+            found.append(fields)
+            ends.append(reader.line_num)
+        if ends == list(accumulate(heights)) and all(len(fields) == width for fields in found):
+            return found
+    except csv.Error:
+        pass
+    # one by one: a quote of a file that knows no quoting has taken several together
+    alone = [_records(list(io.StringIO(text, newline="")), 0, delimiter, width) for text in texts]
+    return [cast(list[str], next(each)[2]) for each in alone]
+
+
 def _records(
-    lines: list[str], start: int, delimiter: str, width: int | None = None
-) -> Iterator[tuple[int, list[str] | str]]:
-    """Yield (index of the first line, fields), or (index of the line, what is wrong).  Blank lines give no fields.
+    lines: Sequence[str], start: int, delimiter: str, width: int | None = None
+) -> Iterator[tuple[int, int, list[str] | str]]:
+    """Yield indices of the first line and of the line after, and the fields or what is wrong.  Blank lines give no
+    fields.
 
     A quote that is left open would swallow the rows after it.  So where a record of several lines does not come out
     right, only its first line is bad, and reading goes on at the second.
@@ -63,7 +113,7 @@ def _records(
                 after = begin + reader.line_num
                 if after - first > 1 and _swallowed(lines[first:after], fields, delimiter, width):
                     break
-                yield first, fields
+                yield first, after, fields
                 first = after
             else:
                 return
@@ -73,11 +123,11 @@ def _records(
         plain = lines[first].rstrip("\r\n").split(delimiter)
         # many tab-separated files know no quoting: a quote is then a character like any other
         is_unquoted = delimiter == "\t" and len(plain) == (width or len(plain))
-        yield first, plain if is_unquoted else f"{what} (a quote inside a quoted field is written twice)"
+        yield first, first + 1, plain if is_unquoted else f"{what} (a quote inside a quoted field is written twice)"
         first += 1
 
 
-def _swallowed(lines: list[str], fields: list[str], delimiter: str, width: int | None) -> bool:
+def _swallowed(lines: Sequence[str], fields: list[str], delimiter: str, width: int | None) -> bool:
     """Whether an open quote took these lines together by mistake."""
     if width is None:
         return False
@@ -86,6 +136,13 @@ def _swallowed(lines: list[str], fields: list[str], delimiter: str, width: int |
 
 def _is_blank(fields: list[str], header: list[str]) -> bool:
     return not fields or (len(fields) == 1 < len(header) and not fields[0].strip())
+
+
+def _checked(fields: list[str] | str, header: list[str], delimiter: str) -> list[str] | str | None:
+    """The fields of a record, what is wrong with them, or None for a blank line."""
+    if isinstance(fields, str):
+        return fields
+    return None if _is_blank(fields, header) else _wrong(fields, header, delimiter) or fields
 
 
 def _wrong(fields: list[str], header: list[str], delimiter: str) -> str | None:
@@ -97,21 +154,21 @@ def _wrong(fields: list[str], header: list[str], delimiter: str) -> str | None:
     return damage("\n".join(fields))
 
 
-def _find_delimiter(lines: list[str]) -> str:
+def _find_delimiter(lines: Sequence[str]) -> str:
     """The one that splits the first line, and most evenly the lines after it; a comma if none does."""
 
     def evenness(delimiter: str) -> float:
         records = islice(_records(lines[:200], 0, delimiter), 50)
-        widths = [len(fields) for _, fields in records if isinstance(fields, list) and fields]
+        widths = [len(fields) for *_, fields in records if isinstance(fields, list) and fields]
         return sum(width == widths[0] for width in widths) / len(widths) if widths and widths[0] > 1 else 0.0
 
     return max(_DELIMITERS, key=evenness)
 
 
-def _header(lines: list[str], name: str, delimiter: str) -> tuple[int, list[str]]:
+def _header(lines: Sequence[str], name: str, delimiter: str) -> tuple[int, list[str]]:
     """Index of the line after the header, and the column names."""
     records = _records(lines, 0, delimiter)
-    for first, fields in records:
+    for first, _, fields in records:
         if isinstance(fields, str):
             raise DataError(f"{name}:{first + 1}: the header cannot be read: {fields}")
         if any(field.strip() for field in fields):
@@ -128,7 +185,7 @@ def _header(lines: list[str], name: str, delimiter: str) -> tuple[int, list[str]
     return (len(lines) if next_record is None else next_record[0]), header
 
 
-def _refuse_data_as_header(columns: dict[str, list[Any]], name: str, delimiter: str) -> None:
+def _refuse_data_as_header(columns: Mapping[str, Sequence[Any]], name: str, delimiter: str) -> None:
     """Raise DataError if the "names" are values: a number, or something that comes again below."""
     values = [
         column

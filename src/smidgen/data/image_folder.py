@@ -8,7 +8,8 @@ labels.csv, train.parquet ...                    as `read_splits` reads them; pa
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ def _from(root: Path, table: Table) -> Table:
     """The table with its paths of images relative to where we are, and no longer to the file they stand in."""
     places = [root / Path(match[1]).parent if (match := _ORIGIN.fullmatch(o)) else root for o in table.origins]
 
-    def resolved(values: list[Any]) -> list[Any]:
-        some = [(place, value) for place, value in zip(places, values, strict=True) if value][:_LOOKED_AT]
+    def resolved(values: Sequence[Any]) -> Sequence[Any]:
+        some = list(islice(((place, value) for place, value in zip(places, values, strict=True) if value), _LOOKED_AT))
         if not some or not all(isinstance(v, str) and (is_image(v) or os.path.isfile(p / v)) for p, v in some):
             return values
         return [str(p / v) if isinstance(v, str) and v else v for p, v in zip(places, values, strict=True)]

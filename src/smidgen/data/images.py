@@ -36,6 +36,8 @@ SUFFIXES = frozenset(
 _ENDS = 1 << 12  # bytes of a file's start and end by which two files are told apart
 _THREADS = 8
 _NAMED = 10  # broken images named in an error
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> Pillow's number of what turns it upright
+_SIDEWAYS = (5, 6, 7, 8)  # orientations in which height and width change places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +79,17 @@ def image_problem(value: Any) -> str | None:
 
 
 def image_size(value: Any) -> tuple[int, int]:
-    """Height and width of an image, from its header.  Raises DataError."""
+    """Height and width of an image as it is seen, turned upright; from its header.  Raises DataError."""
     with _opened(value) as image:
-        return image.height, image.width
+        return (image.width, image.height) if _orientation(image) in _SIDEWAYS else (image.height, image.width)
 
 
 def decode(value: Any, fit: Fit) -> Tensor:
     """The image as uint8 (C, H, W).  Raises DataError."""
     with _opened(value) as image:
         try:
-            image.draft("RGB", (2 * (fit.shortest or fit.width), 2 * (fit.shortest or fit.height)))  # JPEGs: a smaller
+            least = (2 * (fit.shortest or fit.width), 2 * (fit.shortest or fit.height))
+            image.draft("RGB", least[::-1] if _orientation(image) in _SIDEWAYS else least)  # JPEGs: a smaller
             small = _fitted(_plain(image, fit.channels), fit)
         except DataError:
             raise
@@ -164,11 +167,23 @@ def _path(value: Any) -> str:
     return path if isinstance(path, str) else ""
 
 
+def _orientation(image: "Image") -> int:
+    """EXIF's number of how the image lies; 1 is upright.  That of a PNG is looked for in front of its pixels only,
+    where it is usual: all would have to be decoded to know that nothing stands behind them.
+    """
+    try:
+        return 1 if image.format == "PNG" and "exif" not in image.info else int(image.getexif().get(0x0112, 1))
+    except Exception:  # damaged EXIF: Pillow raises whatever it meets, and viewers show such an image as it is
+        return 1
+
+
 def _plain(image: "Image", channels: int) -> "Image":
     """Upright, RGB or grey, without alpha."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    upright: Image.Image = ImageOps.exif_transpose(image)
+    turn = _TURNS.get(_orientation(image))
+    image.load()
+    upright: Image.Image = image if turn is None else image.transpose(Image.Transpose(turn))
     mode = "RGB" if channels == 3 else "L"
     if upright.mode.startswith("I"):  # 16 bits of grey: Pillow's own conversion cuts off all above 255
         upright = upright.convert("I").point(lambda level: level * (1 / 256)).convert("L")

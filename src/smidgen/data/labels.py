@@ -11,8 +11,9 @@ Numbers may come as strings, as they do from CSV: "1", 1 and 1.0 are one class. 
 
 import math
 import re
+from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -68,14 +69,35 @@ def understand_labels(values: Sequence[Any], *, kind: Kind | None = None) -> Lab
     problems = {i: what for i, value in enumerate(values) if (what := _unusable(value))}
     if len(problems) == len(values):
         raise DataError(f"None of {len(values)} rows has a label. Is it another column? Set --label-column.")
-    rows = {i: value for i, value in enumerate(values) if i not in problems}
+    rows = _Rows((i, value) for i, value in enumerate(values) if i not in problems)
     form = _usual_form(rows, kind, problems)
-    rows = {i: value for i, value in rows.items() if i not in problems}
-    if kind == "multilabel" or (kind is None and (form == "list" or _are_joined(list(rows.values())))):
+    rows = rows.without(problems)
+    if kind == "multilabel" or (kind is None and (form == "list" or _are_joined(rows.values))):
         return _multilabel(rows, problems)
     if kind == "regression" or (kind is None and form == "number" and not _are_classes(rows, problems)):
         return _regression(rows, problems)
-    return _classes({i: value for i, value in rows.items() if i not in problems}, problems, kind)
+    return _classes(rows.without(problems), problems, kind)
+
+
+class _Rows:
+    """Values and the rows they stand in; equal values are one object, so that labels of many rows take little."""
+
+    def __init__(self, rows: Iterable[tuple[int, Any]]) -> None:
+        self.numbers, self.values = array("q"), list[Any]()
+        same: dict[Any, Any] = {}
+        for i, value in rows:
+            self.numbers.append(i)
+            known = isinstance(value, str | int | float)
+            self.values.append(same.setdefault((type(value), value), value) if known else value)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def items(self) -> Iterator[tuple[int, Any]]:
+        return zip(self.numbers, self.values, strict=True)
+
+    def without(self, problems: Mapping[int, str]) -> "_Rows":
+        return _Rows((i, value) for i, value in self.items() if i not in problems)
 
 
 def check_text(value: Any) -> str | None:
@@ -124,14 +146,14 @@ def _unusable(value: Any) -> str | None:
     return None
 
 
-def _usual_form(rows: Mapping[int, Any], kind: Kind | None, problems: dict[int, str]) -> str:
+def _usual_form(rows: _Rows, kind: Kind | None, problems: dict[int, str]) -> str:
     """What the labels are: lists, numbers, words or truth values; rows of another form become problems.
 
     Where no form has a majority of nine in ten, all are names of classes.
     """
     if kind == "multilabel":
         return "list"
-    counts = Counter(_form(value) for value in rows.values())
+    counts = Counter(map(_form, rows.values))
     form, count = counts.most_common(1)[0]
     allowed = {form}
     if kind == "regression":
@@ -166,25 +188,25 @@ def _parts(value: Any) -> list[str]:
     return [class_name(part) for part in parts if part.strip()]
 
 
-def _are_classes(rows: Mapping[int, Any], problems: dict[int, str]) -> bool:
+def _are_classes(rows: _Rows, problems: dict[int, str]) -> bool:
     """Whether numbers are classes.  A few with a fraction among whole ones (1 in 100) become problems."""
-    numbers = {i: _as_number(value) for i, value in rows.items()}
-    fractions = [i for i, number in numbers.items() if not number.is_integer()]
-    whole = [number for number in numbers.values() if number.is_integer()]
+    numbers = list(map(_as_number, rows.values))
+    whole = [number for number in numbers if number.is_integer()]
     distinct = sorted(set(whole))
-    if not whole or len(fractions) > len(numbers) / 100:
+    if not whole or len(numbers) - len(whole) > len(numbers) / 100:
         return False
     is_numbered = distinct[0] in (0, 1) and distinct[-1] - distinct[0] == len(distinct) - 1
     few = len(distinct) <= 20 and (len(distinct) <= 2 or is_numbered or len(whole) >= 2 * len(distinct))
     if not few and not (is_numbered and len(whole) >= 3 * len(distinct)):
         return False
-    for i in fractions:
-        problems[i] = f"the label is {rows[i]}; the others are whole numbers that stand for classes"
+    for (i, value), found in zip(rows.items(), numbers, strict=True):
+        if not found.is_integer():
+            problems[i] = f"the label is {value}; the others are whole numbers that stand for classes"
     return True
 
 
-def _regression(rows: Mapping[int, Any], problems: Mapping[int, str]) -> Labels:
-    numbers = [_as_number(value) for value in rows.values()]
+def _regression(rows: _Rows, problems: Mapping[int, str]) -> Labels:
+    numbers = list(map(_as_number, rows.values))
     if len(set(numbers)) < 2:
         raise DataError(
             f"Every label is {numbers[0]:g}: there is nothing to learn." if numbers else _no_numbers(problems)
@@ -197,8 +219,8 @@ def _no_numbers(problems: Mapping[int, str]) -> str:
     return f"Regression needs numbers, and no label is one: {next(iter(problems.values()))}."
 
 
-def _multilabel(rows: Mapping[int, Any], problems: Mapping[int, str]) -> Labels:
-    parts = [_parts(value) for value in rows.values()]
+def _multilabel(rows: _Rows, problems: Mapping[int, str]) -> Labels:
+    parts = list(map(_parts, rows.values))
     lengths = {len(row) for row in parts}
     if (
         len(lengths) == 1
@@ -213,9 +235,9 @@ def _multilabel(rows: Mapping[int, Any], problems: Mapping[int, str]) -> Labels:
     return Labels(kind="multilabel", names=_sorted(counts), reason=reason, problems=problems, notes=_notes(counts))
 
 
-def _classes(rows: Mapping[int, Any], problems: dict[int, str], kind: Kind | None) -> Labels:
-    names = {i: class_name(value) for i, value in rows.items()}
-    counts = Counter(names.values())
+def _classes(rows: _Rows, problems: dict[int, str], kind: Kind | None) -> Labels:
+    names = _Rows((i, class_name(value)) for i, value in rows.items())
+    counts = Counter(names.values)
     larger = [count for count in counts.values() if count > 1]
     if len(larger) > 1 and min(larger) >= _ALONE:
         slips = {name for name, count in counts.items() if count == 1}

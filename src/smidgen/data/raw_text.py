@@ -14,14 +14,18 @@ def decode(data: bytes, name: str) -> str:
 
     Raises DataError if the file is not text at all, or UTF-16.
     """
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    return data[begin(data[:8192], name) :].decode("utf-8", errors="surrogateescape")
+
+
+def begin(start: bytes, name: str) -> int:
+    """Where the text begins in a file with this start: behind a mark of UTF-8.  Raises DataError as `decode`."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{name} is UTF-16, and UTF-8 is needed: iconv -f UTF-16 -t UTF-8 {name} > utf8-{name}")
-    if data.startswith(b"PK\x03\x04"):
+    if start.startswith(b"PK\x03\x04"):
         raise DataError(f"{name} is a zip archive or an Excel workbook. Save the sheet as CSV (UTF-8).")
-    start = data[:8192]
     if start.count(0) > len(start) // 10:
         raise DataError(f"{name} is not a text file. Readable are CSV, TSV, JSON lines, JSON, Parquet and Arrow.")
-    return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="surrogateescape")
+    return len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
 
 
 def damage(record: str) -> str | None:

@@ -8,21 +8,28 @@
 
 The extension tells the format; where it says nothing, the first bytes do.  A row that cannot be read is a Problem with
 its place, and the next one is read: whether bad rows are skipped or fatal is decided by who asked.
+
+What would take more than a quarter of the free memory stays where it is (`lazy.py`): every row is checked as it would
+be otherwise, and read again when it is asked for.  Only an array of JSON has to be read whole.
 """
 
 import gzip
 import lzma
 import re
+import shutil
+import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal, cast
 
 from smidgen.core.errors import DataError, nearest
 from smidgen.data.arrow import from_dataset, load_from_hub, load_saved, read_arrow_file
-from smidgen.data.delimited import read_delimited
-from smidgen.data.json_lines import read_json_array, read_json_lines
+from smidgen.data.delimited import index_delimited, read_delimited
+from smidgen.data.json_lines import index_json_lines, read_json_array, read_json_lines
 from smidgen.data.table import Problem, Table, concatenate
 
 Split = Literal["train", "valid", "test"]
@@ -38,7 +45,21 @@ _JSON = {".jsonl", ".ndjson", ".json"}
 _DELIMITED = {".csv", ".tsv", ".tab"}
 _COMPRESSED = {".gz", ".xz"}
 _DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"}
+_TIMES = {".parquet": 20, ".pq": 20, ".gz": 25, ".xz": 30}  # what rows take in memory, in sizes of their file
+_TIMES_OTHERWISE = 7
+_SHARE = 1 / 4  # of the free memory, that rows may take
+_in_memory: ContextVar[bool | None] = ContextVar("in_memory", default=None)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+
+@contextmanager
+def reading(in_memory: bool | None) -> Iterator[None]:
+    """Whether what is read in this block is held in memory; None leaves it to its size and the free memory."""
+    token = _in_memory.set(in_memory)
+    try:
+        yield
+    finally:
+        _in_memory.reset(token)
 
 
 def read(source: str | Path, *, split: str | None = None) -> Result:
@@ -130,17 +151,41 @@ def _dataset_splits(datasets: dict[str, object], name: str) -> dict[Split, Calla
         named["train"] = list(datasets)
 
     def load(keys: list[str]) -> Result:
-        return concatenate([from_dataset(datasets[key], f"{name}/{key}") for key in keys]), []
+        parts: list[Any] = [datasets[key] for key in keys]
+        lazily = _is_large(sum(part.data.nbytes for part in parts) * 3)
+        tables = [from_dataset(part, f"{name}/{key}", lazily=lazily) for key, part in zip(keys, parts, strict=True)]
+        return concatenate(tables), []
 
     return {split: partial(load, keys) for split, keys in named.items() if keys}
 
 
 def _read_files(paths: Sequence[Path], folder: Path) -> Result:
-    results = [_read_file(path, path.relative_to(folder).as_posix()) for path in paths]
+    lazily = _is_large(sum(path.stat().st_size * _TIMES.get(path.suffix.lower(), _TIMES_OTHERWISE) for path in paths))
+    results = [_read_file(path, path.relative_to(folder).as_posix(), lazily) for path in paths]
     return concatenate([table for table, _ in results]), [problem for _, problems in results for problem in problems]
 
 
-def _read_file(path: Path, name: str) -> Result:
+def _is_large(needed_bytes: int) -> bool:
+    """Whether rows that would take so much memory stay where they are."""
+    said = _in_memory.get()
+    return needed_bytes > _SHARE * free_memory() if said is None else not said
+
+
+def free_memory() -> float:
+    """Bytes that this process can still take; infinity where nobody knows."""
+    try:
+        import psutil
+    except ImportError:
+        return float("inf")
+    free = float(psutil.virtual_memory().available)
+    try:  # of a container
+        most, used = (int(Path(f"/sys/fs/cgroup/memory.{word}").read_text()) for word in ("max", "current"))
+        return min(free, most - used)
+    except (OSError, ValueError):  # there is none, or it may take "max"
+        return free
+
+
+def _read_file(path: Path, name: str, lazily: bool) -> Result:
     """name: what the file is called where a row of it is named."""
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes).")
@@ -149,8 +194,10 @@ def _read_file(path: Path, name: str) -> Result:
         with path.open("rb") as file:
             magic = file.read(6)
         if kind in _ARROW or (not kind and (magic.startswith(b"PAR1") or magic == b"ARROW1")):
-            table = read_arrow_file(path, name)
+            table = read_arrow_file(path, name, lazily=lazily)
             problems: list[Problem] = []
+        elif lazily:
+            table, problems = _index_text(_opened(path), name, kind)
         else:
             table, problems = _read_text(_content(path), name, kind)
     except OSError as error:
@@ -162,23 +209,72 @@ def _read_file(path: Path, name: str) -> Result:
 
 
 def _read_text(data: bytes, name: str, kind: str) -> Result:
-    start = data.removeprefix(b"\xef\xbb\xbf")[:4096].lstrip()[:1]
-    if kind in _DELIMITED or (kind not in _JSON and start not in (b"{", b"[")):
-        return read_delimited(data, name, "\t" if kind in (".tsv", ".tab") else None)
-    if start == b"[" and kind not in (".jsonl", ".ndjson"):
-        return read_json_array(data, name)
-    return read_json_lines(data, name)
+    match _layout(data[:8192], kind):
+        case "delimited":
+            return read_delimited(data, name, _delimiter(kind))
+        case "array":
+            return read_json_array(data, name)
+        case _:
+            return read_json_lines(data, name)
+
+
+def _index_text(file: BinaryIO, name: str, kind: str) -> Result:
+    layout = _layout(file.read(8192), kind)
+    file.seek(0)
+    try:
+        if layout == "delimited":
+            return index_delimited(file, name, _delimiter(kind))
+        if layout == "lines":
+            return index_json_lines(file, name)
+    except DataError:
+        file.close()
+        raise
+    with file:
+        return read_json_array(file.read(), name)
+
+
+def _layout(start: bytes, kind: str) -> Literal["delimited", "array", "lines"]:
+    first = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if kind in _DELIMITED or (kind not in _JSON and first not in (b"{", b"[")):
+        return "delimited"
+    return "array" if first == b"[" and kind not in (".jsonl", ".ndjson") else "lines"
+
+
+def _delimiter(kind: str) -> str | None:
+    return "\t" if kind in (".tsv", ".tab") else None
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file, to be read here and there; a compressed one as it is without, in a file without a name."""
+    file = path.open("rb")
+    magic = file.read(6)
+    file.seek(0)
+    unpack = gzip.open if magic.startswith(b"\x1f\x8b") else lzma.open if magic == b"\xfd7zXZ\x00" else None
+    if unpack is None:
+        return file
+    with ExitStack() as closing, file, _undamaged(path), unpack(file) as packed:
+        whole = closing.enter_context(tempfile.TemporaryFile())
+        shutil.copyfileobj(cast(BinaryIO, packed), whole, 1 << 20)
+        whole.seek(0)
+        closing.pop_all()  # it goes with the table
+    return cast(BinaryIO, whole)
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"{path} is compressed and damaged: {error}") from None
 
 
 def _content(path: Path) -> bytes:
     data = path.read_bytes()
-    try:
+    with _undamaged(path):
         if data.startswith(b"\x1f\x8b"):
             return gzip.decompress(data)
         if data.startswith(b"\xfd7zXZ\x00"):
             return lzma.decompress(data)
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{path} is compressed and damaged: {error}") from None
     return data
 
 

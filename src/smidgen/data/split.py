@@ -1,14 +1,19 @@
 """Split rows into training and validation, and take a smaller sample: by class, by seed, and never through a group."""
 
+import hashlib
 import random
+from array import array
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
+
+import torch
 
 from smidgen.core.errors import DataError, require
 
 _QUANTILES = 10
+_MANY = 1 << 14  # texts
 
 
 def split(
@@ -28,32 +33,37 @@ def split(
     """
     require(0 < fraction < 1, f"fraction is {fraction}; a share of the rows lies between 0 and 1")
     strata = _strata(labels, n)
-    members: dict[Hashable, list[int]] = defaultdict(list)
-    for i in range(n):
-        members[groups[i] if groups is not None else i].append(i)
-    sizes = Counter(strata)
-    by_class: dict[Hashable, list[list[int]]] = defaultdict(list)
-    for rows in members.values():
-        rarest = min((strata[i] for i in rows), key=lambda stratum: sizes[stratum])
-        by_class[rarest].append(rows)
+    group_of = range(n) if groups is None else _numbered(groups)
+    count = 1 + max(group_of, default=-1)
+    sizes, members = Counter(strata), [0] * count
+    rarest: list[Hashable] = [None] * count
+    for group, stratum in zip(group_of, strata, strict=True):
+        if not members[group] or sizes[stratum] < sizes[rarest[group]]:
+            rarest[group] = stratum
+        members[group] += 1
+    by_class: dict[Hashable, list[int]] = defaultdict(list)
+    for group, stratum in enumerate(rarest):
+        by_class[stratum].append(group)
     generator = random.Random(seed)
-    valid: list[int] = []
+    held = bytearray(count)  # groups for validation
     owed = 0.0  # rows for validation that rounding has left to the classes that follow
     for candidates in by_class.values():
-        count = sum(map(len, candidates))
-        owed += fraction * count
+        rows = sum(members[group] for group in candidates)
+        owed += fraction * rows
         if len(candidates) > 1:
             generator.shuffle(candidates)
-            taken = _take(candidates, min(max(round(owed), 1), count - 1))
-            owed -= len(taken)
-            valid += taken
-    held = set(valid)
-    if not held:
+            for group in _take(candidates, members, min(max(round(owed), 1), rows - 1)):
+                held[group] = 1
+                owed -= members[group]
+    if not any(held):
         raise DataError(
-            f"{n} rows ({len(members)} different) cannot be split into training and validation. "
+            f"{n} rows ({count} different) cannot be split into training and validation. "
             "More rows are needed, or a validation file."
         )
-    return [i for i in range(n) if i not in held], sorted(held)
+    sides: tuple[list[int], list[int]] = [], []
+    for i, group in enumerate(group_of):
+        sides[held[group]].append(i)
+    return sides
 
 
 def subset(n: int, labels: Sequence[Any] | None, size: int, seed: int) -> list[int]:
@@ -71,26 +81,56 @@ def subset(n: int, labels: Sequence[Any] | None, size: int, seed: int) -> list[i
     for rows in by_class.values():
         generator.shuffle(rows)
     # row k of a class of m stands at (k + 1/2) / m: taking rows in this order keeps the proportions
-    # and the first row of each class stands before all
-    ranked = [(k > 0, (k + 0.5) / len(rows), i) for rows in by_class.values() for k, i in enumerate(rows)]
+    # and the first row of each class stands before all; no class gives more than `size`
+    ranked = [
+        (k > 0, (k + 0.5) / len(rows), i) for rows in by_class.values() for k, i in enumerate(rows[: max(size, 1)])
+    ]
     if size < len(by_class):
         ranked = [(False, generator.random(), i) for _, _, i in ranked]
     return sorted(i for _, _, i in sorted(ranked)[:size])
 
 
 def duplicate_groups(texts: Sequence[str]) -> list[int]:
-    """A group number per row, the same for texts that differ in upper and lower case or white space only."""
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(" ".join(text.split()).casefold(), len(numbers)) for text in texts]
+    """A group number per row, the same for texts that differ in upper and lower case or white space only.
+
+    Of many texts 8 bytes each are compared, and none is kept.
+    """
+    plain = (" ".join(text.split()).casefold() for text in texts)
+    if len(texts) < _MANY:
+        return list(_numbered(plain))
+    return list(_numbered(array("q", map(_digest, plain))))
 
 
-def _take(candidates: list[list[int]], target: int) -> list[int]:
-    """Rows of whole groups, `target` at most; of the smallest group if none is small enough."""
-    taken: list[int] = []
-    for rows in candidates:
-        if len(taken) + len(rows) <= target:
-            taken += rows
-    return taken or min(candidates, key=len)
+def rows_seen(train: Iterable[Hashable], test: Sequence[Hashable]) -> int:
+    """How many rows of a test set stand in the training rows too; these may be many, and are gone through once."""
+    wanted = set(test)
+    seen = {row for row in train if row in wanted}
+    return sum(row in seen for row in test)
+
+
+def _digest(text: str) -> int:
+    data = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(data, "little", signed=True)
+
+
+def _numbered(values: Iterable[Hashable]) -> "array[int]":
+    """A number per value, the same for equal ones, from 0 as they come."""
+    if isinstance(values, array | list) and len(values) >= _MANY and all(type(value) is int for value in values):
+        same = torch.unique(torch.tensor(values), return_inverse=True)[1]  # a tenth of what a dictionary would take
+        first = torch.full((int(same.max()) + 1,), len(same)).scatter_reduce_(0, same, torch.arange(len(same)), "amin")
+        return array("q", first.argsort().argsort()[same].numpy().tobytes())
+    numbers: dict[Hashable, int] = {}
+    return array("q", (numbers.setdefault(value, len(numbers)) for value in values))
+
+
+def _take(candidates: list[int], members: list[int], target: int) -> list[int]:
+    """Groups of `target` rows at most; the smallest if none is small enough."""
+    taken, rows = list[int](), 0
+    for group in candidates:
+        if rows + members[group] <= target:
+            taken.append(group)
+            rows += members[group]
+    return taken or [min(candidates, key=members.__getitem__)]
 
 
 def _strata(labels: Sequence[Any] | None, n: int) -> list[Hashable]:
@@ -102,4 +142,6 @@ def _strata(labels: Sequence[Any] | None, n: int) -> list[Hashable]:
         bins = max(1, min(_QUANTILES, n // _QUANTILES))
         edges = [ordered[n * k // bins] for k in range(1, bins)]
         return [bisect_left(edges, label) for label in labels]
-    return [tuple(label) if isinstance(label, list) else label for label in labels]
+    same: dict[Hashable, Hashable] = {}  # each once: of rows that are not in memory every label is a new string
+    strata = (tuple(label) if isinstance(label, list) else label for label in labels)
+    return [same.setdefault(stratum, stratum) for stratum in strata]

@@ -1,4 +1,8 @@
-"""A table in memory: columns of equal length, and for each row where it came from."""
+"""A table: columns of equal length, and for each row where it came from.
+
+Columns are lists, or where the rows do not fit in memory `Lazy`: then a few rows that are selected are in memory, and
+many are read when they are asked for.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from smidgen.core.errors import DataError, nearest
+from smidgen.data.lazy import Lazy, joined, picked, taken
+
+FEW = 1 << 12  # rows that are in memory once they are selected
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,8 @@ class Table:
     Raises DataError if the lengths differ.
     """
 
-    columns: dict[str, list[Any]]
-    origins: list[str]
+    columns: dict[str, Sequence[Any]]
+    origins: Sequence[str]
 
     def __post_init__(self) -> None:
         lengths = {name: len(values) for name, values in self.columns.items() if len(values) != len(self.origins)}
@@ -44,7 +51,12 @@ class Table:
     def names(self) -> list[str]:
         return list(self.columns)
 
-    def column(self, name: str) -> list[Any]:
+    @property
+    def is_lazy(self) -> bool:
+        """True if rows stay in their file."""
+        return isinstance(self.origins, Lazy)
+
+    def column(self, name: str) -> Sequence[Any]:
         """The values of one column.  Raises DataError, with the names that exist, if there is none such."""
         if name not in self.columns:
             near = nearest(name, self.columns)
@@ -53,9 +65,16 @@ class Table:
         return self.columns[name]
 
     def select(self, indices: Sequence[int]) -> Table:
-        """A new table of these rows, in this order."""
-        columns = {name: [values[i] for i in indices] for name, values in self.columns.items()}
-        return Table(columns, [self.origins[i] for i in indices])
+        """A new table of these rows, in this order; in memory if they are few."""
+        if len(indices) <= FEW:
+            columns: dict[str, Sequence[Any]] = {name: taken(values, indices) for name, values in self.columns.items()}
+            return Table(columns, taken(self.origins, indices))
+        origins, *_ = picked({"": self.origins}, indices).values()
+        return Table(picked(self.columns, indices), origins)
+
+    def held(self) -> Table:
+        """The same rows in memory."""
+        return Table({name: list(values) for name, values in self.columns.items()}, list(self.origins))
 
     def where(self, i: int) -> str:
         """Where row i came from."""
@@ -73,5 +92,5 @@ def concatenate(tables: Sequence[Table]) -> Table:
                 f"Files of one split have different columns: {', '.join(first.columns)} at {first.where(0)}, but "
                 f"{', '.join(other.columns)} at {other.where(0)}. Rename the columns, or give the files one by one."
             )
-    columns = {name: [value for table in tables for value in table.columns[name]] for name in first.columns}
-    return Table(columns, [origin for table in tables for origin in table.origins])
+    columns = {name: joined([table.columns[name] for table in tables]) for name in first.columns}
+    return Table(columns, joined([table.origins for table in tables]))

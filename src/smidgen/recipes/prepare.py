@@ -4,7 +4,9 @@ Nothing here takes long, and whatever is wrong with data or model is found here,
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +14,12 @@ import torch
 from ..auto.plan import Plan
 from ..core.errors import DataError
 from ..core.prompt_method import PromptMethod
+from ..data.read import reading
 from ..data.table import Problem, Table
 from ..tasks.base import Asked, Examples, Task, TaskModel
 from ..tasks.models import locate
 from ..tasks.registry import task_said
+from .encode import Encoder
 from .schema import DataPart, Recipe
 
 if TYPE_CHECKING:
@@ -51,12 +55,14 @@ class Work:
     test: Examples
     shift: dict[str, Examples]
     total_parameters: int  # of body and head
+    encoder: Encoder
 
     def cut(self, max_length: int) -> None:
         """Encode all rows anew with a smaller maximal length."""
         self.task.max_length = max_length
-        self.train, self.valid, self.test = map(self.task.encode, (self.data.train, self.data.valid, self.data.test))
-        self.shift = {name: self.task.encode(table) for name, table in self.data.shift.items()}
+        encode = partial(self.encoder, self.task)
+        self.train, self.valid, self.test = map(encode, (self.data.train, self.data.valid, self.data.test))
+        self.shift = {name: encode(table) for name, table in self.data.shift.items()}
 
 
 def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work:
@@ -73,7 +79,9 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
         revision=recipe.model.revision,
         reserved=method.length if isinstance(method, PromptMethod) else 0,  # virtual tokens take positions too
     )
-    given, problems = _read(recipe.data, kind, settings)
+    with reading(recipe.data.in_memory):
+        given, problems = _read(recipe.data, kind, settings)
+    _say_what_is_lazy(given, recipe.data.in_memory, plan)
     task = kind.understand(given, settings, asked)
     plan.decide("metric", asked.metric, task.metric, "usual for this kind; picks the best step, and is compared")
     notes: list[str] = []
@@ -95,18 +103,23 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
     if not recipe.train.shard:  # then only its part comes to the device
         model.to(device)
     task.settle(model, data.train, asked)
+    encoder = Encoder(recipe.data.cache)
+    encode = partial(encoder, task)
     work = Work(
         recipe=recipe,
         asked=asked,
         model=model,
         task=task,
         data=data,
-        train=task.encode(data.train),
-        valid=task.encode(data.valid),
-        test=task.encode(data.test),
-        shift={name: task.encode(table) for name, table in data.shift.items()},
+        train=encode(data.train),
+        valid=encode(data.valid),
+        test=encode(data.test),
+        shift={name: encode(table) for name, table in data.shift.items()},
         total_parameters=sum(p.numel() for p in model.parameters()),
+        encoder=encoder,
     )
+    if words := encoder.in_words():
+        plan.decide("cache", None, *words)
     data.notes[:0] = task.notes  # whenever in all this it found something to say
     return work
 
@@ -156,6 +169,14 @@ def read_one(kind: type[Task], where: str, settings: Any) -> tuple[Table, list[P
     if len(tables) > 1:
         raise DataError(f"{where} has several splits: {', '.join(tables)}. Name the file of one of them.")
     return next(iter(tables.values())), problems
+
+
+def _say_what_is_lazy(tables: Mapping[str, Table], said: bool | None, plan: Plan) -> None:
+    """Enter in the plan which rows stay in their files, if any do."""
+    lazy = [f"{name} ({len(table):,} rows)" for name, table in tables.items() if table.is_lazy]
+    if lazy:
+        why = "would take more than a quarter of the free memory" if said is None else "data.in_memory says so"
+        plan.decide("read when needed", None, ", ".join(lazy), why)
 
 
 def _divide(tables: dict[str, Table], task: Task, plan: Plan, seed: int, notes: list[str]) -> Data:

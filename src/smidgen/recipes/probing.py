@@ -62,9 +62,9 @@ def fit_base(work: Work, chosen: Chosen, accelerator: "Accelerator") -> Base:
                     f"The linear probe was fitted on {len(rows):,} of {len(work.train):,} training "
                     "rows, what a third of the time and the memory allow."
                 )
-            features, targets = _features(work, chosen, accelerator, rows)
+            features, targets, weights = _features(work, chosen, accelerator, rows)
             outputs = cast(nn.Linear, work.model.head).out_features
-            probe = fit_probe(features, targets, outputs, _mean_loss(work), seed=chosen.seed)
+            probe = fit_probe(features, targets, outputs, _mean_loss(work), seed=chosen.seed, weights=weights)
             base = replace(base, probe=probe, size=probe.weight.numel() + probe.bias.numel())
             base.start(work.model)
         answers = answers_of(work, chosen, accelerator)
@@ -80,20 +80,30 @@ def answers_of(work: Work, chosen: Chosen, accelerator: "Accelerator") -> judge.
     return judge.Answers(answers(work.test), {name: answers(examples) for name, examples in work.shift.items()})
 
 
-def _features(work: Work, chosen: Chosen, accelerator: "Accelerator", rows: list[int]) -> tuple[Tensor, Tensor]:
-    """The features (M, D) of some training rows and their targets (M, ...), in the order of the rows' batches."""
-    some, targets = work.train.select(rows), list[tuple[list[int], Tensor]]()
+def _features(
+    work: Work, chosen: Chosen, accelerator: "Accelerator", rows: list[int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The features (M, D) of some training rows, their targets (M, ...) and weights (M,), in the order of the rows'
+    batches.
+    """
+    some, beside = work.train.select(rows), list[tuple[Tensor, Tensor | None]]()
 
     def features(batch: Batch) -> Tensor:
-        targets.append(([], work.task.feature_targets(batch).cpu()))
+        weights = batch.get("weights")
+        beside.append((work.task.feature_targets(batch).cpu(), None if weights is None else weights.cpu()))
         return work.model.features(batch)
 
     found = over_batches(work.model, work.task, some, accelerator, 2 * chosen.batch, features)
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
-        found, targets = gather_object(found), gather_object(targets)
-    return torch.cat([part for _, part in found]), torch.cat([part for _, part in targets])
+        found, beside = gather_object(found), gather_object(beside)
+    weights = [part for _, part in beside if part is not None]
+    return (
+        torch.cat([part for _, part in found]),
+        torch.cat([part for part, _ in beside]),
+        torch.cat(weights) if weights else None,
+    )
 
 
 def _affordable(work: Work, chosen: Chosen, accelerator: "Accelerator") -> list[int]:
@@ -102,7 +112,7 @@ def _affordable(work: Work, chosen: Chosen, accelerator: "Accelerator") -> list[
     """
     rows = subset(len(work.train), None, 4 * chosen.batch, chosen.seed)
     start = time.monotonic()
-    features, _ = _features(work, chosen, accelerator, rows)
+    features, *_ = _features(work, chosen, accelerator, rows)
     per_row = agreed((time.monotonic() - start) / len(rows))
     most = int(_MOST_NUMBERS * len(rows) / features.numel())
     if chosen.minutes is not None:
@@ -112,8 +122,9 @@ def _affordable(work: Work, chosen: Chosen, accelerator: "Accelerator") -> list[
 
 
 def _mean_loss(work: Work) -> Loss:
-    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        total, count = work.task.loss(outputs, {"targets": targets})
+    def loss(outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        batch = {"targets": targets} if weights is None else {"targets": targets, "weights": weights}
+        total, count = work.task.loss(outputs, batch)
         return total / count
 
     return loss

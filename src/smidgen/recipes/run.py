@@ -26,6 +26,7 @@ from ..core.errors import CheckpointError, RecipeError
 from ..core.files import remove_directory
 from ..core.fingerprint import fingerprint
 from ..core.products import products_by
+from ..data.flat_rows import FlatRows
 from ..evaluate.terminal import show
 from ..training import checkpoint
 from ..training.distributed import shard_blocks
@@ -197,7 +198,9 @@ def _fingerprint(work: Work) -> str:
     """Of what the recipe only points to: rows, labels, base."""
     digest = hashlib.sha256(json.dumps(work.task.describe(), sort_keys=True).encode())
     for examples in (work.train, work.valid):
-        for row in examples.inputs:
+        if isinstance(examples.inputs, FlatRows):
+            digest.update(examples.inputs.sha256().encode())
+        for row in () if isinstance(examples.inputs, FlatRows) else examples.inputs:
             for value in row.values():
                 digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
         for tensor in (examples.targets, examples.weights):

@@ -43,7 +43,10 @@ class ModelPart(Part):
 
 
 class DataPart(Part):
-    """Where the rows are.   columns: role -> column.   shift: name -> data from elsewhere, for the report alone."""
+    """Where the rows are.   columns: role -> column.   shift: name -> data from elsewhere, for the report alone.
+
+    in_memory: False leaves rows in their files.   cache: "off", or the folder where encoded rows are kept.
+    """
 
     train: str
     valid: str | None = None
@@ -51,6 +54,8 @@ class DataPart(Part):
     shift: dict[str, str] = Field(default_factory=dict)
     columns: dict[str, str] = Field(default_factory=dict)
     on_bad_row: Literal["fail", "skip"] = "fail"
+    in_memory: bool | None = None
+    cache: str | None = None
 
     @model_validator(mode="after")
     def _nothing_is_used_twice(self) -> Self:

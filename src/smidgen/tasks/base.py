@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Held
 from ..core.errors import DataError, RecipeError
+from ..data.flat_rows import FlatRows
 from ..data.read import read_splits
 from ..data.split import split
 from ..data.table import Problem, Table
@@ -49,7 +50,21 @@ class Examples:
         """The rows at these indices, in this order."""
         some = list(indices)
         weights = None if self.weights is None else self.weights[some]
-        return Examples([self.inputs[i] for i in some], self.targets[some], [self.lengths[i] for i in some], 0, weights)
+        inputs = self.inputs
+        inputs = inputs.select(some) if isinstance(inputs, FlatRows) else [inputs[i] for i in some]
+        return Examples(inputs, self.targets[some], [self.lengths[i] for i in some], 0, weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """What rows ready for the model follow from, beside the tokenizer: values of columns, and settings.
+
+    settings: as JSON has them; whatever `encode` looks at.   filler: for targets narrower than those of other rows.
+    """
+
+    columns: Sequence[str]
+    settings: Mapping[str, Any]
+    filler: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +244,16 @@ class Task(ABC):
     @abstractmethod
     def encode(self, table: Table) -> Examples:
         """Rows ready for the model; rows without labels too, for predicting."""
+
+    def encoding(self) -> Encoding | None:
+        """What `encode` makes of a table, where each row follows from itself and its inputs are lists of whole numbers:
+        many rows are then encoded a part at a time, held flat, and kept on disk for the next run.  None: all at once.
+        """
+        return None
+
+    def complete(self, table: Table, examples: Examples) -> Examples:
+        """Examples that were put together from parts, with what follows from all rows at once."""
+        return examples
 
     @abstractmethod
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:

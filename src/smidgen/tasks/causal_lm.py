@@ -8,6 +8,7 @@ share a row of fixed length, each with positions of its own, and none sees anoth
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from ..core.errors import DataError, RecipeError
 from ..data.conversations import ROLES, Kind, Shape, recognise
 from ..data.split import duplicate_groups
 from ..data.table import Table
-from .base import Asked, Batch, Examples, TaskModel
+from .base import Asked, Batch, Encoding, Examples, TaskModel
 from .judging import seen_before
 from .language.asking import AskingRows, in_words
 from .language.chat_template import ensure_template
@@ -26,6 +27,7 @@ from .language.likelihood import METRICS, LikelihoodTask
 from .language.token_rows import as_batch, as_examples, learns, pieces
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
 from .registry import task
+from .row_roles import GROUP_AND_WEIGHT, groups_of, mean_weight, row_columns, weights_of, without, wrong_roles
 from .text.rows import said_rows, some_of
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class CausalLM(LikelihoodTask):
     summary = "a language model that continues texts, completes prompts or answers in chats"
     may_shorten = False
     Settings = CausalLMSettings
-    roles = ROLES
+    roles = (*ROLES, *GROUP_AND_WEIGHT)
     peft_task_type = "CAUSAL_LM"
     split_words = "seeded, equal prompts kept together"
     largest_batch = 8
@@ -79,21 +81,29 @@ class CausalLM(LikelihoodTask):
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
-        shape = recognise(tables["train"], asked.columns)
+        beside = row_columns(tables["train"], asked, GROUP_AND_WEIGHT)
+        said = {role: name for role, name in asked.columns.items() if role not in beside}
+        shape = recognise(without(tables["train"], beside), said)
         tokenizer = load_tokenizer(asked.model, asked.revision)
         made = cls(tokenizer, shape, settings, asked.metric)
         asked.plan.decide("rows", None, in_words(shape), shape.reason)
         if shape.kind != "text":
             asked.plan.decide("chat template", None, *ensure_template(tokenizer))
+        made.row_columns = beside
+        if "group" in beside:
+            made.split_words = f'seeded, rows of one "{beside["group"]}" kept together'
         why = "a text has no answers" if shape.kind == "text" else "as task.loss_on says; what is asked is given"
         asked.plan.decide("learned tokens", None, "all" if made.rows.learns_all else "answers", why)
         return made
 
+    row_columns: Mapping[str, str] = MappingProxyType({})  # role of GROUP_AND_WEIGHT -> column
+    mean_weight: float | None = None  # of the training rows
+
     def check(self, table: Table) -> dict[int, str]:
-        return self.rows.check(table)
+        return wrong_roles(table, self.row_columns) | self.rows.check(table)
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        return duplicate_groups(self.rows.asked(table))
+        return groups_of(table, self.row_columns) or duplicate_groups(self.rows.asked(table))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
         what = "texts" if self.shape.kind == "text" else "prompts"
@@ -109,6 +119,7 @@ class CausalLM(LikelihoodTask):
         model = cast(LanguageModel, model)
         model.eval().check()
         self.packs = self._decide_packing(model, asked)
+        self.mean_weight = mean_weight(train, self.row_columns)
         if self.packs:
             limit = getattr(model.body.config, "max_position_embeddings", None) or 1 << 20
             size, _ = choose_max_length([limit], limit, asked.device)
@@ -126,16 +137,33 @@ class CausalLM(LikelihoodTask):
             asked.plan.decide("left out", None, share, f"no answer begins within {self.max_length} tokens")
 
     def _decide_packing(self, model: LanguageModel, asked: Asked) -> bool:
-        packs, why = decide_packing(self.settings.packing, self.shape.kind, model, asked.reserved)
+        why_not = "its prompt stands in front of the first document alone" if asked.reserved else None
+        if "weight" in self.row_columns:
+            why_not = "each has a weight of its own"
+        packs, why = decide_packing(self.settings.packing, self.shape.kind, model, why_not)
         return asked.plan.decide("packing", None if self.settings.packing == "auto" else packs, packs, why)
 
     # -- rows -------------------------------------------------------------------------------------------------------
+    def encoding(self) -> Encoding:
+        names = (*self.shape.columns.values(), self.row_columns.get("weight"))
+        settings = {
+            "columns": dict(self.shape.columns),
+            "kind": self.shape.kind,
+            "learns_all": self.rows.learns_all,
+            "packs": self.packs,
+            "keeps_rows": self.keeps_rows,
+            "max_length": self.max_length,
+            "mean_weight": self.mean_weight,
+        }
+        return Encoding(columns=list(filter(None, names)), settings=settings)
+
     def encode(self, table: Table) -> Examples:
         assert self.max_length is not None
         rows = self.rows.tokens(table)
         if self.packs and self.shape.kind == "text":
             rows = [piece for row in rows for piece in pieces(row, self.max_length)]
-        return as_examples(rows, self.max_length, packed=self.packs, keep_all=self.keeps_rows)
+        weights = weights_of(table, self.row_columns, self.mean_weight)
+        return as_examples(rows, self.max_length, weights, packed=self.packs, keep_all=self.keeps_rows)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         return as_batch(examples, indices, cast(int, self.tokenizer.pad_token_id or 0))

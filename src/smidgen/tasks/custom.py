@@ -89,7 +89,7 @@ class Custom(Task):
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def encode(self, table: Table) -> Examples:
-        rows: list[Row] = table.column("row")
+        rows: list[Row] = list(table.column("row"))
         found = []
         for start in range(0, len(rows), _AT_ONCE):
             some = [row.read() for row in rows[start : start + _AT_ONCE]]

@@ -12,6 +12,7 @@ losses of batches of different size cannot be compared.
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
 from torch import Tensor, nn
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from ..core.checks import require_above_zero, require_one_of, require_whole
 from ..core.errors import DataError
 from ..data.table import Table
-from .base import Asked, Batch, Example, Examples, Task, TaskModel
+from .base import Asked, Batch, Encoding, Example, Examples, Task, TaskModel
 from .judging import counted, seen_before
 from .loading import load_body, load_tokenizer, settle_length
 from .registry import task
+from .row_roles import groups_of, row_columns, without, wrong_roles
 from .text.objectives import Finding, Likeness, Objective, cosines
-from .text.pair_columns import ROLES, PairColumns, pair_columns, score_range
+from .text.pair_columns import ROLES, SIDES, PairColumns, pair_columns, score_range
 from .text.rows import said_rows, some_of
 from .text.sentence_pooling import Embedder, Pooling, as_trained, save_trained
 from .text.sides import Sides
@@ -69,7 +71,7 @@ class Embeddings(Task):
 
     summary = "vectors of texts, learned from pairs that belong together or have a score of similarity"
     Settings = EmbeddingsSettings
-    roles = ROLES
+    roles = (*ROLES, "group")
     split_words = "seeded, rows that share a text kept together"
     largest_batch = 64
 
@@ -100,7 +102,9 @@ class Embeddings(Task):
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         scored = None if settings.loss is None else settings.loss != "contrastive"
-        columns, reasons = pair_columns(tables["train"], asked.columns, scored=scored)
+        beside = row_columns(tables["train"], asked, ("group",))
+        said = {role: name for role, name in asked.columns.items() if role not in beside}
+        columns, reasons = pair_columns(without(tables["train"], beside), said, scored=scored)
         asked.decide_columns(columns, reasons)
         found: Loss = "cosent" if "score" in columns else "contrastive"
         why = "the pairs have scores" if "score" in columns else "no scores are given"
@@ -110,24 +114,35 @@ class Embeddings(Task):
         settings = replace(settings, loss=loss, **as_trained(asked, settings.pooling, prompts))
         scores = score_range(tables["train"].column(columns["score"])) if "score" in columns else (0.0, 1.0)
         made = cls(tokenizer, columns, settings, scores, asked.metric)
+        made.row_columns = beside
+        if "group" in beside:
+            made.split_words = f'seeded, rows of one "{beside["group"]}" kept together'
         if made.finds:
             made.notes.append("queries are ranked among the different documents of the rows that judge, and no others")
         return made
 
     def check(self, table: Table) -> dict[int, str]:
-        return self.columns.check(table, differ=self.finds and self._is_judged)
+        return wrong_roles(table, self.row_columns) | self.columns.check(table, differ=self.finds and self._is_judged)
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        """Rows that share a text, whichever side it is on, and rows that share one with those."""
+        """What the column "group" says; else rows that share a text, whichever side it is on, and rows that share one
+        with those.
+        """
+        if "group" in self.row_columns:
+            return groups_of(table, self.row_columns)
         return connected([row[:2] for row in self.columns.numbers(table).tolist()])
 
     def strata(self, table: Table) -> Sequence[Any] | None:
         return None if self.finds else self.columns.scores(table).tolist()
 
+    row_columns: Mapping[str, str] = MappingProxyType({})  # "group" -> column
+
     def remarks(self, train: Table, test: Table) -> list[str]:
         trained, judged = ([*self.columns.texts(some).values()][:2] for some in (train, test))
-        seen = {text for texts in trained for text in texts}
-        known = [next((text for text in texts if text in seen), None) for texts in zip(*judged, strict=True)]
+        pairs = list(zip(*judged, strict=True))
+        wanted = {text for pair in pairs for text in pair}
+        seen = {text for texts in trained for text in texts if text in wanted}
+        known = [next((text for text in pair if text in seen), None) for pair in pairs]
         return seen_before(seen, known, "rows, by one of their texts,")
 
     # -- the model --------------------------------------------------------------------------------------------------
@@ -139,6 +154,21 @@ class Embeddings(Task):
         self.max_length = settle_length(self.settings.max_length, lengths, model.body, self.tokenizer, asked)
 
     # -- rows -------------------------------------------------------------------------------------------------------
+    def encoding(self) -> Encoding:
+        texts = [self.columns.names[side] for side in SIDES if side in self.columns.names]
+        return Encoding(
+            columns=list(filter(None, [*texts, self.columns.names.get("score")])),
+            settings={
+                "sides": [side for side in SIDES if side in self.columns.names],
+                "prompts": [self.settings.query_prompt, self.settings.document_prompt],
+                "max_length": self.max_length,
+                "finds": self.finds,
+            },
+        )
+
+    def complete(self, table: Table, examples: Examples) -> Examples:
+        return replace(examples, targets=self.columns.numbers(table)) if self.finds else examples
+
     def encode(self, table: Table) -> Examples:
         targets = self.objective.targets(self.columns, table)
         return self.sides.examples(self.columns, table, targets, self.max_length)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..data.split import rows_seen
 from .base import Example
 
 
@@ -30,8 +31,7 @@ def contrasted(base: Tensor, tuned: Tensor, words: Callable[[int], tuple[str, st
 
 def seen_before(train: Iterable[Hashable], test: Sequence[Hashable], what: str) -> list[str]:
     """The remark that test rows stand in training too, if some do.   what: they are, "texts"."""
-    seen = set(train)
-    if not (again := sum(key in seen for key in test)):
+    if not (again := rows_seen(train, test)):
         return []
     return [
         f"{again} of {len(test)} test {what} stand in the training rows too: the figures are flattered by that much"

@@ -22,6 +22,7 @@ from ..data.table import Table
 from ..data.values import number
 from .base import Asked, Batch, Example, Examples, Task
 from .judging import contrasted, counted
+from .row_roles import groups_of, mean_weight, row_columns, weights_of, wrong_roles
 
 _METRICS = {"regression": ("spearman", "r2", "mae"), "multilabel": ("macro_f1", "micro_f1", "exact_match")}
 ROW_ROLES = ("group", "time", "weight")
@@ -42,6 +43,7 @@ class LabelledTask(Task):
     labels: Labels
     label_column: str | None
     row_columns: Mapping[str, str] = MappingProxyType({})  # role of ROW_ROLES -> column
+    mean_weight: float | None = None  # of the training rows
     balance: bool = False
     class_weights: Tensor | None = None
     centre: float = 0.0
@@ -68,10 +70,9 @@ class LabelledTask(Task):
 
     def take_rows(self, train: Table, asked: Asked, balance: bool) -> None:
         """Take what is said of rows beside their labels.  Raises DataError or RecipeError."""
-        self.row_columns = {role: name for role, name in asked.columns.items() if role in ROW_ROLES}
-        for role, name in self.row_columns.items():
-            train.column(name)  # is it there?
-            asked.plan.decide(f"{role} column", name, name, "")
+        self.row_columns = row_columns(train, asked, ROW_ROLES)
+        if "weight" in self.row_columns:
+            self.notes.append(f'Rows count by "{self.row_columns["weight"]}" in the loss; the figures count each once.')
         if "time" in self.row_columns:
             self.split_words = f'as the latest by "{self.row_columns["time"]}"'
         elif "group" in self.row_columns:
@@ -90,7 +91,7 @@ class LabelledTask(Task):
 
     def said_groups(self, table: Table) -> Sequence[Hashable] | None:
         """The column "group", if there is one."""
-        return table.column(self.row_columns["group"]) if "group" in self.row_columns else None
+        return groups_of(table, self.row_columns)
 
     def check_rows(self, table: Table) -> dict[int, str]:
         """What is wrong with the labels, times and weights of rows."""
@@ -101,11 +102,7 @@ class LabelledTask(Task):
             for i, time in enumerate(times):
                 if time in (None, "") or (number(time) is not None) != numbers:
                     problems[i] = f'column "{name}": {time!r:.40} is no {"number as the others" if numbers else "time"}'
-        if "weight" in self.row_columns:
-            name = self.row_columns["weight"]
-            for i, weight in enumerate(table.column(name)) if name in table.columns else ():
-                if (found := number(weight)) is None or found < 0:
-                    problems[i] = f'column "{name}": {weight!r:.40} is no weight; it must be a number of at least 0'
+        problems |= wrong_roles(table, self.row_columns)
         if self.label_column is not None:
             for i, value in enumerate(table.column(self.label_column)):
                 try:
@@ -139,15 +136,12 @@ class LabelledTask(Task):
         return torch.tensor(values, dtype=dtype)
 
     def weights_of(self, table: Table) -> Tensor | None:
-        """(N,), 1 on average; None where no column says them."""
-        name = self.row_columns.get("weight")
-        if name is None or name not in table.columns:
-            return None
-        weights = torch.tensor([number(value) for value in table.column(name)])
-        return weights / weights.mean().clamp_min(1e-12)
+        """(N,), 1 on average of the training rows; None where no column says them."""
+        return weights_of(table, self.row_columns, self.mean_weight)
 
     def learn_from(self, train: Table) -> None:
         """Let the head of a regression predict in units of the training targets, and let rare classes weigh more."""
+        self.mean_weight = mean_weight(train, self.row_columns)
         targets = self.targets_of(train)
         if self.balance:
             counts = torch.bincount(targets, minlength=len(self.labels.names))
@@ -255,6 +249,10 @@ class LabelledTask(Task):
                 line["probability"] = round(float(answers[i].softmax(0).max()), 4)
             lines.append(line)
         return lines
+
+    def encoding_of_labels(self) -> dict[str, Any]:
+        """The part of `encoding` that is about labels and weights."""
+        return {"kind": self.labels.kind, "labels": self.labels.names, "mean_weight": self.mean_weight}
 
     def describe_labels(self) -> dict[str, Any]:
         """The part of `describe` that is about labels."""

@@ -9,6 +9,7 @@ token, when it is judged, to a bounded number of rows.
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -18,7 +19,7 @@ from ..core.checks import require_whole
 from ..core.errors import RecipeError
 from ..data.split import duplicate_groups
 from ..data.table import Problem, Table
-from .base import Asked, Batch, Examples, TaskModel
+from .base import Asked, Batch, Encoding, Examples, TaskModel
 from .judging import seen_before
 from .language.likelihood import METRICS, LikelihoodTask
 from .language.pair_tokens import PairTokens
@@ -27,6 +28,7 @@ from .language.source_target import SourceTarget, by_language, source_and_target
 from .language.writing import RATIOS, SUMS, sums_of, written
 from .loading import choose_max_length, load_body, load_tokenizer, settle_length
 from .registry import task
+from .row_roles import GROUP_AND_WEIGHT, groups_of, mean_weight, row_columns, weights_of, without, wrong_roles
 from .text.rows import said_rows, some_of
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class Seq2Seq(LikelihoodTask):
     summary = "a text written to a text: summaries, translations"
     may_shorten = False
     Settings = Seq2SeqSettings
-    roles = ("source", "target")
+    roles = ("source", "target", *GROUP_AND_WEIGHT)
     peft_task_type = "SEQ_2_SEQ_LM"
     largest_batch = 8
     metrics_below = frozenset({*LikelihoodTask.metrics_below, "cer", "wer"})
@@ -91,15 +93,25 @@ class Seq2Seq(LikelihoodTask):
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
-        source, target, why = source_and_target(tables["train"], asked.columns)
+        beside = row_columns(tables["train"], asked, GROUP_AND_WEIGHT)
+        said = {role: name for role, name in asked.columns.items() if role not in beside}
+        source, target, why = source_and_target(without(tables["train"], beside), said)
         asked.decide_columns({"source": source, "target": target}, {"source": why, "target": why})
-        return cls(load_tokenizer(asked.model, asked.revision), SourceTarget(source, target), settings, asked.metric)
+        tokenizer = load_tokenizer(asked.model, asked.revision)
+        made = cls(tokenizer, SourceTarget(source, target), settings, asked.metric)
+        made.row_columns = beside
+        if "group" in beside:
+            made.split_words = f'seeded, rows of one "{beside["group"]}" kept together'
+        return made
+
+    row_columns: Mapping[str, str] = MappingProxyType({})  # role of GROUP_AND_WEIGHT -> column
+    mean_weight: float | None = None  # of the training rows
 
     def check(self, table: Table) -> dict[int, str]:
-        return self.columns.check(table)
+        return wrong_roles(table, self.row_columns) | self.columns.check(table)
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        return duplicate_groups(self.columns.sources(table))
+        return groups_of(table, self.row_columns) or duplicate_groups(self.columns.sources(table))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
         return seen_before(self.columns.sources(train), self.columns.sources(test), "sources")
@@ -114,6 +126,7 @@ class Seq2Seq(LikelihoodTask):
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
         model = cast(Seq2SeqModel, model)
+        self.mean_weight = mean_weight(train, self.row_columns)
         some = some_of(train, asked.seed)
         sources, targets = self._tokens(some)
         lengths = [len(ids) for ids in sources]
@@ -133,14 +146,25 @@ class Seq2Seq(LikelihoodTask):
     def _tokens(self, table: Table) -> tuple[list[list[int]], list[list[int]]]:
         return self.tokens.of(self.columns.sources(table), self.columns.targets(table))
 
+    def encoding(self) -> Encoding:
+        names = (self.columns.source, self.columns.target, self.row_columns.get("weight"))
+        settings = {
+            "prefix": self.settings.prefix,
+            "languages": [self.settings.source_language, self.settings.target_language],
+            "max_length": self.max_length,
+            "max_target_length": self.max_target_length,
+            "mean_weight": self.mean_weight,
+        }
+        return Encoding(columns=list(filter(None, names)), settings=settings)
+
     def encode(self, table: Table) -> Examples:
         assert self.max_length is not None
         assert self.max_target_length is not None
-        most = self.settings.written if self.writes else 0
-        return self.tokens.examples(*self._tokens(table), self.max_length, self.max_target_length, most)
+        weights = weights_of(table, self.row_columns, self.mean_weight)
+        return self.tokens.examples(*self._tokens(table), self.max_length, self.max_target_length, weights)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        return self.tokens.batch(examples, indices)
+        return self.tokens.batch(examples, indices, self.settings.written if self.writes else 0)
 
     # -- learning and judging ---------------------------------------------------------------------------------------
     def answer(self, outputs: Any, batch: Batch) -> Tensor:

@@ -24,11 +24,12 @@ from ..data.columns import Columns, guess_columns
 from ..data.labels import Kind, Labels, understand_labels
 from ..data.split import duplicate_groups
 from ..data.table import Table
-from .base import Asked, Batch, Examples, TaskModel
+from .base import Asked, Batch, Encoding, Examples, TaskModel
 from .judging import seen_before
 from .labelled import ROW_ROLES, LabelledTask, with_targets
 from .loading import load_body, load_tokenizer, settle_length
 from .registry import task
+from .row_roles import without
 from .text.classifiers import TextClassifier
 from .text.padding import padded
 from .text.rows import said_rows, some_of, wrong_texts
@@ -80,7 +81,8 @@ class TextClassification(LabelledTask):
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         said = {role: name for role, name in asked.columns.items() if role not in ROW_ROLES}
-        columns = guess_columns(tables["train"], **cast(Any, said))
+        beside = {role: name for role, name in asked.columns.items() if role in ROW_ROLES}
+        columns = guess_columns(without(tables["train"], beside), **cast(Any, said))
         asked.decide_columns(vars(columns), columns.reasons)
         assert columns.label is not None
         labels = understand_labels(tables["train"].column(columns.label), kind=settings.kind)
@@ -116,8 +118,14 @@ class TextClassification(LabelledTask):
         self.learn_from(train)
 
     def _texts(self, table: Table) -> tuple[list[str], list[str] | None]:
-        pairs = table.column(self.columns.text_pair) if self.columns.text_pair else None
-        return table.column(self.columns.text), pairs
+        pairs = list(table.column(self.columns.text_pair)) if self.columns.text_pair else None
+        return list(table.column(self.columns.text)), pairs
+
+    def encoding(self) -> Encoding:
+        names = (self.columns.text, self.columns.text_pair, self.label_column, self.row_columns.get("weight"))
+        return Encoding(
+            columns=list(filter(None, names)), settings={"max_length": self.max_length, **self.encoding_of_labels()}
+        )
 
     def encode(self, table: Table) -> Examples:
         texts, pairs = self._texts(table)

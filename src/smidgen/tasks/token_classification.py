@@ -20,7 +20,7 @@ from ..core.errors import DataError
 from ..data.conll import read_conll
 from ..data.split import duplicate_groups
 from ..data.table import Problem, Table
-from .base import Asked, Batch, Example, Examples, Task, TaskModel
+from .base import Asked, Batch, Encoding, Example, Examples, Task, TaskModel
 from .judging import contrasted, seen_before
 from .loading import load_body, load_tokenizer, settle_length
 from .registry import task
@@ -115,6 +115,11 @@ class TokenClassification(Task):
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
         lengths = self.sub_words.lengths(self.columns.words(some_of(train, asked.seed)))
         self.max_length = settle_length(self._said_length, lengths, model.body, self.tokenizer, asked, whole=True)
+
+    def encoding(self) -> Encoding:
+        names = (self.columns.tokens, self.columns.tags)
+        settings = {"max_length": self.max_length, "tags": self.tags.names, "tag_names": self.columns.tag_names}
+        return Encoding(columns=list(filter(None, names)), settings=settings, filler=NO_TAG)
 
     def encode(self, table: Table) -> Examples:
         tags = self.tags.numbers(self.columns.tag_rows(table), self.columns.words(table))

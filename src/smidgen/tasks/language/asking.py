@@ -11,6 +11,7 @@ from torch import nn
 
 from ...core.errors import DataError
 from ...data.conversations import Shape, before_answer
+from ...data.lazy import Lazy
 from ...data.table import Table
 from .chat_template import answers_in, encoded, rendered
 from .saying import opening, question, say
@@ -62,11 +63,11 @@ class AskingRows:
         ids = [row if end is None or row[-1:] == [end] else [*row, end] for row in found]
         return [(row, [IGNORED, *row[1:]]) for row in ids]
 
-    def asked(self, table: Table) -> list[str]:
+    def asked(self, table: Table) -> Sequence[str]:
         """What makes rows the same: the whole text, or all before the first answer."""
         if self.shape.kind == "text":
             return table.column(self.shape.columns["text"])
-        return [self.prompt(table, i) for i in range(len(table))]
+        return Lazy(lambda rows: [self.prompt(table, i) for i in rows], range(len(table)))
 
     def prompt(self, table: Table, i: int) -> str:
         """What a model is asked in a row, in words: all before the first answer, or how a text begins."""

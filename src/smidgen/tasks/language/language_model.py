@@ -83,7 +83,8 @@ class LanguageModel(TaskModel):
 
         handle = self.output_layer().register_forward_pre_hook(catch)
         try:
-            self.body(**{name: value for name, value in batch.items() if name != "targets"}, **self.call)
+            given = {name: value for name, value in batch.items() if name not in ("targets", "weights")}
+            self.body(**given, **self.call)
         finally:
             handle.remove()
         return caught[0][:, -batch["input_ids"].shape[1] :]  # a prompt in front has places too
@@ -142,11 +143,11 @@ class LanguageModel(TaskModel):
         return (ids % int(vocabulary))[None]
 
 
-def decide_packing(said: Packing, kind: Kind, model: LanguageModel, reserved: int) -> tuple[bool, str]:
-    """Whether rows of a kind share blocks, and why.   reserved: places of a prompt.  Raises RecipeError."""
+def decide_packing(said: Packing, kind: Kind, model: LanguageModel, why_not: str | None) -> tuple[bool, str]:
+    """Whether rows of a kind share blocks, and why.   why_not: if rows or method cannot.  Raises RecipeError."""
     if said == "off" or (said == "auto" and kind != "text"):
         return False, "batches are of rows of like length, so little is padded; a mask for each block would cost more"
-    why_not = "its prompt stands in front of the first document alone" if reserved else model.why_not_packed()
+    why_not = why_not or model.why_not_packed()
     if said == "on" and why_not:
         raise RecipeError(f"task.packing is on, but rows cannot share a block: {why_not}")
     return why_not is None, why_not or "documents share blocks and do not see each other; checked on this model"

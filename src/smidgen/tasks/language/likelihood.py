@@ -2,6 +2,8 @@
 
     perplexity = exp(sum of losses / tokens)
 
+A column "weight" says what rows count in the loss that is learned from, and in no figure.
+
 Answers: per row (summed loss, tokens to be learned, those of them that the model finds likeliest), and what else a
 task adds.
 """
@@ -28,7 +30,8 @@ class LikelihoodTask(Task):
     metrics_below = frozenset({"perplexity", "loss"})
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        return outputs["loss"].sum(), int(outputs["tokens"].sum())
+        losses = outputs["loss"] * batch["weights"] if "weights" in batch else outputs["loss"]
+        return losses.sum(), int(outputs["tokens"].sum())
 
     def answer(self, outputs: Any, batch: Batch) -> Tensor:
         """(rows, 3), as above."""

@@ -61,33 +61,36 @@ class PairTokens:
         targets: Sequence[list[int]],
         size: int,
         target_size: int,
-        written: int,
+        weights: Tensor | None = None,
     ) -> Examples:
-        """Rows ready for the model, cut to sizes.   written: so many of them at most, evenly spread, are written to."""
+        """Rows ready for the model, cut to sizes.   weights: (N,), what each row counts."""
         cut = sum(len(s) > size or len(t) > target_size for s, t in zip(sources, targets, strict=True))
         sources, targets = [self.cut(s, size) for s in sources], [self.cut(t, target_size) for t in targets]
-        every = math.ceil(len(sources) / written) if written else 0
-        inputs = [
-            {"input_ids": source, "targets": target, "written": every > 0 and i % every == 0}
-            for i, (source, target) in enumerate(zip(sources, targets, strict=True))
-        ]
+        inputs = [{"input_ids": s, "targets": t} for s, t in zip(sources, targets, strict=True)]
         counts = [sum(token != IGNORED for token in target) for target in targets]
         lengths = [len(source) + len(target) for source, target in zip(sources, targets, strict=True)]
-        return Examples(inputs, torch.tensor(counts), lengths, cut)
+        return Examples(inputs, torch.tensor(counts), lengths, cut, weights)
 
-    def batch(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        """The rows at these indices as `Seq2SeqModel` takes them, each side padded to its longest."""
+    def batch(self, examples: Examples, indices: Sequence[int], written: int) -> Batch:
+        """The rows at these indices as `Seq2SeqModel` takes them, each side padded to its longest.
+
+        written: of all examples so many at most, evenly spread, are written to.
+        """
+        every = math.ceil(len(examples) / written) if written else 0
 
         def padded(name: str, filler: int) -> Tensor:
             rows = [torch.tensor(examples.inputs[i][name]) for i in indices]
             return pad_sequence(rows, batch_first=True, padding_value=filler)
 
-        return {
+        batch = {
             "input_ids": padded("input_ids", cast(int, self.tokenizer.pad_token_id)),
             "attention_mask": (padded("input_ids", -1) != -1).long(),
             "targets": padded("targets", IGNORED),
-            "written": torch.tensor([examples.inputs[i]["written"] for i in indices]),
+            "written": torch.tensor([every > 0 and i % every == 0 for i in indices]),
         }
+        if examples.weights is not None:
+            batch["weights"] = examples.weights[list(indices)]
+        return batch
 
     def cut(self, ids: list[int], size: int) -> list[int]:
         """At most `size` tokens; the token that ends a text stays."""

@@ -1,13 +1,16 @@
 """Rows of a text and what is to be written to it: which columns hold them, as said, by usual names, or the only two."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ...core.errors import DataError
+from ...data.lazy import mapped
 from ...data.table import Table
 from ..text.rows import wrong_texts
 
+_SAMPLE = 2000  # rows looked at
 _PAIRS = (
     ("source", "target"),
     ("document", "summary"),
@@ -31,10 +34,10 @@ class SourceTarget:
         """What is wrong with rows."""
         return wrong_texts(table, (self.source, self.target))
 
-    def sources(self, table: Table) -> list[str]:
+    def sources(self, table: Table) -> Sequence[str]:
         return table.column(self.source)
 
-    def targets(self, table: Table) -> list[str] | None:
+    def targets(self, table: Table) -> Sequence[str] | None:
         """None where the table has none."""
         return None if self.target is None or self.target not in table.columns else table.column(self.target)
 
@@ -49,13 +52,18 @@ class SourceTarget:
 
 def by_language(table: Table) -> Table:
     """The same table with each column of translations as one column per language: "translation.en" ..."""
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, Sequence[Any]] = {}
     for name, values in table.columns.items():
-        if values and all(isinstance(value, dict) and len(value) > 1 for value in values):
-            columns |= {f"{name}.{key}": [value.get(key) for value in values] for key in values[0]}
+        some = [value for value in values[:_SAMPLE] if value is not None]
+        if some and all(isinstance(value, dict) and len(value) > 1 for value in some):
+            columns |= {f"{name}.{key}": mapped(values, partial(_of_language, key)) for key in some[0]}
         else:
             columns[name] = values
     return Table(columns, table.origins)
+
+
+def _of_language(key: str, value: Any) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
 
 
 def source_and_target(table: Table, said: Mapping[str, str]) -> tuple[str, str, str]:

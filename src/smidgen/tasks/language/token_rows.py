@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from ..base import Batch, Examples
 from ..text.padding import padded
@@ -16,13 +17,19 @@ IGNORED = -100  # the target of a token that is not learned
 Tokens = tuple[list[int], list[int]]  # ids; targets: the id itself where it is to be learned, else IGNORED
 
 
-def as_examples(rows: Sequence[Tokens], size: int, *, packed: bool, keep_all: bool) -> Examples:
-    """Rows cut to `size` tokens, each alone or in blocks of that size; without those that have nothing to learn."""
+def as_examples(
+    rows: Sequence[Tokens], size: int, weights: Tensor | None = None, *, packed: bool, keep_all: bool
+) -> Examples:
+    """Rows cut to `size` tokens, each alone or in blocks of that size; without those that have nothing to learn.
+
+    weights: (N,), what each row counts; of rows in blocks None.
+    """
     cut = sum(len(ids) > size for ids, _ in rows)
-    rows = [(ids[:size], targets[:size]) for ids, targets in rows if keep_all or learns(targets[:size])]
+    kept = [i for i, (_, targets) in enumerate(rows) if keep_all or learns(targets[:size])]
+    rows, weights = [(rows[i][0][:size], rows[i][1][:size]) for i in kept], None if weights is None else weights[kept]
     inputs = blocks(rows, size) if packed else [{"input_ids": ids, "targets": targets} for ids, targets in rows]
     counts = [sum(target != IGNORED for target in row["targets"]) for row in inputs]
-    return Examples(inputs, torch.tensor(counts), [len(row["input_ids"]) for row in inputs], cut)
+    return Examples(inputs, torch.tensor(counts), [len(row["input_ids"]) for row in inputs], cut, weights)
 
 
 def as_batch(examples: Examples, indices: Sequence[int], filler: int) -> Batch:
@@ -30,6 +37,8 @@ def as_batch(examples: Examples, indices: Sequence[int], filler: int) -> Batch:
     batch = padded(examples, indices, {"input_ids": filler, "targets": IGNORED})
     if "position_ids" in batch:
         del batch["attention_mask"]  # padding stands at position 0 each: documents of one token
+    if examples.weights is not None:
+        batch["weights"] = examples.weights[list(indices)]
     return batch
 
 

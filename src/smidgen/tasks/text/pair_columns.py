@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...core.errors import DataError, RecipeError
 from ...data.columns import guess_columns
+from ...data.lazy import joined
 from ...data.split import duplicate_groups
 from ...data.table import Table
 from ...data.values import number
@@ -35,13 +36,13 @@ class PairColumns:
         """The texts that a row of this table has."""
         return [side for side in SIDES if self.names.get(side) in table.columns]
 
-    def texts(self, table: Table) -> dict[Side, list[str]]:
+    def texts(self, table: Table) -> dict[Side, Sequence[str]]:
         return {side: table.column(self.names[side]) for side in self.sides(table)}
 
     def numbers(self, table: Table) -> Tensor:
         """The number of each text, (N, S)."""
-        sides = self.texts(table).values()
-        return torch.tensor(duplicate_groups([text for texts in sides for text in texts])).view(len(sides), -1).T
+        sides = list(self.texts(table).values())
+        return torch.tensor(duplicate_groups(joined(sides))).view(len(sides), -1).T
 
     def scores(self, table: Table) -> Tensor:
         """(N,); zeros where the table has none."""
@@ -116,6 +117,6 @@ def _fit(columns: Mapping[str, str], scored: bool | None) -> None:
 
 
 def _are_scores(values: Sequence[Any]) -> bool:
-    """True if nine in ten are numbers, and not all the same."""
+    """True if most are numbers, and not all the same; the others are then bad rows."""
     found = [value for score in values if (value := number(score)) is not None]
-    return len(found) >= 0.9 * len(values) and len(set(found)) > 1
+    return len(found) > 0.5 * len(values) and len(set(found)) > 1

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from ...core.errors import DataError, nearest
 from ...data.labels import check_text
+from ...data.lazy import mapped
 from ...data.table import Table
 from .spans import Tags
 
@@ -30,15 +31,15 @@ class WordColumns:
     document: str | None = None
     tag_names: tuple[str, ...] = ()
 
-    def words(self, table: Table) -> list[list[str]]:
+    def words(self, table: Table) -> Sequence[list[str]]:
         """The words of each row, once they are checked."""
         return table.column(self.tokens)
 
-    def tag_rows(self, table: Table) -> list[list[str]] | None:
+    def tag_rows(self, table: Table) -> Sequence[list[str]] | None:
         """The tags of each row by name; no tags where a row has no list of them.  None where there is no column."""
         if self.tags is None or self.tags not in table.columns:
             return None
-        return [self._named(value) or [] for value in table.columns[self.tags]]
+        return mapped(table.columns[self.tags], lambda value: self._named(value) or [])
 
     def _named(self, value: Any) -> list[str] | None:
         """Tags as names.  None for what is no list of strings, or of numbers that have a name."""
@@ -50,11 +51,11 @@ class WordColumns:
             return [self.tag_names[tag] for tag in value]
         return None
 
-    def sentences(self, table: Table) -> list[str]:
+    def sentences(self, table: Table) -> Sequence[str]:
         """The words of each row as a text."""
-        return [" ".join(words) for words in self.words(table)]
+        return mapped(self.words(table), " ".join)
 
-    def documents(self, table: Table) -> list[Hashable] | None:
+    def documents(self, table: Table) -> Sequence[Hashable] | None:
         """Which document each row is of; None where nothing says."""
         return None if self.document is None else table.column(self.document)
 
