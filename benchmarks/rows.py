@@ -1,6 +1,6 @@
 """A batch of 32 rows in which rows have adapters of their own, beside HF PEFT's `adapter_names`.
 
-One Linear(2048, 2048) without bias, and a Llama of hidden 1024 with 4 layers; LoRA of rank 16 on every linear layer.
+One Linear(2048, 2048) without bias, and a Llama of hidden 2048 with 2 layers; LoRA of rank 16 on every linear layer.
 Decode is one token for each row; prefill 64 for the layer, 32 for the model. CPU time of one thread, over the base
 layer or model in the same round. "In turn" activates another composition before every call and counts it: the same 32
 adapters in other rows, one row with an adapter that was not there, or 32 drawn from the 50 that are loaded.
@@ -49,7 +49,7 @@ class Layer(nn.Module):
 
 
 def small_llama(dtype: torch.dtype) -> nn.Module:
-    return llama(hidden=1024, layers=4, feed_forward=2816, heads=16, dtype=dtype)
+    return llama(hidden=2048, layers=2, feed_forward=5632, heads=32, dtype=dtype)
 
 
 class Twins:

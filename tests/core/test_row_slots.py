@@ -296,6 +296,40 @@ def test_a_row_less_or_more_copies_no_others(written: list[int]):
 
 
 @torch.no_grad()
+def test_a_larger_rank_that_left_stays_as_zeros_up_to_twice_what_is_needed(written: list[int]):
+    model, adapters = made()
+    for parts, rank in ((("a", "d"), 3), (("a", "b"), 3), (("c", None), 1)):
+        adapters.activate(Rows(*parts))
+        x = torch.randn(2, 3)
+        torch.testing.assert_close(model(x), alone(model, adapters, Rows(*parts), x), rtol=1e-5, atol=1e-5)
+        assert slots_of(model).A.shape[1] == rank
+
+
+@torch.no_grad()
+def test_an_error_while_copying_leaves_nothing_half_done(monkeypatch: pytest.MonkeyPatch):
+    model, adapters = made()
+    x = torch.randn(3, 3)
+    adapters.activate(Rows("a", "b", None))
+    before = model(x)
+    perturb(adapters, "a", "b")
+    after = alone(model, adapters, Rows("a", "b", None), x)
+    zero = torch.Tensor.__setitem__
+    calls = iter(range(100))
+
+    def fails(tensor: Tensor, *rest: Any) -> None:
+        if next(calls) == 5:
+            raise RuntimeError("out of memory")
+        zero(tensor, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__setitem__", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(x)
+    torch.testing.assert_close(model(x), after, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(before, after)
+
+
+@torch.no_grad()
 def test_copies_go_with_the_adapters_they_are_of():
     model, adapters = made()
     layer: Any = model[0]  # type: ignore[index]

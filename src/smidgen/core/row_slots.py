@@ -122,6 +122,7 @@ class Slots:
         self.content: tuple[Terms, ...] = ()
         self.order: tuple[int, ...] = ()
         self.layer = self.watch = _Source()
+        self.watched: set[Terms] = set()
         self.outdated = False
 
     def __reduce__(self) -> Any:
@@ -149,8 +150,12 @@ class Slots:
         return self.A[: len(content)], self.B[: len(content)], self.scale
 
     def _fill(self, content: tuple[Terms, ...], dtype: torch.dtype, device: torch.device) -> None:
-        same = self.layer.is_as_seen()
-        known = {terms: source for terms, source in self.sources.items() if same and source.is_as_seen()}
+        if self.watch.is_as_seen() and self.sources.keys() <= self.watched:
+            known = self.sources
+        else:
+            same = self.layer.is_as_seen()
+            known = {terms: source for terms, source in self.sources.items() if same and source.is_as_seen()}
+        self.content = ()  # until all of it is here
         if not known:
             self.scale = _scale_of(content)
         new = {terms: _factors(terms, self.scale) for terms in content if terms not in known}
@@ -171,15 +176,13 @@ class Slots:
         standing = dict.fromkeys(terms for terms in self.held if terms)
         self.sources = {terms: known[terms] if terms in known else _source_of(terms) for terms in standing}
         self.ranks = {terms: self.ranks[terms] for terms in standing}
-        own = site.layer._parameters
-        self.layer = _Source.of(
-            (own, name) for name in own if own[name] is not None
-        )  # factors may come from the weight
-        self.watch = _Source.joined([self.layer, *(self.sources[terms] for terms in dict.fromkeys(content))])
-        self.content = content
+        own = site.layer._parameters  # factors may come from the weight, where it is a plain one
+        self.layer = _Source.of((own, name) for name, tensor in own.items() if type(tensor) is nn.Parameter)
+        self.watched, self.content = set(content), content
+        self.watch = _Source.joined([self.layer, *(self.sources[terms] for terms in self.watched)])
 
     def _put(self, slot: int, terms: Terms, A: Tensor, B: Tensor) -> None:
-        R = len(A)
+        R, self.held[slot] = len(A), None
         self.A[slot, :R], self.B[slot, :, :R] = A, B
         self.A[slot, R:], self.B[slot, :, R:] = 0, 0
         self.held[slot] = terms
