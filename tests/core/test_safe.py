@@ -91,6 +91,17 @@ def test_every_tensor_read_begins_at_a_cache_line(tmp_path):
     assert {tensor.data_ptr() % 64 for tensor in read.values() if tensor.numel()} == {0}
 
 
+def test_a_file_for_which_there_is_no_memory_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    safe.write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(3, 5)})
+
+    def full(*arguments: object, **more: object) -> None:
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(safe, "_fresh", full)
+    with pytest.raises(FolderError, match="holds 60 bytes, more than there is memory for"):
+        safe.read_tensors(tmp_path / "x.safetensors")
+
+
 def test_the_checksum_is_over_dtype_shape_and_bytes():
     tensor = torch.tensor([[1.0, 2.0, 3.0]])
     assert safe.checksum(tensor) == f"crc32:{zlib.crc32(b'F32 [1, 3]' + bytes([10]) + tensor.numpy().tobytes()):08x}"

@@ -126,7 +126,11 @@ def read_tensors(
     _require(not missing, path, f"has no tensor {', '.join(missing)}")
     sizes = {name: header.tensors[name].end - header.tensors[name].begin for name in wanted}
     begins = itertools.accumulate(map(_whole_lines, sizes.values()), initial=0)
-    memory, tensors = _fresh(sum(map(_whole_lines, sizes.values()))), {}
+    tensors = {}
+    try:
+        memory = _fresh(sum(map(_whole_lines, sizes.values())))
+    except (OSError, RuntimeError) as error:
+        raise FolderError(f"{path}: holds {sum(sizes.values())} bytes, more than there is memory for") from error
     with _open(path) as file:
         _require(os.fstat(file.fileno()).st_size == header.size_bytes, path, "changed while it was read")
         for (name, size), begin in zip(sizes.items(), begins, strict=False):
