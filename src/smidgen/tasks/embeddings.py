@@ -191,7 +191,7 @@ class Embeddings(Task):
         return None if values is None else counted(values[self.metric])
 
     def contrasts(self, table: Table, targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
-        return self.objective.contrasts([*self.columns.texts(table).values()], targets, base, tuned)
+        return self.objective.contrasts([*map(list, self.columns.texts(table).values())], targets, base, tuned)
 
     # -- using a result ---------------------------------------------------------------------------------------------
     def describe(self) -> dict[str, Any]:
