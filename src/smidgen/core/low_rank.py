@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .adapter import AdditiveAdapter, Call
 from .kernels import frozen_linear_low_rank
 from .layers import ConvKind
+from .quantised_linear import QuantisedLinear, is_quantised_linear, quantised_linear
 from .site import Site
 
 
@@ -38,7 +39,8 @@ class LowRankAdapter(AdditiveAdapter):
     ) -> None:
         super().__init__(site)
         self.scale, self.dropout, self.dropout_on = scale, dropout, dropout_on
-        self.plain = site.storage.plain
+        self.plain = site.storage.plain or isinstance(site.layer, QuantisedLinear)
+        self._fuses = type(self).fused is LowRankAdapter.fused
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R), differentiable, in fp32 or better."""
@@ -52,6 +54,8 @@ class LowRankAdapter(AdditiveAdapter):
                 shape = x.shape[-1:] if self.dropout_on == "features" else (x.numel() // x.shape[-1], x.shape[-1])
                 scale, mask = scale / (1 - self.dropout), self._mask(shape, x.device)
             return self.fused(x, self.site.stored, self.site.bias, scale, mask)
+        if self.plain and is_quantised_linear(call) and self._fuses and not (self.training and self.dropout):
+            return quantised_linear(x, cast(QuantisedLinear, self.site.layer), *self.factors(), self.scale)
         if self.plain and takes_change(self.site, call, x) and not (self.training and self.dropout):
             return with_change(self.site, x, self.weight_delta(slice(None)))
         return super().forward(call, x, *args, **kwargs)
