@@ -24,7 +24,9 @@ from .errors import ConfigError, require
 BLOCK = 64  # entries of a row that share a scale
 _SCALES = 256  # such scales that share one
 Pieces = dict[str, Tensor]
-Read = Callable[[slice, slice], Tensor]  # rows and columns, the latter from a multiple of BLOCK -> (rows, columns), fp32
+Read = Callable[
+    [slice, slice], Tensor
+]  # rows and columns, the latter from a multiple of BLOCK -> (rows, columns), fp32
 
 
 def normal_float() -> Tensor:
@@ -158,7 +160,7 @@ def blocks_of(size: int, width: int, device: torch.device) -> list[slice]:
 
 def in_blocks(W: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """A dense weight (O, I) block by block."""
-    return ((rows, W[rows]) for rows in blocks_of(*W.shape, W.device))
+    return ((rows, W[rows]) for rows in blocks_of(W.shape[0], W.shape[1], W.device))
 
 
 _VALUES = normal_float()

@@ -162,7 +162,7 @@ class QuantisedLinear(nn.Linear):
             return tensor.to(new.device) if id(tensor) in kept and new.dtype != tensor.dtype else new
 
         dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.packed.device)).dtype
-        super()._apply(moved, recurse)
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         self.weight_dtype = dtype
         return self
 
@@ -188,22 +188,6 @@ def quantise_(layer: nn.Linear, format: Format, W: Tensor | None = None, device:
         layer.register_buffer(name, piece)
     layer.__dict__ |= {"format_name": format.name, "weight_dtype": dtype}
     layer.__class__ = QuantisedLinear
-
-
-def make_dense_(layer: QuantisedLinear, dtype: torch.dtype | None = None) -> None:
-    """Make a quantised layer without adapters, the same object, a plain nn.Linear with the weight it has now."""
-    W = nn.Parameter(layer.dense(_WHOLE, dtype), requires_grad=False)
-    for name in list(layer.pieces):
-        del layer._buffers[name]
-    for name in ("format_name", "weight_dtype"):
-        del layer.__dict__[name]
-    rest = dict(layer._parameters)
-    layer._parameters.clear()
-    layer._parameters.update({"weight": W, **rest})  # in the order in which nn.Linear has them
-    bias = rest["bias"]
-    if bias is not None:
-        bias.data = bias.data.to(W.dtype)
-    layer.__class__ = cast(Any, nn.Linear)
 
 
 def quantised_linear(
@@ -268,7 +252,7 @@ class _QuantisedLinear(torch.autograd.Function):
         dx = db = dA = dB = None
         if A is not None:
             g = torch.mm(dy_rows, _as(B, dy)).mul_(ctx.scale)  # (N, R)
-        if ctx.needs_input_grad[2]:
+        if g is not None and ctx.needs_input_grad[2]:
             dA = torch.mm(g.T, x.reshape(-1, x.shape[-1])).to(A.dtype)
         if ctx.needs_input_grad[3]:
             dB = torch.mm(h.T, dy_rows).mul_(ctx.scale).T.to(B.dtype)
@@ -317,7 +301,7 @@ class QuantisedStorage(WeightStorage):
     name = "quantised"
 
     def matches(self, weight: Tensor) -> bool:
-        return type(weight) is QuantisedWeight
+        return isinstance(weight, QuantisedWeight)
 
     def read(self, weight: Tensor) -> Tensor:
         return weight  # of which W[rows] makes these rows dense and no others

@@ -33,7 +33,10 @@ class WeightStorage:
 
     def writable(self, weight: Tensor) -> Tensor:
         """The tensor to write merged rows into.  Raises MergeError if this backend cannot be written."""
-        raise MergeError(f"a weight held as {self.name} cannot be merged into: keep the adapter attached")
+        raise MergeError(
+            f"a weight held as {self.name} cannot be merged into: keep the adapter attached, or make plain "
+            'layers of all that are held in few bits: merge(into="dense")'
+        )
 
 
 class DenseStorage(WeightStorage):
