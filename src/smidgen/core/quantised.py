@@ -4,7 +4,7 @@
            c = q t + m                      q: 8 bits, one t for 256 blocks, one m: double quantisation
     int8   W[o, i] = c[o] k                 k: 8 bits                     c: the row's largest magnitude / 127
 
-v: quantiles of the normal distribution, so that every value is used as often where weights are normal; 0 is one of them.
+v: quantiles of the normal distribution: of normal weights each takes as many, and 0 stays 0.
 Dettmers et al. 2023, arXiv:2305.14314, section 3 and appendix E.  There q is a float of 8 bits; evenly spaced ones
 lose less here.  int8: Dettmers et al. 2022, arXiv:2208.07339, of the weight alone.
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import NonFiniteError, require
 from .quantised import Format, Pieces, Read, blocks_of, format_named, in_blocks
 from .site import compute_dtype
 from .storage import WeightStorage, register_storage
@@ -174,14 +175,16 @@ class QuantisedLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def quantise_(layer: nn.Linear, format: Format, W: Tensor | None = None, device: torch.device | None = None) -> None:
+def quantise_(layer: nn.Linear, format: Format, W: Tensor | None = None) -> None:
     """Make a linear layer, the same object, a quantised one.
 
-    W: its weight, if it is not the one that the layer has now, which may be on the meta device.   device: for the
-    pieces, if not W's.
+    W: its weight, if it is not the one that the layer has now, which may be on the meta device.
+    Raises NonFiniteError, and then has changed nothing.
     """
     own = layer.weight.detach() if W is None else W
-    pieces = format.quantised((own.shape[0], own.shape[1]), in_blocks(own), device or own.device)
+    pieces = format.quantised((own.shape[0], own.shape[1]), in_blocks(own), own.device)
+    whole = all(bool(torch.isfinite(piece).all()) for piece in pieces.values() if piece.is_floating_point())
+    require(whole or own.is_meta, "a weight holds NaN or infinity, so it cannot be quantised", NonFiniteError)
     dtype = own.dtype if W is None else layer.weight.dtype
     del layer._parameters["weight"]
     for name, piece in pieces.items():
@@ -288,6 +291,20 @@ def _by_columns(dy: Tensor, read: Read, fan_in: int) -> Tensor:
 
 def _as(factor: Tensor, x: Tensor) -> Tensor:
     return factor.to(x.dtype)
+
+
+def own_weights(layer: nn.Module) -> dict[str, Tensor]:
+    """The layer's own parameters by name, a weight in few bits among them, in nn.Linear's order."""
+    held = {"weight": cast(Tensor, layer.weight)} if isinstance(layer, QuantisedLinear) else {}
+    return held | {name: p for name, p in layer._parameters.items() if p is not None}
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Numbers in all parameters, those of weights in few bits as if they were plain."""
+    held = sum(
+        layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, QuantisedLinear)
+    )
+    return held + sum(p.numel() for p in model.parameters())
 
 
 def is_quantised_linear(call: Callable[..., Any]) -> bool:

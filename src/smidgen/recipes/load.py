@@ -28,6 +28,7 @@ FLAGS = {  # flag -> key
     "--text-pair-column": "data.columns.text_pair",
     "--label-column": "data.columns.label",
     "--on-bad-row": "data.on_bad_row",
+    "--quantize": "model.quantize",
     "--task": "task.name",
     "--max-length": "task.max_length",
     "--method": "method.name",

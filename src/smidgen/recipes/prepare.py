@@ -4,7 +4,7 @@ Nothing here takes long, and whatever is wrong with data or model is found here,
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +12,10 @@ import torch
 from ..auto.plan import Plan
 from ..core.errors import DataError
 from ..core.prompt_method import PromptMethod
+from ..core.quantised_linear import parameter_count
 from ..data.table import Problem, Table
 from ..tasks.base import Asked, Examples, Task, TaskModel
+from ..tasks.loading import hold_as_asked
 from ..tasks.models import locate
 from ..tasks.registry import task_said
 from .schema import DataPart, Recipe
@@ -62,8 +64,9 @@ class Work:
 def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work:
     """Read, check, split, load.  Raises DataError, ModelError or RecipeError naming all that is wrong."""
     kind, settings, method = task_said(recipe.task.name), recipe.task.build(), recipe.method_object()
+    located = locate(recipe.model.path)  # first: a wrong name is found in milliseconds
     asked = Asked(
-        model=locate(recipe.model.path),  # first: a wrong name is found in milliseconds
+        model=replace(located, quantize=recipe.model.quantize),
         plan=plan,
         device=device,
         seed=seed,
@@ -91,7 +94,11 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
             + (" ..." if len(problems) > 3 else "")
         )
     data = _divide(checked, task, plan, seed, notes)
-    model = task.build(asked).to(device).train()
+    model = task.build(asked)
+    if (held := hold_as_asked(model.body, asked.model)) is not None:
+        plan.decide("base weights", None, held.format, str(held))
+        notes += [f"The base is quantised: {held}", *asked.model.notes]
+    model = model.to(device).train()
     task.settle(model, data.train, asked)
     work = Work(
         recipe=recipe,
@@ -103,7 +110,7 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
         valid=task.encode(data.valid),
         test=task.encode(data.test),
         shift={name: task.encode(table) for name, table in data.shift.items()},
-        total_parameters=sum(p.numel() for p in model.parameters()),
+        total_parameters=parameter_count(model),
     )
     data.notes[:0] = task.notes  # whenever in all this it found something to say
     return work
