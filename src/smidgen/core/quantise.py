@@ -110,12 +110,12 @@ def load_quantised(
     if any(id(holders) not in found for holders in places.values()):
         return None
     for path, name, own in found.values():
-        W = read_tensors(path, headers[path], [name])[name]
         layer = chosen.get(own.removesuffix(".weight")) if own.endswith("weight") else None
+        tensors = read_tensors(path, headers[path], [name])
         if layer is None:
-            _fill(places[own], W)
+            _fill(places[own], tensors.pop(name))
         else:
-            quantise_(layer, format_named(format), W)
+            quantise_(layer, format_named(format), tensors.pop(name))  # held by nobody when the next one is read
     return _quantised(model, format, left)
 
 
