@@ -15,7 +15,7 @@ from smidgen.core import quantise as module
 from smidgen.core.errors import AttachError, ConfigError, FolderError, MergeError, TargetError
 from smidgen.core.fingerprint import fingerprint, same_base
 from smidgen.core.quantise import load_quantised, quantised_of
-from smidgen.core.quantised_linear import QuantisedLinear, parameter_count
+from smidgen.core.quantised_linear import QuantisedLinear, parameter_count, pieces_of
 from smidgen.core.safe import write_tensors
 from smidgen.core.storage import storage_of
 
@@ -112,6 +112,19 @@ def test_a_model_without_linear_layers_is_refused_with_what_it_has():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     with pytest.raises(TargetError, match=r"has no linear layer to quantise: it has 2 Conv2d\. Use it unquantised"):
         smidgen.quantise(model)
+
+
+def test_a_tied_layer_that_is_named_is_refused():
+    with pytest.raises(TargetError, match="head: its weight is tied to another layer's"):
+        smidgen.quantise(Net(tied=True), targets="head")
+
+
+def test_the_names_of_the_pieces_are_those_of_the_state_dict():
+    model = Net()
+    smidgen.quantise(model, "int8")
+    names = pieces_of(model)
+    assert names == ["up.packed", "up.scales", "down.packed", "down.scales"]
+    assert set(names) <= set(model.state_dict())
 
 
 def test_under_adapters_it_is_refused():
@@ -331,6 +344,19 @@ def test_bitsandbytes_layers_are_read_adapted_and_merged_into_plain_ones():
     model = nn.Sequential(layer.to("cpu"))
     assert storage_of(layer.weight).name == "bitsandbytes 4-bit"
     _merges(model, plain, 0.12)
+
+
+def test_bitsandbytes_eight_bits_are_merged_into_plain_layers_also_after_a_call():
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    plain = nn.Linear(128, 96)
+    layer = bitsandbytes.nn.Linear8bitLt(128, 96, has_fp16_weights=False)
+    layer.load_state_dict(plain.state_dict())
+    model = nn.Sequential(layer.to("cpu"))
+    adapters = attach(model, LoRA(rank=2, targets=["0"]), seed=0)
+    model(torch.randn(4, 128))
+    adapters.merge(into="dense")
+    assert type(model[0]) is nn.Linear
+    assert (model[0].weight - plain.weight).norm() <= 0.02 * plain.weight.norm()
 
 
 def test_torchaos_tensors_are_read_adapted_and_merged_into_plain_ones():

@@ -23,6 +23,8 @@ from .site import Site
 from .storage import storage_of
 from .targets import Targets, head_modules, modules_of
 
+_TIED = "its weight is tied to another layer's"
+
 
 @dataclass(frozen=True)
 class Quantised:
@@ -77,6 +79,8 @@ def quantisable(
     require(
         not adapted, f"{', '.join(adapted[:5])}: adapters live there. Quantise the base first, then attach", AttachError
     )
+    tied = [path for path, layer in chosen.items() if _holders(model)[id(layer.weight)] > 1]
+    require(not tied, f"{', '.join(tied[:5])}: {_TIED}, which would go on without it. Leave it out", TargetError)
     if not chosen:
         kinds = Counter(type(module).__name__ for _, module in modules_of(model) if "weight" in module._parameters)
         there = ", ".join(f"{count} {name}" for name, count in kinds.most_common(5)) or "no weights"
@@ -88,9 +92,7 @@ def quantisable(
     return chosen, left
 
 
-def load_quantised(
-    model: nn.Module, files: Iterable[Path], format: str, targets: Targets | None = None
-) -> Quantised | None:
+def load_quantised(model: nn.Module, files: Iterable[Path], format: str) -> Quantised | None:
     """Fill a model whose parameters are on the meta device from safetensors files, quantising what is to be.
 
     One tensor stands in memory in full at a time, beside what was made of those before.  Parameters get the dtype that
@@ -98,7 +100,7 @@ def load_quantised(
     None, with nothing changed, unless names and shapes in the files are those that the model has.
     Raises FolderError where a file is damaged, TargetError if there is nothing to quantise.
     """
-    chosen, left = quantisable(model, format, targets)
+    chosen, left = quantisable(model, format)
     places, found = _places(model), {}
     headers = {path: read_header(path) for path in files}
     for path, header in headers.items():
@@ -165,8 +167,7 @@ def _name_in(model: nn.Module, name: str, places: Mapping[str, object]) -> str |
 
 def _by_default(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     head, wide = head_modules(model), getattr(model, "_keep_in_fp32_modules", None) or ()
-    held = Counter(id(p) for _, module in modules_of(model) for p in module._parameters.values() if p is not None)
-    chosen, left = {}, {}
+    held, chosen, left = _holders(model), {}, {}
     for path, module in modules_of(model):
         if not isinstance(module, nn.Linear):
             continue
@@ -174,7 +175,7 @@ def _by_default(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]
         if any(path == h or path.startswith(h + ".") for h in head):
             reason = "part of the head"
         elif held[id(module._parameters.get("weight"))] > 1:
-            reason = "its weight is tied to another layer's"
+            reason = _TIED
         elif any(part in wide for part in path.split(".")):
             reason = "the model keeps it in float32"
         if reason is None:
@@ -182,6 +183,11 @@ def _by_default(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]
         else:
             left[path] = reason
     return chosen, left
+
+
+def _holders(model: nn.Module) -> Counter[int]:
+    """In how many places each parameter is."""
+    return Counter(id(p) for _, module in modules_of(model) for p in module._parameters.values() if p is not None)
 
 
 def _reason(site: Site) -> str | None:

@@ -99,5 +99,6 @@ def _make_dense(layer: nn.Module, W: Tensor) -> None:
     layer._parameters.update({"weight": nn.Parameter(W, requires_grad=False), **rest})  # in nn.Linear's order
     if isinstance(layer, QuantisedLinear):
         layer._buffers.clear()
-        del layer.__dict__["format_name"], layer.__dict__["weight_dtype"]
+    for name in ("format_name", "weight_dtype", "quant_state", "state"):  # ours, bitsandbytes'
+        layer.__dict__.pop(name, None)
     layer.__class__ = mechanism.adapted(nn.Linear) if mechanism.is_adapted(layer) else nn.Linear

@@ -12,7 +12,7 @@ import torch
 from ..auto.plan import Plan
 from ..core.errors import DataError
 from ..core.prompt_method import PromptMethod
-from ..core.quantised_linear import parameter_count
+from ..core.quantised_linear import parameter_count, pieces_of
 from ..data.table import Problem, Table
 from ..tasks.base import Asked, Examples, Task, TaskModel
 from ..tasks.loading import hold_as_asked
@@ -97,6 +97,7 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
     model = task.build(asked)
     if (held := hold_as_asked(model.body, asked.model)) is not None:
         plan.decide("base weights", None, held.format, str(held))
+        model.__dict__["_ddp_params_and_buffers_to_ignore"] = pieces_of(model)  # else sent before every step
         notes += [f"The base is quantised: {held}", *asked.model.notes]
     model = model.to(device).train()
     task.settle(model, data.train, asked)
