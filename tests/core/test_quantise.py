@@ -1,7 +1,6 @@
 """A model held in few bits: which layers, read without the whole ever being in memory, adapted and merged."""
 
 import copy
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -191,24 +190,30 @@ def test_parameters_get_the_dtype_that_the_model_has_and_weights_are_read_in_it(
     assert torch.equal(read.up.packed, expected)  # of what the file says, not of what 16 bits make of it
 
 
-def test_never_more_than_one_tensor_of_the_file_is_in_memory_beside_what_was_made(tmp_path: Path, monkeypatch):
+def test_all_weights_that_are_quantised_pass_through_one_memory_as_large_as_the_largest(tmp_path: Path, monkeypatch):
     model = Net()
     paths = saved(model, tmp_path)
-    alive: list[weakref.ref[Tensor]] = []
-    peaks: list[int] = []
-    reads = module.read_tensors
+    passed: list[tuple[int, int]] = []  # where, how large
+    whole: list[str] = []
+    into, reads = module.read_into, module.read_tensors
 
-    def counted(*args: Any) -> dict[str, Tensor]:
-        found = reads(*args)
-        linear = [t for t in (ref() for ref in alive) if t is not None]
-        peaks.append(sum(t.nbytes for t in [*linear, *found.values()]))
-        alive.extend(weakref.ref(t) for name, t in found.items() if name in ("up.weight", "down.weight"))
-        return found
+    def counted(memory: Tensor, *args: Any) -> Tensor:
+        passed.append((memory.data_ptr(), memory.nbytes))
+        return into(memory, *args)
 
-    monkeypatch.setattr(module, "read_tensors", counted)
-    load_quantised(on_meta(copy.deepcopy(model)), paths, "nf4")
-    assert len(peaks) == len(list(model.parameters())) + 1
-    assert max(peaks) == model.up.weight.nbytes
+    def noted(path: Path, header: Any, names: list[str]) -> dict[str, Tensor]:
+        whole.extend(names)
+        return reads(path, header, names)
+
+    monkeypatch.setattr(module, "read_into", counted)
+    monkeypatch.setattr(module, "read_tensors", noted)
+    read = on_meta(copy.deepcopy(model))
+    load_quantised(read, paths, "nf4")
+    assert len(passed) == 2
+    assert set(passed) == {(passed[0][0], model.up.weight.nbytes)}
+    assert sorted(whole) == sorted({*model.state_dict()} - {"up.weight", "down.weight"})
+    held = sum(t.nbytes for t in [*read.parameters(), *read.buffers()])
+    assert held == smidgen.quantise(model, "nf4").size_bytes
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])

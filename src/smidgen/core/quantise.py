@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from .attach import is_adapted
 from .errors import AttachError, TargetError, require
 from .quantised import format_named
 from .quantised_linear import QuantisedLinear, quantise_
-from .safe import read_header, read_tensors
+from .safe import read_header, read_into, read_tensors
 from .site import Site
 from .storage import storage_of
 from .targets import Targets, head_modules, modules_of
@@ -111,13 +112,15 @@ def load_quantised(model: nn.Module, files: Iterable[Path], format: str) -> Quan
             found[id(places[own])] = path, name, own  # once for each tied tensor
     if any(id(holders) not in found for holders in places.values()):
         return None
+    weights = {f"{path}.weight".lstrip("."): layer for path, layer in chosen.items()}
+    sizes = [headers[path].tensors[name] for path, name, own in found.values() if own in weights]
+    # one memory for all: pieces among tensors that come and go would leave holes that none of these fits
+    memory = torch.empty(max(entry.end - entry.begin for entry in sizes), dtype=torch.uint8)
     for path, name, own in found.values():
-        layer = chosen.get(own.removesuffix(".weight")) if own.endswith("weight") else None
-        tensors = read_tensors(path, headers[path], [name])
-        if layer is None:
-            _fill(places[own], tensors.pop(name))
+        if own in weights:
+            quantise_(weights[own], format_named(format), read_into(memory, path, headers[path], name))
         else:
-            quantise_(layer, format_named(format), tensors.pop(name))  # held by nobody when the next one is read
+            _fill(places[own], read_tensors(path, headers[path], [name])[name])
     return _quantised(model, format, left)
 
 

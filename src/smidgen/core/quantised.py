@@ -159,8 +159,8 @@ def blocks_of(size: int, width: int, device: torch.device) -> list[slice]:
 
 
 def in_blocks(W: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """A dense weight (O, I) block by block."""
-    return ((rows, W[rows]) for rows in blocks_of(W.shape[0], W.shape[1], W.device))
+    """A dense weight (O, I) block by block; small ones, since quantising one makes several tensors of its size."""
+    return ((rows, W[rows]) for rows in blocks_of(W.shape[0], 8 * W.shape[1], W.device))
 
 
 _VALUES = normal_float()
