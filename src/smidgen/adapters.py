@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -14,9 +14,10 @@ from .core import attach as mechanism
 from .core import lean, lora_plus
 from .core.adapter import HELD, Adapter
 from .core.composition import Expression, Rows, Stack, Weighted, names_in, weighted_in
-from .core.errors import AttachError, PreflightError, TargetError, nearest
+from .core.errors import AttachError, PreflightError, TargetError, nearest, require
 from .core.merge import MergeReport, merge_into_base
 from .core.method import Method
+from .core.quantised_merge import made_dense
 from .core.rows_apart import run_apart
 from .core.site import Site
 from .core.targets import Resolution
@@ -425,11 +426,20 @@ class AdapterSet:
 
     # -- merging
 
-    def merge(self, expression: Expression = None, *, max_error: float = 0.05) -> MergeReport:
+    def merge(
+        self,
+        expression: Expression = None,
+        *,
+        max_error: float = 0.05,
+        into: Literal["same", "dense"] = "same",
+        dtype: torch.dtype | None = None,
+    ) -> MergeReport:
         """Write what an expression changes (by default what is active) into the base weights and remove those adapters.
 
         Computed in fp32 and rounded once, in blocks of rows.  max_error: the largest relative error of the update that
         rounding to the weight's dtype may cause at any site; above it nothing is changed and MergeError says where.
+        into: "same" keeps weights as they are held, and quantises anew what is held in few bits; "dense" first makes
+        plain nn.Linear layers of all that are, in `dtype`, which the whole model then has; by default in their own.
         Raises NotMergeable or MergeError before anything is written.  There is no unmerge: rounding is not undone.
         """
         expression = self._active if expression is None else expression
@@ -439,7 +449,14 @@ class AdapterSet:
                 f"nothing to merge: nothing is active. The model has {', '.join(self._entries) or 'no adapters'}"
             )
         sites = {site.name: site for name in names for site in self._entry(name).sites}
-        report = merge_into_base(self.model, list(sites.values()), expression, max_error=max_error)
+        require(into in ("same", "dense"), f'into is "{into}"; it is "same" or "dense"', AttachError)
+        require(
+            into == "dense" or dtype is None, 'dtype is of plain layers: merge(into="dense", dtype=...)', AttachError
+        )
+        with made_dense(self.model, dtype) if into == "dense" else nullcontext():
+            report = merge_into_base(self.model, list(sites.values()), expression, max_error=max_error)
+        if dtype is not None:
+            self.model.to(dtype)
         rest = self._active if not set(names_in(self._active)) & set(names) else None
         self.activate(None)
         for name in names:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smidgen import Targets
+from smidgen.core.quantised_linear import QuantisedLinear
 from smidgen.core.storage import OpaqueStorage, register_storage
 
 ROWS = 3  # of every batch
@@ -69,8 +70,8 @@ class Experts(nn.Module):
         return torch.einsum("...i,eoi->...eo", x, self.weight).tanh().mean(-2)
 
 
-class Int8Linear(nn.Linear):
-    """A linear layer whose weight is whole numbers and a scale."""
+class OpaqueLinear(nn.Linear):
+    """A linear layer whose weight is whole numbers and a scale, held in a way that smidgen does not know."""
 
     def __init__(self, fan_in: int, fan_out: int) -> None:
         super().__init__(fan_in, fan_out)
@@ -83,16 +84,16 @@ class Int8Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
 
 
-class Int8Storage(OpaqueStorage):
+class UnreadStorage(OpaqueStorage):
     """What such a weight is; reading it would need its scale."""
 
-    name = "int8"
+    name = "unread"
 
     def matches(self, weight: Tensor) -> bool:
         return weight.dtype == torch.int8
 
 
-register_storage(Int8Storage())
+register_storage(UnreadStorage())
 
 
 def transposed_linear() -> nn.Module:
@@ -164,7 +165,9 @@ def layer(name: str, make: Callable[[], nn.Module], *shape: int, typical: bool =
 BODIES = (
     layer("linear", lambda: nn.Linear(3, 5), 2, 3, typical=True, dtypes=True),
     layer("linear_without_bias", lambda: nn.Linear(3, 5, bias=False), 3),
-    layer("linear_int8", lambda: Int8Linear(3, 5), 2, 3),
+    layer("linear_opaque", lambda: OpaqueLinear(3, 5), 2, 3),
+    layer("linear_nf4", lambda: QuantisedLinear(3, 5, format="nf4"), 2, 3),
+    layer("linear_int8", lambda: QuantisedLinear(3, 5, format="int8"), 2, 3),
     layer("transposed_linear", transposed_linear, 2, 3),
     layer("conv1d_strided", lambda: nn.Conv1d(3, 5, 3, stride=2, padding=1), 3, 7),
     layer("conv2d", lambda: nn.Conv2d(3, 5, (2, 3)), 3, 5, 6, dtypes=True),

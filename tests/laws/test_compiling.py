@@ -13,7 +13,15 @@ from .test_training import loss_of
 
 # Compiling takes long: one body for each method, the first that it accepts, and those that show other kinds of site.
 FIRST = ("linear", "layer_norm", "multihead_attention", "llama", "batch_norm", "encoder_layer", "conv2d")
-MORE = ("lora-conv2d", "lora-embedding", "lora-experts", "lora-multihead_attention", "lora-llama")
+MORE = (
+    "lora-conv2d",
+    "lora-embedding",
+    "lora-experts",
+    "lora-multihead_attention",
+    "lora-llama",
+    "lora-linear_nf4",
+    "dora-linear_int8",
+)
 SWITCHES: tuple[Expression, ...] = ("b", Weighted(a=0.5, b=2.0), Stack("a", "b"), Rows("a", None, "b"), None, "a")
 
 

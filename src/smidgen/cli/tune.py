@@ -43,6 +43,9 @@ def tune(
     task: Annotated[
         str | None, _option("NAME", "What to learn: a task, or FILE.py:NAME of your own.", _WHAT, "text_classification")
     ] = None,
+    quantize: Annotated[
+        str | None, _option("nf4|int8", "Hold the base's linear layers in 4 or 8 bits.", _WHAT, "as they are")
+    ] = None,
     text_column: Annotated[str | None, _option("NAME", "The column with the text.", _WHAT, _GUESSED)] = None,
     text_pair_column: Annotated[str | None, _option("NAME", "The second text of a pair.", _WHAT, _GUESSED)] = None,
     label_column: Annotated[str | None, _option("NAME", "The column with the label.", _WHAT, _GUESSED)] = None,
@@ -103,6 +106,7 @@ def tune(
         "--test": test,
         "--shift": shift,
         "--task": task,
+        "--quantize": quantize,
         "--text-column": text_column,
         "--text-pair-column": text_pair_column,
         "--label-column": label_column,

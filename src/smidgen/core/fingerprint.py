@@ -11,12 +11,14 @@ training mode, and libraries keep or drop constant ones from version to version.
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .layers import LinearKind, kind_of
+from .quantised_linear import own_weights
 from .storage import storage_of
 from .targets import modules_of
 
@@ -99,11 +101,11 @@ def _samples(parameters: list[nn.Parameter]) -> dict[int, bytes]:
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     seen: set[int] = set()
     for path, module in modules_of(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
+        for name, parameter in own_weights(module).items():
+            if id(parameter) not in seen:
                 seen.add(id(parameter))
                 parts = [part for part in path.split(".") if part and part not in _WRAPPERS]
-                yield ".".join([*parts, name]), module, parameter
+                yield ".".join([*parts, name]), module, cast(nn.Parameter, parameter)
 
 
 def _is_below(name: str, paths: frozenset[str]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .adapter import AdditiveAdapter, Call
 from .kernels import frozen_linear_low_rank, frozen_linear_low_rank_of_made
 from .layers import ConvKind, LinearKind
+from .quantised_linear import QuantisedLinear, is_quantised_linear, quantised_linear
 from .site import Site
 
 _FEW = 0.1  # share of entries up to which places take less than a byte for each entry
@@ -40,7 +41,8 @@ class LowRankAdapter(AdditiveAdapter):
     ) -> None:
         super().__init__(site)
         self.scale, self.dropout, self.dropout_on = scale, dropout, dropout_on
-        self.plain = site.storage.plain
+        self.plain = site.storage.plain or isinstance(site.layer, QuantisedLinear)
+        self._fuses = type(self).fused is LowRankAdapter.fused
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R), differentiable, in fp32 or better."""
@@ -59,6 +61,8 @@ class LowRankAdapter(AdditiveAdapter):
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.fuses(call):
             return self.fused(x, self.site.stored, self.site.bias, *self._scale_and_mask(x))
+        if self.plain and is_quantised_linear(call) and self._fuses and not (self.training and self.dropout):
+            return quantised_linear(x, cast(QuantisedLinear, self.site.layer), *self.factors(), self.scale)
         if self.plain and takes_change(self.site, call, x) and not (self.training and self.dropout):
             return with_change(self.site, x, self.weight_delta(slice(None)))
         return super().forward(call, x, *args, **kwargs)

@@ -16,6 +16,8 @@ from . import attach as mechanism
 from .adapter import Adapter
 from .composition import Expression, merged, names_in, plan_for
 from .errors import MergeError, NotMergeable
+from .quantised_linear import QuantisedLinear
+from .quantised_merge import requantised
 from .site import Site
 
 _BLOCK_ELEMENTS = 1 << 18  # of the weight, per block: 1 MB in fp32, which a processor's cache holds
@@ -49,11 +51,13 @@ def merge_into_base(model: nn.Module, sites: list[Site], expression: Expression,
     above = {name: error for name, error in errors.items() if error > max_error}
     if above:
         worst = max(above, key=above.__getitem__)
-        dtype = next(site.stored.dtype for site in sites if site.name == worst)
+        site = next(site for site in sites if site.name == worst)
+        held = site.layer.format_name if isinstance(site.layer, QuantisedLinear) else None
+        otherwise = 'make plain layers with merge(into="dense")' if held else "load the base in float32 to merge"
         raise MergeError(
-            f"rounding to {str(dtype).removeprefix('torch.')} would lose up to {above[worst]:.0%} of the update "
-            f"({worst}; {len(above)} of {len(errors)} sites above max_error={max_error}). Nothing was changed. Keep "
-            "the adapter attached, load the base in float32 to merge, or allow it: "
+            f"rounding to {held or str(site.stored.dtype).removeprefix('torch.')} would lose up to {above[worst]:.0%} "
+            f"of the update ({worst}; {len(above)} of {len(errors)} sites above max_error={max_error}). Nothing was "
+            f"changed. Keep the adapter attached, {otherwise}, or allow it: "
             f"merge(..., max_error={math.ceil(100 * above[worst]) / 100})"
         )
     _compare_with_running(sites, expression)
@@ -69,7 +73,7 @@ def _find(site: Site, name: str) -> Adapter | None:
 def _blocks(site: Site, expression: Expression) -> "Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]":
     """Blocks of rows: (rows, old, new, new bias), old and new (rows, I) in fp32 or better; old is a copy."""
     stored, bias = site.storage.read(site.stored), site.bias
-    height, width = site.linear.read_rows(stored, slice(None)).shape
+    height, width = site.linear.stack * site.fan_out, site.fan_in
     found = [_find(site, name) for name in names_in(expression)]
     in_blocks = all(adapter is None or adapter.in_blocks for adapter in found)
     step = max(1, _BLOCK_ELEMENTS // max(width, 1)) if in_blocks else height
@@ -85,6 +89,8 @@ def _blocks(site: Site, expression: Expression) -> "Iterator[tuple[slice, Tensor
 @torch.no_grad()
 def _error(site: Site, expression: Expression) -> float:
     """norm(round(W + update) - (W + update)) / norm(update); infinite if a merged value is not finite."""
+    if isinstance(site.layer, QuantisedLinear):
+        return requantised(site.layer, lambda: _blocks(site, expression))[1]
     lost = update = 0.0
     dtype = site.storage.writable(site.stored).dtype
     for _, old, new, b in _blocks(site, expression):
@@ -108,14 +114,21 @@ def _squares(x: Tensor) -> float:
 
 
 def _write(site: Site, expression: Expression) -> None:
-    _write_into(site.storage.writable(site.stored), None if site.bias is None else site.bias.data, site, expression)
+    layer, bias = site.layer, None if site.bias is None else site.bias.data
+    if not isinstance(layer, QuantisedLinear):
+        _write_into(site.storage.writable(site.stored), bias, site, expression)
+        return
+    pieces, _ = requantised(layer, lambda: _blocks(site, expression))
+    _write_into(None, bias, site, expression)
+    layer.take(pieces)
 
 
 @torch.no_grad()
-def _write_into(weight: Tensor, bias: Tensor | None, site: Site, expression: Expression) -> None:
+def _write_into(weight: Tensor | None, bias: Tensor | None, site: Site, expression: Expression) -> None:
     """Write the merged weight, in its stored shape, and the merged bias."""
     for rows, _, new, b in _blocks(site, expression):
-        site.linear.write_rows(weight, rows, new)
+        if weight is not None:
+            site.linear.write_rows(weight, rows, new)
         if bias is not None and b is not None:
             bias.view(-1)[rows] = b.to(bias.dtype)
 

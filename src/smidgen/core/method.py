@@ -76,7 +76,7 @@ class Method:
         if self.on_linear_calls and (site.parameter is not None or not isinstance(site.kind, LinearKind)):
             what = "parameters" if site.parameter is not None else f"layers of kind {site.kind.name}"
             return f"{type(self).__name__} acts on calls of linear layers, not on {what}"
-        if (self.reads_weight or self.by_weight(site)) and not site.storage.plain:
+        if (self.reads_weight or self.by_weight(site)) and not site.storage.readable:
             return f"its weight is held as {site.storage.name}; {type(self).__name__} has to read it"
         if site.linear.stack > 1 and not self.on_stacks:
             return f"it is a stack of {site.linear.stack} matrices; {type(self).__name__} acts on single ones"

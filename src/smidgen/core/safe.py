@@ -149,6 +149,17 @@ def read_tensors(
     return tensors
 
 
+def read_into(memory: Tensor, path: str | Path, header: Header, name: str) -> Tensor:
+    """Read one tensor of numbers into the first bytes of `memory` (uint8); a view of these.  Raises FolderError."""
+    path, entry = Path(path), header.tensors[name]
+    tensor = memory[: entry.end - entry.begin].view(DTYPES[entry.dtype]).view(entry.shape)
+    with _open(path) as file:
+        file.seek(header.data_begin + entry.begin)
+        read = file.readinto(_memory(tensor))
+        _require(read == entry.end - entry.begin, path, "changed while it was read")
+    return tensor
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; the same tensors give the same bytes. Without metadata {"format": "pt"}, as HF writes.
 

@@ -4,6 +4,9 @@ Running an adapter never needs this; merging, weight-informed starts and the fus
 tried in order; a backend is recognised without importing its library.
 """
 
+import sys
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -15,18 +18,25 @@ class WeightStorage:
 
     name: str
     plain: bool = False  # an ordinary floating-point tensor that a kernel may multiply by
+    readable: bool = True  # `read` gives its numbers
 
     def matches(self, weight: Tensor) -> bool:
         """True if `weight` is held this way."""
         raise NotImplementedError
 
     def read(self, weight: Tensor) -> Tensor:
-        """The weight in its stored shape as an ordinary floating-point tensor; the tensor itself where it is one."""
+        """The weight in its logical shape, of floating-point numbers; the tensor itself where it is one.
+
+        Of a weight in few bits `read(weight)[rows]` may make these rows dense alone.
+        """
         raise NotImplementedError
 
     def writable(self, weight: Tensor) -> Tensor:
         """The tensor to write merged rows into.  Raises MergeError if this backend cannot be written."""
-        raise MergeError(f"a weight held as {self.name} cannot be merged into: keep the adapter attached")
+        raise MergeError(
+            f"a weight held as {self.name} cannot be merged into: keep the adapter attached, or make plain "
+            'layers of all that are held in few bits: merge(into="dense")'
+        )
 
 
 class DenseStorage(WeightStorage):
@@ -62,10 +72,40 @@ class ShardedStorage(WeightStorage):
         return gathered.detach()
 
 
+class Bits4Storage(WeightStorage):
+    """bitsandbytes' NF4 and FP4, as its Linear4bit holds them."""
+
+    name = "bitsandbytes 4-bit"
+
+    def matches(self, weight: Tensor) -> bool:
+        library = sys.modules.get("bitsandbytes.nn")  # not imported only to be asked about
+        return library is not None and isinstance(weight, library.Params4bit)
+
+    def read(self, weight: Tensor) -> Tensor:
+        state = cast(Any, weight).quant_state
+        if state is None:  # it quantises when it is moved to a device
+            return weight.data
+        dequantise = sys.modules["bitsandbytes.functional"].dequantize_4bit
+        return cast(Tensor, dequantise(weight.data, state)).detach()
+
+
+class TorchaoStorage(WeightStorage):
+    """torchao's tensor subclasses."""
+
+    name = "torchao"
+
+    def matches(self, weight: Tensor) -> bool:
+        return type(weight).__module__.startswith("torchao.") and hasattr(weight, "dequantize")
+
+    def read(self, weight: Tensor) -> Tensor:
+        return weight.detach().dequantize()
+
+
 class OpaqueStorage(WeightStorage):
     """Anything else that a layer can multiply by (quantised, a tensor subclass): runs, is neither read nor merged."""
 
     name = "opaque"
+    readable = False
 
     def matches(self, weight: Tensor) -> bool:
         return True
@@ -77,7 +117,7 @@ class OpaqueStorage(WeightStorage):
         )
 
 
-_STORAGES: list[WeightStorage] = [DenseStorage(), ShardedStorage(), OpaqueStorage()]
+_STORAGES: list[WeightStorage] = [DenseStorage(), ShardedStorage(), Bits4Storage(), TorchaoStorage(), OpaqueStorage()]
 
 
 def storage_of(weight: Tensor) -> WeightStorage:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .adapter import HELD, Held
 from .errors import TargetError, nearest
 from .layers import ConvKind, EmbeddingKind, LayerKind, LinearKind, kind_of
+from .quantised_linear import own_weights
 from .site import Site
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -193,7 +194,7 @@ class Resolution:
 
     def report(self) -> str:
         """Which sites, which share of the weights they hold, and what of the model was left out and why."""
-        total = _count(p for _, module in modules_of(self.model) for p in module.parameters(recurse=False))
+        total = _count(p for _, module in modules_of(self.model) for p in own_weights(module).values())
         covered = _count(p for site in self.sites for p in _parameters(site))
         groups = Counter(
             (re.sub(r"\.\d+(?=\.|$)", ".*", site.name) or "the model", _shape(site)) for site in self.sites
@@ -205,9 +206,7 @@ class Resolution:
         left = Counter(
             re.sub(r"\.\d+(?=\.|$)", ".*", path) + f"  {type(module).__name__}"
             for path, module in modules_of(self.model)
-            if path not in taken
-            and any(True for _ in module.parameters(recurse=False))
-            and path not in dict(self.passed_over)
+            if path not in taken and own_weights(module) and path not in dict(self.passed_over)
         )
         lines += [f"  untouched {count:4d} x {what}" for what, count in left.items()]
         return "\n".join(lines)
@@ -232,7 +231,7 @@ def body_layers(model: nn.Module) -> tuple[list[str], dict[str, str]]:
         else:
             groups[kind].append((path, module))
     sizes = {
-        kind: sum(p.numel() for _, module in found for p in module.parameters(recurse=False))
+        kind: sum(p.numel() for _, module in found for p in own_weights(module).values())
         for kind, found in groups.items()
     }
     linear_or_conv = ConvKind if sizes[ConvKind] > sizes[LinearKind] else LinearKind
@@ -371,12 +370,13 @@ def _parameters(site: Site) -> list[Tensor]:
     if site.parameter is not None:
         return [site.stored]
     if site.kind is not None:
-        return list(site.layer.parameters(recurse=False))
+        return list(own_weights(site.layer).values())
     return [p for name, p in site.layer.named_parameters() if HELD not in name.split(".")]
 
 
 def _count(parameters: Iterable[Tensor]) -> int:
-    return sum({id(p): p.numel() for p in parameters}.values())
+    held = list(parameters)  # while they are counted: a weight in few bits has no other holder
+    return sum({id(p): p.numel() for p in held}.values())
 
 
 def _shape(site: Site) -> str:

@@ -22,7 +22,6 @@ from ..core.disk_names import DiskNames
 from ..core.kernels import frozen_linear_stretched
 from ..core.method import method
 from ..core.site import Site
-from ..core.storage import OpaqueStorage
 from .lora import LoRA, LoRAAdapter
 
 _BLOCK = 256  # rows
@@ -45,7 +44,7 @@ class DoRA(LoRA):
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):
             return reason
-        if isinstance(site.storage, OpaqueStorage):
+        if not site.storage.readable:
             return f"its weight is held as {site.storage.name}; DoRA has to read it for the norms of its rows"
         return None
 

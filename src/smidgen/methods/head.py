@@ -16,6 +16,7 @@ from ..core.adapter import HELD, Adapter, Call
 from ..core.attach import bare_call, replaced
 from ..core.disk_names import DiskNames
 from ..core.method import Method, method
+from ..core.quantised_linear import own_weights
 from ..core.site import Site
 from ..core.storage import master_dtype, storage_of
 from ..core.targets import Targets, head_modules
@@ -34,9 +35,9 @@ class Head(Method):
         if site.parameter is not None:
             plain = site.storage.plain
             return None if plain else f"a parameter held as {site.storage.name} cannot be trained whole"
-        if not any(True for _ in site.layer.parameters(recurse=False)):
+        if not own_weights(site.layer):
             return f"{type(site.layer).__name__} has no parameters of its own"
-        held = next((storage_of(p) for p in site.layer.parameters(recurse=False) if not storage_of(p).plain), None)
+        held = next((storage_of(p) for p in own_weights(site.layer).values() if not storage_of(p).plain), None)
         if held is not None:
             return f"a weight held as {held.name} cannot be trained whole; load the base unquantised"
         return None

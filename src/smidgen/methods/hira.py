@@ -56,7 +56,7 @@ class HiRA(Method):
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):
             return reason
-        return None if site.storage.plain else f"its weight is held as {site.storage.name}; HiRA multiplies it"
+        return None if site.storage.readable else f"its weight is held as {site.storage.name}; HiRA multiplies it"
 
     def build(self, site: Site) -> "HiRAAdapter":
         return HiRAAdapter(self, site)

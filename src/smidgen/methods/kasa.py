@@ -23,7 +23,6 @@ from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.method import method
 from ..core.site import Site
-from ..core.storage import OpaqueStorage
 from .lora import DRAWN, LoRA, LoRAAdapter
 
 
@@ -57,7 +56,7 @@ class KaSA(LoRA):
     def accepts(self, site: Site) -> str | None:
         if reason := super().accepts(site):
             return reason
-        if isinstance(site.storage, OpaqueStorage):
+        if not site.storage.readable:
             return f"its weight is held as {site.storage.name}; KaSA has to read it for its singular values"
         rank, smaller = self.rank_at(site), min(site.fan_in, site.fan_out)
         return None if rank < smaller else f"its weight has {smaller} singular values; KaSA leaves out {rank} of more"

@@ -111,8 +111,9 @@ class LoRA(Method):
             return f'start="{self.start}" reads the inputs of linear layers'
         if self.start == "eva":
             return None
-        if not site.storage.plain:
-            return f'its weight is held as {site.storage.name}; start="{self.start}" has to read it'
+        if not (site.storage.plain if self.start == "lora_ga" else site.storage.readable):
+            verb = "takes its gradient" if self.start == "lora_ga" else "has to read it"
+            return f'its weight is held as {site.storage.name}; start="{self.start}" {verb}'
         needs = self.rank_at(site) * (2 if self.start == "lora_ga" else 1)
         has = min(site.fan_in, site.fan_out)
         return f'start="{self.start}" takes {needs} directions of its weight, which has {has}' if needs > has else None

@@ -62,7 +62,7 @@ class MiSS(Method):
             return f"its {site.fan_out} outputs are no multiple of mini_rank {self.mini_rank}"
         if self.variant == "bat" and (site.fan_in % self.rank or site.fan_out % self.rank):
             return f"its {site.fan_out} x {site.fan_in} weight does not divide into {self.rank} x {self.rank} blocks"
-        if self.variant == "bat" and not site.storage.plain:
+        if self.variant == "bat" and not site.storage.readable:
             return f"its weight is held as {site.storage.name}; bat has to read it"
         return None
 

@@ -56,7 +56,7 @@ class TrainableTokens(Method):
         if not matrix and not isinstance(site.kind, LinearKind | EmbeddingKind):
             return f"{type(site.layer).__name__} has no row for each token; name an embedding, or the head beside it"
         if not site.storage.plain:
-            return f"its weight is held as {site.storage.name}, of which no row can be read"
+            return f"its weight is held as {site.storage.name}; leave embeddings and head plain to train their rows"
         if getattr(site.layer, "max_norm", None) is not None:
             return "its max_norm shortens the rows of the base as it reads them"
         if not self.tokens:

@@ -29,6 +29,7 @@ FLAGS = {  # flag -> key
     "--label-column": "data.columns.label",
     "--on-bad-row": "data.on_bad_row",
     "--cache": "data.cache",
+    "--quantize": "model.quantize",
     "--task": "task.name",
     "--max-length": "task.max_length",
     "--method": "method.name",

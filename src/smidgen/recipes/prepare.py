@@ -5,7 +5,7 @@ Nothing here takes long, and whatever is wrong with data or model is found here,
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,11 @@ import torch
 from ..auto.plan import Plan
 from ..core.errors import DataError
 from ..core.prompt_method import PromptMethod
+from ..core.quantised_linear import parameter_count
 from ..data.read import reading
 from ..data.table import Problem, Table
 from ..tasks.base import Asked, Examples, Task, TaskModel
+from ..tasks.loading import hold_as_asked
 from ..tasks.models import locate
 from ..tasks.registry import task_said
 from .encode import Encoder
@@ -68,8 +70,9 @@ class Work:
 def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work:
     """Read, check, split, load.  Raises DataError, ModelError or RecipeError naming all that is wrong."""
     kind, settings, method = task_said(recipe.task.name), recipe.task.build(), recipe.method_object()
+    located = locate(recipe.model.path)  # first: a wrong name is found in milliseconds
     asked = Asked(
-        model=locate(recipe.model.path),  # first: a wrong name is found in milliseconds
+        model=replace(located, quantize=recipe.model.quantize),
         plan=plan,
         device=device,
         seed=seed,
@@ -100,6 +103,9 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
         )
     data = _divide(checked, task, plan, seed, notes)
     model = task.build(asked).train()
+    if (held := hold_as_asked(model.body, asked.model)) is not None:
+        plan.decide("base weights", None, held.format, str(held))
+        notes += [f"The base is quantised: {held}", *asked.model.notes]
     if not recipe.train.shard:  # then only its part comes to the device
         model.to(device)
     task.settle(model, data.train, asked)
@@ -115,7 +121,7 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
         valid=encode(data.valid),
         test=encode(data.test),
         shift={name: encode(table) for name, table in data.shift.items()},
-        total_parameters=sum(p.numel() for p in model.parameters()),
+        total_parameters=parameter_count(model),
         encoder=encoder,
     )
     if words := encoder.in_words():

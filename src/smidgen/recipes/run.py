@@ -191,7 +191,8 @@ def _said(recipe: Recipe) -> dict[str, Any]:
     keys = {
         f"{name}.{key}": value for name, part in parts.items() for key, value in part.model_dump(mode="json").items()
     }
-    return {"model.dtype": recipe.model.dtype, "report.metric": recipe.report.metric, **keys}
+    model = {"model.dtype": recipe.model.dtype, "model.quantize": recipe.model.quantize}
+    return {**model, "report.metric": recipe.report.metric, **keys}
 
 
 def _fingerprint(work: Work) -> str:

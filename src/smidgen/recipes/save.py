@@ -21,6 +21,7 @@ from ..evaluate.card import model_card
 from ..evaluate.report import Report
 from ..tasks.base import Asked, Task, TaskModel
 from ..tasks.custom import Custom
+from ..tasks.loading import hold_as_asked
 from ..tasks.models import Located, locate
 from ..tasks.own.in_file import brings_model_and_data
 from ..tasks.own.python_file import names_file
@@ -47,6 +48,7 @@ def save_result(
             "base_model": work.asked.model.name,
             "dtype": recipe.model.dtype,
             "revision": recipe.model.revision,
+            "quantize": recipe.model.quantize,
         }
         adapters.save(
             new / "adapter",
@@ -90,7 +92,7 @@ def load_result(
     """
     merged = (folder / MERGED).is_file()
     extra = {**read_json(folder / MERGED), "base_model": str(folder)} if merged else _extra(folder)
-    said = {key: extra.get(key) for key in ("base_model", "dtype", "revision")}
+    said = {key: extra.get(key) for key in ("base_model", "dtype", "revision", "quantize")}
     if not all(value is None or isinstance(value, str) for value in said.values()):
         raise FolderError(f"{folder / 'smidgen.json'} names its base model in no words: {said}")
     revision = said["revision"] if model is None else None
@@ -104,7 +106,7 @@ def load_result(
             f"it: --task {file}"
         )
     asked = Asked(
-        model=_base(folder, model, said["base_model"] or ""),
+        model=dataclasses.replace(_base(folder, model, said["base_model"] or ""), quantize=said["quantize"]),
         plan=Plan(),
         device=torch.device("cpu"),
         seed=0,
@@ -123,6 +125,7 @@ def load_result(
             f"{folder / 'smidgen.json'} describes its task in a way that is not known: {error!r}"
         ) from error
     whole = task.build(asked)
+    hold_as_asked(whole.body, asked.model)
     adapters = None if merged else load(whole.body, folder)
     head = read_tensors(folder / HEAD)
     needed = {name: tuple(p.shape) for name, p in whole.head.named_parameters()}

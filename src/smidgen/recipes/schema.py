@@ -33,6 +33,7 @@ class ModelPart(Part):
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    quantize: Literal["nf4", "int8"] | None = None  # how linear layers of the body are held
     revision: str | None = None  # branch, tag or commit of a model on the hub
 
     @model_validator(mode="after")
@@ -165,6 +166,9 @@ class Recipe(Part):
         name = self.method_part.name
         if self.train.lora_plus is not None and not method_named(name).faster:
             wrong.append((("train", "lora_plus"), f"{name} has no B to learn faster; leave it out"))
+        if self.model.quantize is not None and "full" in self.report.against:
+            what = f"all parameters can be trained only where none are held as {self.model.quantize}; leave one out"
+            wrong.append((("report", "against"), what))
         if self.out is not None and self.out.resolve() == Path(self.model.path).resolve():
             wrong.append((("out",), f"out is the model itself, {self.model.path}; choose another folder"))
         if self.out is not None and self.out.is_file():

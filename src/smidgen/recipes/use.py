@@ -96,7 +96,7 @@ def merge(
     tuned = load_result(adapter, model, dtype, task_file)
     if tuned.adapters is None:
         raise RecipeError(f"{adapter} is merged already: AutoModel.from_pretrained reads it")
-    report = tuned.adapters.merge(max_error=max_error)
+    report = tuned.adapters.merge(max_error=max_error, into="dense")  # also where the base was quantised to tune it
     with atomic_directory(out) as new:
         tuned.task.save_body(tuned.model.body, str(new))
         write_tensors(new / HEAD, {name: p.detach() for name, p in tuned.model.head.named_parameters()})

@@ -3,12 +3,15 @@
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 
-from ..core.errors import MissingDependency, ModelError, RecipeError
+from ..core.errors import MissingDependency, ModelError, RecipeError, SmidgenError
+from ..core.quantise import Quantised, load_quantised, quantise, quantised_of
+from ..core.safe import read_json
 from .base import Asked
 from .models import Located
 
@@ -68,6 +71,10 @@ def load_body(
         if kind is None:
             config = transformers.AutoConfig.from_pretrained(located.source, revision=revision or "main")
             kind = (config.architectures or ["AutoModel"])[0]
+        if located.quantize is not None:
+            streamed = _read_quantised(located, located.quantize, dtype, revision, getattr(transformers, kind))
+            if streamed is not None:
+                return streamed
         body, loaded = getattr(transformers, kind).from_pretrained(
             located.source,
             dtype=dtype or "float32",
@@ -75,6 +82,8 @@ def load_body(
             use_safetensors=True,
             output_loading_info=True,
         )
+    except SmidgenError:
+        raise
     except Exception as error:
         raise ModelError(f"{located.name} cannot be loaded: {first_line(error)}") from error
     if whole and loaded["missing_keys"]:
@@ -83,7 +92,63 @@ def load_body(
             f"{located.name} has no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} of "
             f"{type(body).__name__}: it was saved without the part that this task needs"
         )
+    if located.quantize is not None:
+        located.notes.append(
+            f"{located.name} was loaded in full before it was quantised: its files name tensors otherwise than "
+            f"{type(body).__name__} does"
+        )
+        quantise(body, located.quantize)
     return cast(nn.Module, body)
+
+
+def _read_quantised(
+    located: Located, format: str, dtype: str | None, revision: str | None, kind: Any
+) -> nn.Module | None:
+    """The model read tensor by tensor, each quantised as it comes, so that it never stands in memory unquantised.
+
+    None where its files name their tensors otherwise than its class does, which only transformers can translate.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(located.source, revision=revision or "main")
+    wanted = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype or "float32")
+    with init_empty_weights(include_buffers=False):
+        build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+        body: nn.Module = build(config, dtype=wanted)
+    cast(Any, body).tie_weights()
+    files = _weight_files(located.source, revision)
+    if not files or load_quantised(body, files, format) is None:
+        return None
+    return body.eval()
+
+
+def _weight_files(source: str, revision: str | None) -> list[Path]:
+    """The safetensors files of a model, in a folder, in the hub's cache or downloaded; empty if it has none."""
+    from transformers.utils.hub import cached_file
+
+    def found(name: str) -> Path | None:
+        where = cached_file(
+            source,
+            name,
+            revision=revision or "main",
+            _raise_exceptions_for_missing_entries=False,
+        )
+        return None if where is None else Path(where)
+
+    index = found("model.safetensors.index.json")
+    if index is None:
+        whole = found("model.safetensors")
+        return [] if whole is None else [whole]
+    names = dict.fromkeys(str(name) for name in read_json(index, max_bytes=64 << 20)["weight_map"].values())
+    return [file for name in names if (file := found(name)) is not None]
+
+
+def hold_as_asked(body: nn.Module, located: Located) -> Quantised | None:
+    """Quantise what was not read so already, where that was asked for; what is quantised."""
+    if located.quantize is None:
+        return None
+    return quantised_of(body) or quantise(body, located.quantize)
 
 
 def settle_length(

@@ -14,7 +14,7 @@ import pkgutil
 import re
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -39,11 +39,16 @@ _CONVERT = (
 
 @dataclass(frozen=True)
 class Located:
-    """A model that was found.   name: as asked for.   source: what transformers loads, a folder or a hub name."""
+    """A model that was found.   name: as asked for.   source: what transformers loads, a folder or a hub name.
+
+    quantize: hold its linear layers so.   notes: what loading it has to say.
+    """
 
     name: str
     source: str
     is_local: bool
+    quantize: str | None = None
+    notes: list[str] = field(default_factory=list, compare=False)
 
     @property
     def is_made(self) -> bool:
