@@ -22,6 +22,7 @@ from ..auto.presets import Preset, preset
 from ..core.method import Method
 from ..data.batches import LengthBucketedBatches
 from ..tasks.base import Batch
+from ..training.replay import Replay, on_device, replayed
 from .prepare import Work
 from .schema import MethodPart, Recipe, TrainPart
 
@@ -52,6 +53,8 @@ class Chosen:
     max_length: int | None  # None: rows have no length
     seed: int
     lora_plus: float | None = None
+    replay: str = "off"
+    replay_dtype: str = ""  # what is kept is rounded to it; "" keeps it as computed
     steps: int = 0
     evaluate_every: int = 0
     save_every: int = 0
@@ -125,24 +128,20 @@ def _head_rate(said: TrainPart, rates: Preset, work: Work, plan: Plan) -> float:
 
 
 def choose_steps_for(
-    said: TrainPart, chosen: Chosen, work: Work, accelerator: "Accelerator", plan: Plan, spent_s: float
+    said: TrainPart, chosen: Chosen, work: Work, accelerator: "Accelerator", plan: Plan, speed: "Speed", spent_s: float
 ) -> None:
-    """Measure a few training steps and choose how many there will be."""
-    world = accelerator.num_processes
-    per_step = chosen.batch * chosen.accumulate * world
-    per_token, per_token_forward = _measure(work, chosen, accelerator)
-    tokens = statistics.fmean(work.train.lengths)
-    seconds_per_step = per_token * tokens * chosen.batch * chosen.accumulate
+    """Choose how many training steps there will be.   speed: of this model, `measure`d."""
+    per_step = chosen.batch * chosen.accumulate * accelerator.num_processes
     left = None
     if chosen.minutes is not None:
         rows = len(work.test) + sum(map(len, work.shift.values())) + 8 * len(work.valid)
-        left = 60 * chosen.minutes - spent_s - per_token_forward * tokens * rows
+        left = 60 * chosen.minutes - spent_s - speed.forward * rows
     steps, why = choose_steps(
         said=said.steps,
         rows=len(work.train),
         per_step=per_step,
         epochs=chosen.epochs,
-        seconds_per_step=seconds_per_step,
+        seconds_per_step=speed.step,
         seconds_left=left,
     )
     chosen.steps = plan.decide("steps", said.steps if said.steps == steps else None, steps, why)
@@ -206,8 +205,16 @@ def _trial(work: Work, precision: str) -> None:
     torch.autograd.grad(loss, zeros, allow_unused=True)
 
 
-def _measure(work: Work, chosen: Chosen, accelerator: "Accelerator") -> tuple[float, float]:
-    """Seconds per token of a training step, and of a forward pass, on a few of the first batches."""
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a training step in one process, and of a row that is judged."""
+
+    step: float
+    forward: float
+
+
+def measure(work: Work, chosen: Chosen, accelerator: "Accelerator", replay: Replay | None = None) -> Speed:
+    """How long a few of the first batches take.   replay: records them first; their rows are then replayed."""
     batches = [
         indices
         for indices, _ in zip(
@@ -218,10 +225,14 @@ def _measure(work: Work, chosen: Chosen, accelerator: "Accelerator") -> tuple[fl
     tokens = 0
     work.model.train()
     for number, indices in enumerate(batches):
-        batch = {name: value.to(accelerator.device) for name, value in work.task.collate(work.train, indices).items()}
+        batch = on_device(work.task.collate(work.train, indices), accelerator)
+        if replay is not None:
+            with torch.no_grad(), accelerator.autocast(), replay.rows(work.train, indices):
+                work.model(batch)
         for backward in (True, False):
             start = time.monotonic()
-            with accelerator.autocast(), torch.set_grad_enabled(backward):
+            rows = replayed(replay, work.train, indices)
+            with rows, accelerator.autocast(), torch.set_grad_enabled(backward):
                 loss, _ = work.task.loss(work.model(batch), batch)
             if backward:
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -230,4 +241,5 @@ def _measure(work: Work, chosen: Chosen, accelerator: "Accelerator") -> tuple[fl
         if number or len(batches) == 1:
             tokens += sum(work.train.lengths[i] for i in indices)
     work.model.zero_grad()
-    return spent[0] / tokens, spent[1] / tokens
+    per_row = [seconds / tokens * statistics.fmean(work.train.lengths) for seconds in spent]
+    return Speed(per_row[0] * chosen.batch * chosen.accumulate, per_row[1])

@@ -3,11 +3,13 @@
 Nothing here takes long, and whatever is wrong with data or model is found here, before any training.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..auto.plan import Plan
 from ..core.errors import DataError
@@ -191,6 +193,15 @@ def _divide(tables: dict[str, Table], task: Task, plan: Plan, seed: int, notes: 
 def _hold_out(table: Table, task: Task, fraction: float, seed: int) -> tuple[Table, Table]:
     kept, held = task.hold_out(table, fraction, seed)
     return table.select(kept), table.select(held)
+
+
+def digest_rows(digest: "hashlib._Hash", examples: Examples) -> None:
+    """Let the digest depend on everything in these rows."""
+    for row in examples.inputs:
+        for value in row.values():
+            digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
+    for tensor in (examples.targets, examples.weights):
+        digest.update(b"" if tensor is None else tensor.numpy().tobytes())
 
 
 def bad_rows_message(problems: list[Problem], rows: int) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from .. import __version__
 from ..auto.plan import (
@@ -32,10 +31,11 @@ from ..training.loop import Loop
 from ..training.memory import peak_memory
 from ..training.progress import Progress
 from . import judge
-from .adapt import adapter_parameters, attach_used, full_row, groups_of, head_parameters, settings_of
+from .adapt import adapter_parameters, attach_used, full_row, groups_of, head_parameters, in_top, settings_of
 from .choose import Chosen, agreed, choose, choose_steps_for, method_of, trial_batches
-from .prepare import Work, best_device, make_accelerator, prepare, set_threads
+from .prepare import Work, best_device, digest_rows, make_accelerator, prepare, set_threads
 from .probing import answers_of, fit_base
+from .replaying import again, fill, foresee, settle
 from .save import is_result, save_result
 from .schema import MethodPart, Recipe, TaskPart, TrainPart
 
@@ -81,7 +81,12 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     work.task.label_smoothing = chosen.label_smoothing
     accelerator = make_accelerator(device, chosen.precision)
 
-    base = fit_base(work, chosen, accelerator)
+    method = in_top(method, work.model.body, recipe.train.top_layers)
+    stamp = _fingerprint(work)
+    if saved is not None:
+        _require_same(saved, stamp)
+    foreseen = foresee(recipe.train, method, work, chosen, accelerator, checkpoints, resumed=saved is not None)
+    base = fit_base(work, chosen, accelerator, foreseen)
     base.start(work.model)
     base_said = judge.said(work)
     adapters = attach_used(method, work, chosen, plan)
@@ -91,30 +96,39 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     plan.decide("trained", None, f"{parameters:,} parameters", share)
     checks = preflight(work.model, adapters, trained, work.task, trial_batches(work, chosen, device))
     if saved is None:
-        choose_steps_for(recipe.train, chosen, work, accelerator, plan, time.monotonic() - started)
+        spent = time.monotonic() - started
+        place, speed = settle(recipe.train, work, chosen, accelerator, plan, foreseen, checkpoints, spent)
+        choose_steps_for(recipe.train, chosen, work, accelerator, plan, speed, time.monotonic() - started)
         chosen = agreed(chosen)
     else:
+        place = again(recipe.train, work, chosen, accelerator, checkpoints)
         plan.entries = [(name, value, why) for name, value, why in saved[1].history["plan"]]
     _show_plan(plan, checks, console)
     if recipe.dry_run:
         console.print("Dry run: everything is checked, nothing was trained.")
         return out
 
+    if fresh:
+        if checkpoints.exists() and not quiet:
+            remove_directory(checkpoints)
+        accelerator.wait_for_everyone()  # a replay may have files there
+    replay = fill(place, foreseen, work, chosen, accelerator)
+    for note in replay.store.notes if replay else ():
+        console.print(f"[yellow]replay[/yellow] {note}", highlight=False)
     loop = Loop(
         work.model,
         work.task,
         groups_of(adapters, work.model, chosen),
         work.train,
         work.valid,
-        settings_of(chosen, _fingerprint(work)),
+        settings_of(chosen, stamp),
         accelerator,
         checkpoints,
+        replay,
     )
     loop.history |= {"chosen": dataclasses.asdict(chosen), "said": _said(recipe), "plan": plan.entries}
     if saved is not None:
         _continue(loop, saved, console)
-    elif fresh and checkpoints.exists() and not quiet:
-        remove_directory(checkpoints)
     shown = Progress(None if quiet else console, "tuning", chosen.steps, loop.step, unit=work.task.unit)
     with peak_memory(device) as peak, shown as bar:
         outcome = loop.run(bar)
@@ -122,7 +136,8 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
         raise KeyboardInterrupt(
             f"stopped at step {outcome.step} of {chosen.steps}; all is saved, continue with --resume"
         )
-    tuned = answers_of(work, chosen, accelerator)
+    tuned = answers_of(work, chosen, accelerator, replay)
+    loop.replay = replay = foreseen = None  # what was kept is needed no more
     rows = [
         *filter(None, [judge.constant(work)]),
         judge.row(
@@ -178,11 +193,7 @@ def _fingerprint(work: Work) -> str:
     """Of what the recipe only points to: rows, labels, base."""
     digest = hashlib.sha256(json.dumps(work.task.describe(), sort_keys=True).encode())
     for examples in (work.train, work.valid):
-        for row in examples.inputs:
-            for value in row.values():
-                digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
-        for tensor in (examples.targets, examples.weights):
-            digest.update(b"" if tensor is None else tensor.numpy().tobytes())
+        digest_rows(digest, examples)
     digest.update(fingerprint(work.model.body).encode())
     return digest.hexdigest()
 
@@ -249,15 +260,19 @@ def _saved(checkpoints: Path, recipe: Recipe) -> tuple[Path, checkpoint.State, l
     return found
 
 
+def _require_same(saved: tuple[Path, checkpoint.State, list[str]], stamp: str) -> None:
+    """Raise CheckpointError if the rows or the base are others than those of the checkpoint."""
+    if saved[1].fingerprint != stamp:
+        raise CheckpointError(
+            f"{saved[0]} belongs to another run: the rows or the base model have changed since. "
+            "Undo the change, choose another --out, or start anew with --fresh"
+        )
+
+
 def _continue(loop: Loop, saved: tuple[Path, checkpoint.State, list[str]], console: "Console") -> None:
     path, state, damaged = saved
     for line in damaged:
         console.print(f"[yellow]passed over[/yellow] {line}", highlight=False)
-    if state.fingerprint != loop.settings.fingerprint:
-        raise CheckpointError(
-            f"{path} belongs to another run: the rows or the base model have changed since. "
-            "Undo the change, choose another --out, or start anew with --fresh"
-        )
     loop.resume(state)
     console.print(f"Resuming at step {loop.step} of {loop.settings.steps} from {path}", highlight=False)
 
