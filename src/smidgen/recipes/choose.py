@@ -4,7 +4,9 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -16,13 +18,16 @@ from ..auto.plan import (
     choose_precision,
     choose_steps,
     evaluation_interval,
+    fastest,
     shorter_length,
 )
 from ..auto.presets import Preset, preset
 from ..core.method import Method
 from ..data.batches import LengthBucketedBatches
 from ..tasks.base import Batch
-from ..training.replay import Replay, on_device, replayed
+from ..training.replay import Replay, on_device
+from ..training.replay_cut import Unit
+from ..training.replay_store import Store
 from .prepare import Work
 from .schema import MethodPart, Recipe, TrainPart
 
@@ -213,29 +218,17 @@ class Speed:
     forward: float
 
 
-def measure(work: Work, chosen: Chosen, accelerator: "Accelerator", replay: Replay | None = None) -> Speed:
-    """How long a few of the first batches take.   replay: records them first; their rows are then replayed."""
-    batches = [
-        indices
-        for indices, _ in zip(
-            LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed), range(4), strict=False
-        )
-    ]
+def measure(work: Work, chosen: Chosen, accelerator: "Accelerator") -> Speed:
+    """How long a few of the first batches take."""
+    batches = _first_batches(work, chosen, 4)
     spent = [0.0, 0.0]
     tokens = 0
     work.model.train()
     for number, indices in enumerate(batches):
         batch = on_device(work.task.collate(work.train, indices), accelerator)
-        if replay is not None:
-            with torch.no_grad(), accelerator.autocast(), replay.rows(work.train, indices):
-                work.model(batch)
         for backward in (True, False):
             start = time.monotonic()
-            rows = replayed(replay, work.train, indices)
-            with rows, accelerator.autocast(), torch.set_grad_enabled(backward):
-                loss, _ = work.task.loss(work.model(batch), batch)
-            if backward:
-                loss.backward()  # type: ignore[no-untyped-call]
+            _pass(work, batch, accelerator, backward=backward)
             if number or len(batches) == 1:  # the first warms up
                 spent[not backward] += time.monotonic() - start
         if number or len(batches) == 1:
@@ -243,3 +236,37 @@ def measure(work: Work, chosen: Chosen, accelerator: "Accelerator", replay: Repl
     work.model.zero_grad()
     per_row = [seconds / tokens * statistics.fmean(work.train.lengths) for seconds in spent]
     return Speed(per_row[0] * chosen.batch * chosen.accumulate, per_row[1])
+
+
+def measure_replay(work: Work, chosen: Chosen, accelerator: "Accelerator", plain: Speed, units: list[Unit]) -> Speed:
+    """The speed where these units are replayed, by what it gains on one batch."""
+    (indices,) = _first_batches(work, chosen, 1)
+    batch = on_device(work.task.collate(work.train, indices), accelerator)
+    store = Store({"train": len(work.train)}, limit_bytes=1 << 40)
+    replay = Replay(work.model, units, store, {"train": work.train})
+    with torch.no_grad(), replay.rows(work.train, indices):
+        _pass(work, batch, accelerator, backward=False)  # records
+
+    def run(backward: bool, replayed: bool) -> None:
+        with replay.rows(work.train, indices) if replayed else nullcontext():
+            _pass(work, batch, accelerator, backward=backward)
+
+    work.model.train()
+    gains = []
+    for backward in (True, False):
+        before, after = fastest(partial(run, backward, False), partial(run, backward, True))
+        gains.append(after / before)
+    work.model.zero_grad()
+    return Speed(gains[0] * plain.step, gains[1] * plain.forward)
+
+
+def _first_batches(work: Work, chosen: Chosen, count: int) -> list[list[int]]:
+    batches = LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed)
+    return list(itertools.islice(batches, count))
+
+
+def _pass(work: Work, batch: Batch, accelerator: "Accelerator", *, backward: bool) -> None:
+    with accelerator.autocast(), torch.set_grad_enabled(backward):
+        loss, _ = work.task.loss(work.model(batch), batch)
+    if backward:
+        loss.backward()  # type: ignore[no-untyped-call]

@@ -25,7 +25,7 @@ from ..tasks.base import Examples
 from ..training.replay import Replay, as_if_trained, find_replay, size_of
 from ..training.replay_cut import Unit
 from ..training.replay_store import Store, room_in_memory, room_on_disk
-from .choose import Chosen, Speed, agreed, measure
+from .choose import Chosen, Speed, agreed, measure, measure_replay
 from .prepare import Work, digest_rows
 from .schema import TrainPart
 
@@ -42,6 +42,7 @@ class Place:
     """What is kept and where.   folder: None for memory.   dtype: "" as computed.   size_bytes: about, of the sets."""
 
     units: list[Unit]
+    device: torch.device
     folder: Path | None
     dtype: str
     sets: Mapping[str, Examples]
@@ -76,7 +77,7 @@ def foresee(
     with as_if_trained(work.model, [*trained, *work.model.head.parameters()]):
         units, _ = find_replay(work.model, work.task, work.train, accelerator)
     place = next(_places("memory", "", units, work, accelerator, checkpoints), None) if units else None
-    return place and _replay(place, work, chosen, accelerator)
+    return _replay(place, work, chosen) if place else None
 
 
 def settle(
@@ -97,8 +98,7 @@ def settle(
     units, why = ([], "") if said.replay == "off" else find_replay(work.model, work.task, work.train, accelerator)
     place, speed = None, plain
     if units:
-        trial = Replay(work.model, units, Store({"train": len(work.train)}, limit_bytes=1 << 40), {"train": work.train})
-        speed = agreed(measure(work, chosen, accelerator, trial))
+        speed = agreed(measure_replay(work, chosen, accelerator, plain, units))
         place = next(_places(said.replay, None, units, work, accelerator, checkpoints), None)
         recorded = foreseen is not None and foreseen.units == units and foreseen.store.is_whole("train")
         asked_for = said.replay in ("memory", "disk")
@@ -142,7 +142,7 @@ def fill(
     if place is None:
         return None
     kept = foreseen is not None and foreseen.units == place.units and place.name == "memory" and not place.dtype
-    replay = foreseen if kept and foreseen is not None else _replay(place, work, chosen, accelerator)
+    replay = foreseen if kept and foreseen is not None else _replay(place, work, chosen)
     replay.fill("train", work.task, accelerator, 2 * chosen.batch)
     if replay.store.is_whole("train"):
         return replay
@@ -188,19 +188,18 @@ def _places(
         folder /= str(accelerator.process_index)
     learned = {"train": work.train, "valid": work.valid}
     whole = learned | {"test": work.test} | {f"shift-{i}": rows for i, rows in enumerate(work.shift.values())}
-    rooms = {
-        "memory": room_in_memory(accelerator.device, accelerator.num_processes),
-        "disk": room_on_disk(folder, accelerator.num_processes),
-    }
+    count, cpu = accelerator.num_processes, torch.device("cpu")
+    rooms = [("memory", device, room_in_memory(device, count)) for device in dict.fromkeys((accelerator.device, cpu))]
+    rooms.append(("disk", cpu, room_on_disk(folder, count)))
     for kept_as in ("", _ROUNDED):
-        for name, room in rooms.items():
+        for name, device, room in rooms:
             for sets in (whole, learned) if not kept_as else (learned,):
                 size = sum(size_of(units, work.train, rows, kept_as) for rows in sets.values())
                 if size <= room and said in (None, "auto", name) and dtype in (None, kept_as):
-                    yield Place(units, folder if name == "disk" else None, kept_as, sets, size, room)
+                    yield Place(units, device, folder if name == "disk" else None, kept_as, sets, size, room)
 
 
-def _replay(place: Place, work: Work, chosen: Chosen, accelerator: "Accelerator") -> Replay:
+def _replay(place: Place, work: Work, chosen: Chosen) -> Replay:
     digest = hashlib.sha256(
         repr((__version__, torch.__version__, chosen.precision, chosen.batch, place.dtype)).encode()
     )
@@ -213,7 +212,7 @@ def _replay(place: Place, work: Work, chosen: Chosen, accelerator: "Accelerator"
         {name: len(rows) for name, rows in place.sets.items()},
         limit_bytes=place.limit_bytes,
         dtype=getattr(torch, place.dtype) if place.dtype else None,
-        device=accelerator.device,
+        device=place.device,
         folder=place.folder,
         fingerprint=digest.hexdigest(),
     )

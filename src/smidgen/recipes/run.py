@@ -222,6 +222,7 @@ def _resolved(recipe: Recipe, out: Path, work: Work, method: Method, chosen: Cho
     numbers = {name: getattr(chosen, name) for name in TrainPart.model_fields if hasattr(chosen, name)}
     numbers["label_smoothing"] = chosen.label_smoothing or None  # not for every kind
     numbers |= {"epochs": None, "minutes": None, "threads": torch.get_num_threads()}  # the steps say it
+    numbers["top_layers"] = recipe.train.top_layers
     said = MethodPart(name=method.name, **{**preset(method.name).settings, **(recipe.method or MethodPart()).settings})
     columns = {**recipe.data.columns, **work.task.resolved_columns()}
     settings = recipe.task.settings | {k: v for k, v in work.task.resolved_settings().items() if v is not None}

@@ -82,9 +82,10 @@ class Replay:
 
     def _given(self, unit: Unit, name: str, indices: Sequence[int]) -> Call:
         def replayed(*args: Any, **kwargs: Any) -> Any:
-            whole = torch.zeros(unit.shape_for(len(indices), args, kwargs), dtype=unit.dtype, device=unit.device)
-            if unit.read:
-                rows = self.store.get(name, self._numbers[unit], indices)
+            rows = self.store.get(name, self._numbers[unit], indices) if unit.read else []
+            device = rows[0].device if rows else unit.device
+            whole = torch.zeros(unit.shape_for(len(indices), args, kwargs), dtype=unit.dtype, device=device)
+            if rows:
                 by_row = whole.view(unit.sides, len(indices), *whole.shape[1:])
                 for place, row in enumerate(rows):
                     if unit.length is None:
@@ -92,7 +93,7 @@ class Replay:
                     else:  # beyond the shorter of the two is padding
                         length = min(row.shape[1], whole.shape[1])
                         by_row[:, place, :length] = row[:, :length]
-            return unit.remake(whole)
+            return unit.remake(whole.to(unit.device))
 
         return replayed
 
@@ -182,16 +183,16 @@ def _difference(
             with torch.no_grad(), accelerator.autocast(), replay.rows(examples, some):
                 model(on_device(task.collate(examples, some), accelerator))
         model.train()
-        expected = run(rows)
         with replay.rows(examples, rows):
-            found = run(rows)
+            found = run(rows)  # first: what the model as it is may leave behind would be found
+        expected = run(rows)
         if len(found) != len(expected):
             return "replayed, other parameters get a gradient"
-        for what, pairs in (("loss", slice(0, 1)), ("gradients", slice(1, None))):
+        for what, pairs in (("loss differs", slice(0, 1)), ("gradients differ", slice(1, None))):
             before, after = (torch.cat([t.double().flatten() for t in tensors[pairs]]) for tensors in (expected, found))
             gap = float((after - before).norm() / before.norm().clamp_min(1e-30))
             if not gap <= tolerance:
-                return f"replayed, its {what} differ by {gap:.1%}"
+                return f"replayed, its {what} by {gap:.1%}"
     return ""
 
 

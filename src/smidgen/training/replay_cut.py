@@ -87,14 +87,14 @@ def find_units(model: nn.Module, loss: Loss, batches: tuple[Batch, Batch], rows:
         if trained or len(others) != len(calls):
             continue
         units = [_unit(path, i, pair, rows, costs) for i, pair in enumerate(zip(calls, others, strict=True))]
-        if all(units):
-            candidates[path] = [unit for unit in units if unit is not None]
+        whole = [unit for unit in units if unit is not None]
+        if len(whole) == len(calls):
+            candidates[path] = whole
     found: list[list[Unit]] = []
     level = _highest(candidates, [path for path, _ in modules_of(model) if path])
     while level and len(found) < 4:
-        units = [unit for path in level for unit in candidates[path]]
-        marked = _worth_it(model, units, loss, batches[0])
-        if any(unit.read for unit in marked):
+        marked = _worth_it(model, [unit for path in level for unit in candidates[path]], loss, batches[0])
+        if any(unit.read for unit in marked) and any(unit.cost for unit in marked):
             found.append(marked)
         lower = [path for path in level for path in _highest(candidates, _below(model, path)) or [path]]
         level = lower if lower != level else []
@@ -163,8 +163,8 @@ def _watch(model: nn.Module, loss: Loss, batch: Batch) -> dict[str, list[_Seen]]
 
     def hook(path: str) -> Call:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            said: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-            shapes = {name: tuple(value.shape) for name, value in said.items() if isinstance(value, Tensor)}
+            said: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+            shapes = {name: tuple(value.shape) for name, value in said if isinstance(value, Tensor)}
             tensor, remake = taken_apart(output) or (None, None)
             if tensor is None or not tensor.is_floating_point() or not tensor.ndim:
                 found.setdefault(path, []).append(_Seen(shapes, None, None, torch.device("cpu"), True))
@@ -242,12 +242,21 @@ def _below(model: nn.Module, path: str) -> list[str]:
 
 
 def _worth_it(model: nn.Module, units: list[Unit], loss: Loss, batch: Batch) -> list[Unit]:
-    """The units with those marked that are read; without such as cost little and need nothing more kept when run."""
+    """The units with those marked that are read.
+
+    Without such as cost little, if nothing more has to be kept where they run, with what they need that costs little.
+    """
     read = _read(model, units, loss, batch)
-    whole = sum(unit.cost for unit in units)
-    for unit in [unit for unit in units if unit in read and unit.cost < _WORTH * whole]:
-        fewer = [other for other in units if other.path != unit.path]
-        if fewer and (still := _read(model, fewer, loss, batch)) < read:
+    most = _WORTH * sum(unit.cost for unit in units)
+    for unit in [unit for unit in units if unit in read and unit.cost < most]:
+        run, still = {unit.path}, {unit}
+        while still - read or unit in still:
+            run |= {other.path for other in still - read}
+            fewer = [other for other in units if other.path not in run]
+            if not fewer or sum(other.cost for other in units if other.path in run) >= most:
+                break
+            still = _read(model, fewer, loss, batch)
+        else:
             units, read = fewer, still
     return [dataclasses.replace(unit, read=unit in read) for unit in units]
 
@@ -276,4 +285,6 @@ def _read(model: nn.Module, units: Sequence[Unit], loss: Loss, batch: Batch) -> 
     if not total.requires_grad:
         return set()
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {unit for unit, gradient in zip(leaves, gradients, strict=True) if gradient is not None and gradient.any()}
+    return {
+        unit for unit, gradient in zip(leaves, gradients, strict=True) if gradient is not None
+    }  # zero may be chance

@@ -161,7 +161,7 @@ class _InFile:
             for part in parts:
                 file.write(bytes(-file.tell() % _ALIGNED))
                 found.append((file.tell(), NAMES[part.dtype], list(part.shape)))
-                file.write(memoryview(part.cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+                file.write(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         self.entries.append(found)
 
     def tensor(self, batch: int, unit: int) -> Tensor:
@@ -185,7 +185,7 @@ class _InFile:
 
 
 def room_in_memory(device: torch.device, processes: int = 1) -> int:
-    """Bytes that a store may take: a quarter of what is free, shared by the processes of this machine."""
+    """Bytes that a store may take: a quarter of what is free, on the CPU shared by the processes of this machine."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) // _OF_MEMORY
