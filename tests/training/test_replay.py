@@ -1,4 +1,4 @@
-"""Rows of the frozen part, computed once and given again: what is kept, that it changes nothing, and what is refused."""
+"""Rows of the frozen part, computed once and given again: what is kept, that nothing changes, and what is refused."""
 
 import copy
 import random
@@ -58,6 +58,19 @@ class Deep(nn.Module):
             first = h if first is None else first
         h = h + first if self.skip else h
         return (h * mask).sum(1) / mask.sum(1)
+
+
+class Summed(nn.Module):
+    """Counts of the digits through a stack of layers: rows without a length."""
+
+    def __init__(self):
+        super().__init__()
+        layers = (nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 6))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, batch):
+        counts = F.one_hot(batch["digits"], 10).float() * batch["mask"][:, :, None]
+        return self.layers(counts.sum(1)[:, :6])
 
 
 class Model(TaskModel):
@@ -171,21 +184,8 @@ def test_what_is_read_is_found_by_its_gradient(body, targets, expected):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-class Summed(nn.Module):
-    """Counts of the digits through a stack of layers: rows without a length."""
-
-    def __init__(self):
-        super().__init__()
-        layers = (nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 6))
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, batch):
-        counts = F.one_hot(batch["digits"], 10).float() * batch["mask"][:, :, None]
-        return self.layers(counts.sum(1)[:, :6])
-
-
 def test_a_layer_that_costs_little_beside_what_is_frozen_is_run_and_not_kept():
-    """Of the block that is trained the first layers are frozen: what they give would take as much room as their input."""
+    """Of the block that is trained the first layers are frozen, and give as many numbers as their input has."""
 
     class Two(Block):
         def __init__(self):

@@ -48,7 +48,7 @@ def in_top(method: Method, body: nn.Module, layers: int | None) -> Method:
     if not top:
         raise RecipeError(
             f"train.top_layers: none of the {len(sites)} places of {method.name} is in the last {layers} of "
-            f"{len(paths)} blocks ({paths[-layers:][0]} to {paths[-1]}); leave it out, or choose another method"
+            f"{len(paths)} blocks (from {paths[-layers:][0]} on); leave it out, or choose another method"
         )
     return dataclasses.replace(method, targets=Targets.at(top))
 
