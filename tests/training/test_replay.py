@@ -211,6 +211,30 @@ def test_nothing_is_kept_where_training_begins_at_the_bottom(targets):
     assert found(model) == ([], "what is trained begins at the bottom of the model")
 
 
+class Tapped(Model):
+    """The head reads what the last block was given, as a classifier's hook has it; all of the body is frozen."""
+
+    def __init__(self):
+        super().__init__(Deep())
+        self.body.requires_grad_(False).blocks[2].register_forward_pre_hook(self.note)
+
+    def note(self, module, args):
+        self.seen.append(args[0])
+
+    def forward(self, batch):
+        self.seen = []
+        self.body(batch)
+        (h,) = self.seen
+        mask = batch["mask"][:, :, None]
+        return self.head((h * mask).sum(1) / mask.sum(1))
+
+
+def test_where_skipping_the_whole_breaks_the_model_its_parts_are_skipped():
+    units, why = found(Tapped())
+    assert (kept(units), why) == (["body.blocks.1"], "")
+    assert [unit.path for unit in units] == ["body.embedding", "body.blocks.0", "body.blocks.1", "body.blocks.2"]
+
+
 class LeavesBehind(Block):
     def forward(self, h, mask):
         h = super().forward(h, mask)

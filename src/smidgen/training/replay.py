@@ -51,7 +51,7 @@ class Replay:
                 yield
         elif self.store.takes(name) and not torch.is_grad_enabled():
             taken: dict[Unit, Tensor] = {}
-            with forwards(self.model, list(self._numbers), lambda unit, run: self._taken(unit, run, taken)):
+            with forwards(self.model, self.units, lambda unit, run: self._taken(unit, run, taken)):
                 yield
             if all(unit in taken and unit.fits(taken[unit], len(indices)) for unit in self._numbers):
                 self.store.put(name, indices, [taken[unit] for unit in self._numbers])
@@ -71,6 +71,9 @@ class Replay:
         self.model.train(training)
 
     def _taken(self, unit: Unit, run: Call, taken: dict[Unit, Tensor]) -> Call:
+        if not unit.read:
+            return run
+
         def recorded(*args: Any, **kwargs: Any) -> Any:
             found = taken_apart(run(*args, **kwargs))
             assert found is not None
@@ -144,11 +147,14 @@ def find_replay(model: nn.Module, task: Task, examples: Examples, accelerator: "
     try:
         with _undone(model):
             for units in find_units(model.eval(), loss, (batches[0], batches[1]), (_FEW, _MORE)):
-                why = _difference(model, task, units, examples, (few, more), accelerator)
+                try:
+                    why = _difference(model, task, units, examples, (few, more), accelerator)
+                except Exception as error:  # whatever a model does that finds other modules not run
+                    why = (
+                        f"replayed, the model fails: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+                    )
                 if not why:
                     return units, ""
-    except Exception as error:  # whatever a model does that is shown another way
-        why = f"replayed, the model fails: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     finally:
         model.train(training)
     return [], why
@@ -225,10 +231,10 @@ def _undone(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def as_if_trained(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """While the context lasts these parameters of the model, and no others, require a gradient."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
+    before, trained = [(p, p.requires_grad) for p in model.parameters()], {id(p) for p in parameters}
     try:
         for parameter, _ in before:
-            parameter.requires_grad_(any(parameter is p for p in parameters) and parameter.is_floating_point())
+            parameter.requires_grad_(id(parameter) in trained and parameter.is_floating_point())
         yield
     finally:
         for parameter, required in before:

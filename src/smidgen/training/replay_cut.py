@@ -93,7 +93,10 @@ def find_units(model: nn.Module, loss: Loss, batches: tuple[Batch, Batch], rows:
     found: list[list[Unit]] = []
     level = _highest(candidates, [path for path, _ in modules_of(model) if path])
     while level and len(found) < 4:
-        marked = _worth_it(model, [unit for path in level for unit in candidates[path]], loss, batches[0])
+        try:
+            marked = _worth_it(model, [unit for path in level for unit in candidates[path]], loss, batches[0])
+        except Exception:  # whatever a model does that finds its modules not run: a finer cut may do
+            marked = []
         if any(unit.read for unit in marked) and any(unit.cost for unit in marked):
             found.append(marked)
         lower = [path for path in level for path in _highest(candidates, _below(model, path)) or [path]]
