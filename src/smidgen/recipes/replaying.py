@@ -54,6 +54,18 @@ class Place:
         return "memory" if self.folder is None else "disk"
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """What is recorded while the base is judged, before it is settled whether it is used."""
+
+    place: Place
+    replay: Replay
+
+    def serves(self, units: list[Unit]) -> bool:
+        """True if it is these units that are recorded."""
+        return self.place.units == units and self.replay.store.takes("train")
+
+
 def foresee(
     said: TrainPart,
     method: Method,
@@ -63,8 +75,8 @@ def foresee(
     checkpoints: Path,
     *,
     resumed: bool,
-) -> Replay | None:
-    """A replay that the linear probe's pass over the rows records, where targets are said and memory holds it."""
+) -> Foreseen | None:
+    """What the linear probe's pass over the rows is to record, where targets are said and memory holds it."""
     known = not (method.targets.is_auto or isinstance(method, Selective))
     if not (known and work.task.probed and accelerator.num_processes == 1) or said.replay in ("off", "disk"):
         return None
@@ -77,7 +89,7 @@ def foresee(
     with as_if_trained(work.model, [*trained, *work.model.head.parameters()]):
         units, _ = find_replay(work.model, work.task, work.train, accelerator)
     place = next(_places("memory", "", units, work, accelerator, checkpoints), None) if units else None
-    return _replay(place, work, chosen) if place else None
+    return Foreseen(place, _replay(place, work, chosen)) if place else None
 
 
 def settle(
@@ -86,7 +98,7 @@ def settle(
     chosen: Chosen,
     accelerator: "Accelerator",
     plan: Plan,
-    foreseen: Replay | None,
+    foreseen: Foreseen | None,
     checkpoints: Path,
     spent_s: float,
 ) -> tuple[Place | None, Speed]:
@@ -99,8 +111,8 @@ def settle(
     place, speed = None, plain
     if units:
         speed = agreed(measure_replay(work, chosen, accelerator, plain, units))
-        place = next(_places(said.replay, None, units, work, accelerator, checkpoints), None)
-        recorded = foreseen is not None and foreseen.units == units and foreseen.store.is_whole("train")
+        place = _place(said.replay, None, units, work, accelerator, checkpoints, foreseen)
+        recorded = foreseen is not None and place is foreseen.place and foreseen.replay.store.is_whole("train")
         asked_for = said.replay in ("memory", "disk")
         if place is None:
             size, room = _size(units, work, _ROUNDED), room_in_memory(accelerator.device, accelerator.num_processes)
@@ -119,12 +131,19 @@ def settle(
     return place, speed
 
 
-def again(said: TrainPart, work: Work, chosen: Chosen, accelerator: "Accelerator", checkpoints: Path) -> Place | None:
+def again(
+    said: TrainPart,
+    work: Work,
+    chosen: Chosen,
+    accelerator: "Accelerator",
+    foreseen: Foreseen | None,
+    checkpoints: Path,
+) -> Place | None:
     """Of a run that is resumed: the same numbers, wherever they fit now.  Raises CheckpointError."""
     if chosen.replay == "off":
         return None
     units, why = find_replay(work.model, work.task, work.train, accelerator)
-    place = next(_places(said.replay, chosen.replay_dtype, units, work, accelerator, checkpoints), None)
+    place = _place(said.replay, chosen.replay_dtype, units, work, accelerator, checkpoints, foreseen)
     if not units or place is None:
         size = _size(units, work, chosen.replay_dtype)
         raise CheckpointError(
@@ -136,13 +155,12 @@ def again(said: TrainPart, work: Work, chosen: Chosen, accelerator: "Accelerator
 
 
 def fill(
-    place: Place | None, foreseen: Replay | None, work: Work, chosen: Chosen, accelerator: "Accelerator"
+    place: Place | None, foreseen: Foreseen | None, work: Work, chosen: Chosen, accelerator: "Accelerator"
 ) -> Replay | None:
     """Record the training rows that are not there yet; None, and so in `chosen`, if they turn out not to fit."""
     if place is None:
         return None
-    kept = foreseen is not None and foreseen.units == place.units and place.name == "memory" and not place.dtype
-    replay = foreseen if kept and foreseen is not None else _replay(place, work, chosen)
+    replay = foreseen.replay if foreseen is not None and place is foreseen.place else _replay(place, work, chosen)
     replay.fill("train", work.task, accelerator, 2 * chosen.batch)
     if replay.store.is_whole("train"):
         return replay
@@ -168,6 +186,21 @@ def _pays(
     left = 60 * chosen.minutes - spent_s
     fitting = min(steps, left / plain.step), min(steps, (left - recording) / replayed.step)
     return fitting[1] > fitting[0] or recording + steps * replayed.step < steps * plain.step <= left
+
+
+def _place(
+    said: str | None,
+    dtype: str | None,
+    units: list[Unit],
+    work: Work,
+    accelerator: "Accelerator",
+    checkpoints: Path,
+    foreseen: Foreseen | None,
+) -> Place | None:
+    """Where the rows are already, else the best place that they fit; None if there is none."""
+    if foreseen is not None and foreseen.serves(units):
+        return foreseen.place
+    return next(_places(said, dtype, units, work, accelerator, checkpoints), None)
 
 
 def _places(

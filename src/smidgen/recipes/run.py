@@ -86,7 +86,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     if saved is not None:
         _require_same(saved, stamp)
     foreseen = foresee(recipe.train, method, work, chosen, accelerator, checkpoints, resumed=saved is not None)
-    base = fit_base(work, chosen, accelerator, foreseen)
+    base = fit_base(work, chosen, accelerator, foreseen and foreseen.replay)
     base.start(work.model)
     base_said = judge.said(work)
     adapters = attach_used(method, work, chosen, plan)
@@ -101,7 +101,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
         choose_steps_for(recipe.train, chosen, work, accelerator, plan, speed, time.monotonic() - started)
         chosen = agreed(chosen)
     else:
-        place = again(recipe.train, work, chosen, accelerator, checkpoints)
+        place = again(recipe.train, work, chosen, accelerator, foreseen, checkpoints)
         plan.entries = [(name, value, why) for name, value, why in saved[1].history["plan"]]
     _show_plan(plan, checks, console)
     if recipe.dry_run:
@@ -113,6 +113,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
             remove_directory(checkpoints)
         accelerator.wait_for_everyone()  # a replay may have files there
     replay = fill(place, foreseen, work, chosen, accelerator)
+    foreseen = None  # its room, if it is not used
     for note in replay.store.notes if replay else ():
         console.print(f"[yellow]replay[/yellow] {note}", highlight=False)
     loop = Loop(
@@ -137,7 +138,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
             f"stopped at step {outcome.step} of {chosen.steps}; all is saved, continue with --resume"
         )
     tuned = answers_of(work, chosen, accelerator, replay)
-    loop.replay = replay = foreseen = None  # what was kept is needed no more
+    loop.replay = replay = None  # what was kept is needed no more
     rows = [
         *filter(None, [judge.constant(work)]),
         judge.row(
