@@ -27,7 +27,6 @@ from common import Spread, described, one_thread, save
 from presets import BATCH, PRECISION, SEED, Bench, bench, chosen
 
 from smidgen import LoRA
-from smidgen.adapters import attach
 from smidgen.auto.plan import Plan
 from smidgen.auto.presets import preset
 from smidgen.recipes import adapt
@@ -74,12 +73,7 @@ def loop_of(bench: Bench, work: Work, layers: int | None, steps: int, replays: b
     rates = dataclasses.replace(preset("lora"), learning_rate=RATE)
     plan = dataclasses.replace(chosen(rates, steps, work), evaluate_every=steps, save_every=steps)
     method = adapt.in_top(LoRA(rank=RANK, alpha=ALPHA), work.model.body, layers)
-    adapters = attach(work.model.body, method, seed=0)
-    if layers is None:  # what nothing depends on would be kept from learning by no gradient
-        adapters.detach()
-        used = adapt.used_modules(work, plan)
-        sites = [site.path for site in method.resolve(work.model.body).sites if site.path in used]
-        adapters = attach(work.model.body, LoRA(rank=RANK, alpha=ALPHA, targets=sites), seed=0)
+    adapters = adapt.attach_used(method, work, plan, Plan())
     replay = None
     if replays:
         units, why = find_replay(work.model, work.task, work.train, bench.accelerator)
@@ -198,23 +192,14 @@ def speed(bench: Bench, layers: int, said: argparse.Namespace) -> tuple[list[lis
 
 def quality(bench: Bench, layers: int | None, seconds: float) -> list[Any]:
     """What LoRA on so many top layers comes to in so much CPU time."""
-    work = fresh(bench)
-    trial, _ = loop_of(bench, work, layers, 12, replays=False)
+    start = time.process_time()
+    trial, size = loop_of(bench, fresh(bench), layers, 12, replays=True)
+    prepared = time.process_time() - start
     clock = Clock(4)
     trial.run(clock)
-    per_step = (clock.times[-1] - clock.times[1]) / 8
+    steps = max(20, int((seconds - prepared) / ((clock.times[3] - clock.times[1]) / 8)))
     work = fresh(bench)
-    start = time.process_time()
-    loop, size = loop_of(bench, work, layers, 1, replays=True)
-    prepared = time.process_time() - start
-    if loop.replay is not None:
-        clock = Clock(4)
-        loop.settings = dataclasses.replace(loop.settings, steps=12, evaluate_every=12)
-        loop.run(clock)
-        per_step = (clock.times[-1] - clock.times[1]) / 8
-    steps = max(20, int((seconds - prepared) / per_step))
-    work = fresh(bench)
-    loop, size = loop_of(bench, work, layers, steps, replays=True)
+    loop, _ = loop_of(bench, work, layers, steps, replays=True)
     loop.settings = dataclasses.replace(loop.settings, evaluate_every=max(1, steps // 8))
     start = time.process_time()
     outcome = loop.run(Progress(None, "", steps))

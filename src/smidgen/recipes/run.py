@@ -125,7 +125,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
         settings_of(chosen, stamp),
         accelerator,
         checkpoints,
-        replay,
+        replay=replay,
     )
     loop.history |= {"chosen": dataclasses.asdict(chosen), "said": _said(recipe), "plan": plan.entries}
     if saved is not None:

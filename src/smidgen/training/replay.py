@@ -205,7 +205,7 @@ def _difference(
 def _is_drawn(task: Task, examples: Examples, rows: Sequence[int]) -> bool:
     """True if a training batch of the same rows is another each time."""
     plain = task.collate(examples, rows)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # batches are made on the CPU
         for seed in range(_DRAWS):
             torch.manual_seed(seed)
             drawn = task.augment(task.collate(examples, rows))
@@ -219,8 +219,9 @@ def _undone(model: nn.Module) -> Iterator[None]:
     """What trials draw and what statistics they leave in adapters is as before when the context ends."""
     statistics = {name: b for name, b in model.named_buffers() if HELD in name.split(".")}
     before = {name: b.detach().clone() for name, b in statistics.items()}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         with torch.no_grad():
