@@ -2,14 +2,16 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from smidgen.core.errors import CheckpointError, RecipeError
 from smidgen.recipes import replaying
+from smidgen.recipes.choose import Speed
 from smidgen.recipes.run import tune
-from smidgen.recipes.schema import Recipe
+from smidgen.recipes.schema import Recipe, TrainPart
 from smidgen.training.replay import Replay
 
 from ..tiny import GOOD, reviews, write_csv
@@ -140,6 +142,25 @@ def test_a_dry_run_says_it_and_writes_nothing(start, tmp_path):
         start(dry_run=True, train={**TOP, "replay": "disk"}).said.split()
     )
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "minutes", "processes", "pays"),
+    [
+        (100, None, 1, False),  # each row is seen once, and recording costs what replaying saves
+        (101, None, 1, True),
+        (None, None, 2, True),  # three epochs: each process records all rows, and sees half of them in an epoch
+        (None, None, 4, False),
+        (1000, 10, 1, True),  # 600 steps of a second fit; replayed, after 75 s of recording, all 1,000
+        (1000, 1, 1, False),  # the minute would be over before all rows are recorded
+    ],
+)
+def test_it_pays_from_the_second_look_at_a_row_on(steps, minutes, processes, pays):
+    """800 rows in batches of 8: 100 s to see them all, 25 s where they are replayed."""
+    chosen = SimpleNamespace(batch=8, accumulate=1, minutes=minutes, epochs=3)
+    work, machine = SimpleNamespace(train=range(800)), SimpleNamespace(num_processes=processes)
+    speeds = Speed(1.0, 0.0), Speed(0.25, 0.0)
+    assert replaying._pays(TrainPart(steps=steps), work, chosen, machine, *speeds, 75.0, 0.0) is pays
 
 
 CNN = """

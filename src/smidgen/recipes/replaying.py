@@ -101,25 +101,28 @@ def settle(
     foreseen: Foreseen | None,
     checkpoints: Path,
     spent_s: float,
-) -> tuple[Place | None, Speed]:
-    """Decide for or against, enter it in the plan and in `chosen`; with the speed of a step as it will be.
+) -> tuple[Place | None, Speed, float]:
+    """Decide for or against, enter it in the plan and in `chosen`; with the speed of a step as it will be, and the
+    seconds that recording takes.
 
     checkpoints: the folder of the run's, where files would go.   spent_s: of the run's time.
     """
     plain = measure(work, chosen, accelerator)
     units, why = ([], "") if said.replay == "off" else find_replay(work.model, work.task, work.train, accelerator)
-    place, speed = None, plain
+    place, speed, recording_s = None, plain, 0.0
     if units:
         speed = agreed(measure_replay(work, chosen, accelerator, plain, units))
         place = _place(said.replay, None, units, work, accelerator, checkpoints, foreseen)
         recorded = foreseen is not None and place is foreseen.place and foreseen.replay.store.is_whole("train")
+        if not recorded:
+            recording_s = len(work.train) / chosen.batch * (plain.step - speed.step) / chosen.accumulate
         asked_for = said.replay in ("memory", "disk")
         if place is None:
             size, room = _size(units, work, _ROUNDED), room_in_memory(accelerator.device, accelerator.num_processes)
             why = f"its rows take {_in_words(size)} in 16 bit, and {_in_words(room)} of memory may be used"
         elif not asked_for and speed.step > _LEAST_GAIN * plain.step:
             place, why = None, f"a replayed step took {speed.step / plain.step:.0%} of the time"
-        elif not (asked_for or recorded or _pays(said, work, chosen, accelerator, plain, speed, spent_s)):
+        elif not (asked_for or recorded or _pays(said, work, chosen, accelerator, plain, speed, recording_s, spent_s)):
             place, why = None, "rows are not seen again often enough to pay for recording them"
         else:
             why = _found(place, plain, speed)
@@ -127,8 +130,8 @@ def settle(
     chosen.replay_dtype = agreed("" if place is None else place.dtype)
     plan.decide("replay", None, chosen.replay, why or "you said so")
     if place is None or chosen.replay == "off":
-        return None, plain
-    return place, speed
+        return None, plain, 0.0
+    return place, speed, recording_s
 
 
 def again(
@@ -175,17 +178,17 @@ def _pays(
     accelerator: "Accelerator",
     plain: Speed,
     replayed: Speed,
+    recording_s: float,
     spent_s: float,
 ) -> bool:
     """True if recording all training rows, by each process, costs less than replaying them saves."""
-    rows = len(work.train)
-    steps = said.steps or chosen.epochs * rows / (chosen.batch * chosen.accumulate * accelerator.num_processes)
-    recording = rows / chosen.batch * (plain.step - replayed.step) / chosen.accumulate
+    per_step = chosen.batch * chosen.accumulate * accelerator.num_processes
+    steps = said.steps or chosen.epochs * len(work.train) / per_step
     if chosen.minutes is None:
-        return recording + steps * replayed.step < steps * plain.step
+        return recording_s + steps * replayed.step < steps * plain.step
     left = 60 * chosen.minutes - spent_s
-    fitting = min(steps, left / plain.step), min(steps, (left - recording) / replayed.step)
-    return fitting[1] > fitting[0] or recording + steps * replayed.step < steps * plain.step <= left
+    fitting = min(steps, left / plain.step), min(steps, (left - recording_s) / replayed.step)
+    return fitting[1] > fitting[0] or recording_s + steps * replayed.step < steps * plain.step <= left
 
 
 def _place(

@@ -86,7 +86,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     if saved is not None:
         _require_same(saved, stamp)
     foreseen = foresee(recipe.train, method, work, chosen, accelerator, checkpoints, resumed=saved is not None)
-    base = fit_base(work, chosen, accelerator, foreseen and foreseen.replay)
+    base = fit_base(work, chosen, accelerator, foreseen.replay if foreseen else None)
     base.start(work.model)
     base_said = judge.said(work)
     adapters = attach_used(method, work, chosen, plan)
@@ -97,8 +97,9 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     checks = preflight(work.model, adapters, trained, work.task, trial_batches(work, chosen, device))
     if saved is None:
         spent = time.monotonic() - started
-        place, speed = settle(recipe.train, work, chosen, accelerator, plan, foreseen, checkpoints, spent)
-        choose_steps_for(recipe.train, chosen, work, accelerator, plan, speed, time.monotonic() - started)
+        place, speed, recording = settle(recipe.train, work, chosen, accelerator, plan, foreseen, checkpoints, spent)
+        spent = time.monotonic() - started + recording
+        choose_steps_for(recipe.train, chosen, work, accelerator, plan, speed, spent)
         chosen = agreed(chosen)
     else:
         place = again(recipe.train, work, chosen, accelerator, foreseen, checkpoints)
