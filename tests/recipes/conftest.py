@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from smidgen.core.files import sha256_file
 from smidgen.recipes.run import tune
 from smidgen.recipes.schema import Recipe
 from smidgen.recipes.use import evaluate
+from smidgen.training import loop
 
 from ..tiny import reviews, tiny_bert, tiny_llama, write_csv
 
@@ -30,6 +33,14 @@ def llama(tmp_path_factory) -> Path:
 def data(tmp_path_factory) -> Path:
     """120 reviews as a CSV file."""
     return write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", reviews(120))
+
+
+def digest(out) -> list[str]:
+    return [sha256_file(out / name) for name in ("adapter_model.safetensors", "head.safetensors")]
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 class Run:
@@ -64,6 +75,28 @@ def start(tmp_path, bert, data) -> Callable[..., Run]:
         return Run(tune(Recipe.model_validate(recipe), resume=resume, fresh=fresh, console=console), said.getvalue())
 
     return start
+
+
+@pytest.fixture
+def stopped(start, tmp_path, monkeypatch):
+    """A function that starts a run and stops it after a step, as Ctrl-C does."""
+
+    def stopped(after: int = 4, **parts):
+        with monkeypatch.context() as patch:
+            step = loop.Progress.step
+
+            def stepped(self, number, *args):
+                step(self, number, *args)
+                if number == after:
+                    signal.raise_signal(signal.SIGINT)
+
+            patch.setattr(loop.Progress, "step", stepped)
+            with pytest.raises(KeyboardInterrupt) as caught:
+                start(**parts)
+        assert str(caught.value) == f"stopped at step {after} of 6; all is saved, continue with --resume"
+        return tmp_path / "out.checkpoints"
+
+    return stopped
 
 
 @pytest.fixture

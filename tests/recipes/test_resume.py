@@ -10,42 +10,12 @@ from pathlib import Path
 import pytest
 
 from smidgen.core.errors import CheckpointError, RecipeError
-from smidgen.core.files import sha256_file
-from smidgen.training import checkpoint, loop
+from smidgen.training import checkpoint
 
 from ..tiny import reviews, write_csv
+from .conftest import digest, names
 
 ROOT = Path(__file__).parents[2]
-
-
-def digest(out) -> list[str]:
-    return [sha256_file(out / name) for name in ("adapter_model.safetensors", "head.safetensors")]
-
-
-def names(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture
-def stopped(start, tmp_path, monkeypatch):
-    """A function that starts a run and stops it after a step, as Ctrl-C does."""
-
-    def stopped(after: int = 4, **parts):
-        with monkeypatch.context() as patch:
-            step = loop.Progress.step
-
-            def stepped(self, number, *args):
-                step(self, number, *args)
-                if number == after:
-                    signal.raise_signal(signal.SIGINT)
-
-            patch.setattr(loop.Progress, "step", stepped)
-            with pytest.raises(KeyboardInterrupt) as caught:
-                start(**parts)
-        assert str(caught.value) == f"stopped at step {after} of 6; all is saved, continue with --resume"
-        return tmp_path / "out.checkpoints"
-
-    return stopped
 
 
 DROPOUT = {"method": {"name": "lora", "dropout": 0.2}}

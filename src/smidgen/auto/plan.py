@@ -54,7 +54,7 @@ def choose_precision(run: Callable[[str], Any], device: torch.device) -> tuple[s
         return "fp32", "this GPU has no bfloat16", None
     if device.type != "cpu":
         return "fp32", f"the safe choice on {device.type}", None
-    seconds = dict(zip(("fp32", "bf16"), _fastest(partial(run, "fp32"), partial(run, "bf16")), strict=True))
+    seconds = dict(zip(("fp32", "bf16"), fastest(partial(run, "fp32"), partial(run, "bf16")), strict=True))
     ratio = seconds["bf16"] / seconds["fp32"]
     if ratio < _PRECISION_GAIN:
         why = f"measured {1 / ratio:.1f} times as fast as fp32 here; adapters stay in fp32"
@@ -95,7 +95,7 @@ def evaluation_interval(steps: int) -> int:
     return max(1, math.ceil(steps / _EVALUATIONS))
 
 
-def _fastest(*runs: Callable[[], Any]) -> list[float]:
+def fastest(*runs: Callable[[], Any]) -> list[float]:
     """The shortest time of each, in seconds; taken by turns, so that what else the machine does meets them alike.
 
     The first call of each pays for what later ones find made; where it is long, and says enough, it is the last.

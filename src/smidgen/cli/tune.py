@@ -67,6 +67,13 @@ def tune(
     batch: Annotated[str | None, _option("ROWS", "Rows in memory at once.", _TRAINING, _PLAN)] = None,
     learning_rate: Annotated[str | None, _option("RATE", "Of the adapter.", _TRAINING, _PLAN)] = None,
     seed: Annotated[str | None, _option("N", "The same seed gives the same result.", _TRAINING, "0")] = None,
+    top_layers: Annotated[
+        str | None, _option("N", "Train in the last N blocks alone.", _TRAINING, "all that the method takes")
+    ] = None,
+    replay: Annotated[
+        str | None,
+        _option("auto|memory|disk|off", "Keep what the frozen part gives for each row.", _TRAINING, "where it pays"),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         _option(
@@ -121,6 +128,8 @@ def tune(
         "--batch": batch,
         "--learning-rate": learning_rate,
         "--seed": seed,
+        "--top-layers": top_layers,
+        "--replay": replay,
         "--against": against,
         "--out": out,
         "--dry-run": dry_run or None,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterSet, attach
 from ..auto.plan import Plan
 from ..auto.presets import preset
+from ..core.blocks import blocks, not_recognised
 from ..core.errors import RecipeError
 from ..core.method import Method
 from ..core.targets import Targets
@@ -29,6 +30,27 @@ from .probing import Base
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from rich.console import Console
+
+
+def in_top(method: Method, body: nn.Module, layers: int | None) -> Method:
+    """The method at those of its places that are in the last blocks of the model, where a number of them is said.
+
+    Raises RecipeError if none is there, or no blocks are recognised.
+    """
+    if layers is None:
+        return method
+    if isinstance(method, Selective):
+        raise RecipeError(f"train.top_layers: {method.name} chooses among all parameters; name method.targets instead")
+    paths, sites = blocks(body), method.resolve(body).sites
+    if not paths:
+        raise not_recognised(body, "block", "method.targets instead of train.top_layers")
+    top = [site for site in sites if any(f"{site.path}.".startswith(f"{path}.") for path in paths[-layers:])]
+    if not top:
+        raise RecipeError(
+            f"train.top_layers: none of the {len(sites)} places of {method.name} is in the last {layers} of "
+            f"{len(paths)} blocks (from {paths[-layers:][0]} on); leave it out, or choose another method"
+        )
+    return dataclasses.replace(method, targets=Targets.at(top))
 
 
 def attach_used(method: Method, work: Work, chosen: Chosen, plan: Plan) -> AdapterSet:

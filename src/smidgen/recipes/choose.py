@@ -5,7 +5,9 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -17,12 +19,16 @@ from ..auto.plan import (
     choose_precision,
     choose_steps,
     evaluation_interval,
+    fastest,
     shorter_length,
 )
 from ..auto.presets import Preset, preset
 from ..core.products import Library, quicker_library
 from ..data.batches import LengthBucketedBatches
 from ..tasks.base import Batch
+from ..training.replay import Replay, on_device
+from ..training.replay_cut import Unit
+from ..training.replay_store import Store
 from .prepare import Work
 from .schema import MethodPart, Recipe, TrainPart
 
@@ -56,6 +62,8 @@ class Chosen:
     shard: bool = False
     products: Library = "usual"  # who multiplies with frozen weights
     lora_plus: float | None = None
+    replay: str = "off"
+    replay_dtype: str = ""  # what is kept is rounded to it; "" keeps it as computed
     steps: int = 0
     evaluate_every: int = 0
     save_every: int = 0
@@ -145,24 +153,20 @@ def _products(said: TrainPart, work: Work, plan: Plan, precision: str) -> Librar
 
 
 def choose_steps_for(
-    said: TrainPart, chosen: Chosen, work: Work, accelerator: "Accelerator", plan: Plan, spent_s: float
+    said: TrainPart, chosen: Chosen, work: Work, accelerator: "Accelerator", plan: Plan, speed: "Speed", spent_s: float
 ) -> None:
-    """Measure a few training steps and choose how many there will be."""
-    world = accelerator.num_processes
-    per_step = chosen.batch * chosen.accumulate * world
-    per_token, per_token_forward = _measure(work, chosen, accelerator)
-    tokens = statistics.fmean(work.train.lengths)
-    seconds_per_step = per_token * tokens * chosen.batch * chosen.accumulate
+    """Choose how many training steps there will be.   speed: of this model, `measure`d."""
+    per_step = chosen.batch * chosen.accumulate * accelerator.num_processes
     left = None
     if chosen.minutes is not None:
         rows = len(work.test) + sum(map(len, work.shift.values())) + 8 * len(work.valid)
-        left = 60 * chosen.minutes - spent_s - per_token_forward * tokens * rows
+        left = 60 * chosen.minutes - spent_s - speed.forward * rows
     steps, why = choose_steps(
         said=said.steps,
         rows=len(work.train),
         per_step=per_step,
         epochs=chosen.epochs,
-        seconds_per_step=seconds_per_step,
+        seconds_per_step=speed.step,
         seconds_left=left,
     )
     chosen.steps = plan.decide("steps", said.steps if said.steps == steps else None, steps, why)
@@ -226,28 +230,63 @@ def _trial(work: Work, precision: str) -> None:
     torch.autograd.grad(loss, zeros, allow_unused=True)
 
 
-def _measure(work: Work, chosen: Chosen, accelerator: "Accelerator") -> tuple[float, float]:
-    """Seconds per token of a training step, and of a forward pass, on a few of the first batches."""
-    batches = [
-        indices
-        for indices, _ in zip(
-            LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed), range(4), strict=False
-        )
-    ]
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a training step in one process, and of a row that is judged."""
+
+    step: float
+    forward: float
+
+
+def measure(work: Work, chosen: Chosen, accelerator: "Accelerator") -> Speed:
+    """How long a few of the first batches take."""
+    batches = _first_batches(work, chosen, 4)
     spent = [0.0, 0.0]
     tokens = 0
     work.model.train()
     for number, indices in enumerate(batches):
-        batch = {name: value.to(accelerator.device) for name, value in work.task.collate(work.train, indices).items()}
+        batch = on_device(work.task.collate(work.train, indices), accelerator)
         for backward in (True, False):
             start = time.monotonic()
-            with accelerator.autocast(), torch.set_grad_enabled(backward):
-                loss, _ = work.task.loss(work.model(batch), batch)
-            if backward:
-                loss.backward()  # type: ignore[no-untyped-call]
+            _pass(work, batch, accelerator, backward=backward)
             if number or len(batches) == 1:  # the first warms up
                 spent[not backward] += time.monotonic() - start
         if number or len(batches) == 1:
             tokens += sum(work.train.lengths[i] for i in indices)
     work.model.zero_grad()
-    return spent[0] / tokens, spent[1] / tokens
+    per_row = [seconds / tokens * statistics.fmean(work.train.lengths) for seconds in spent]
+    return Speed(per_row[0] * chosen.batch * chosen.accumulate, per_row[1])
+
+
+def measure_replay(work: Work, chosen: Chosen, accelerator: "Accelerator", plain: Speed, units: list[Unit]) -> Speed:
+    """The speed where these units are replayed, by what it gains on one batch."""
+    (indices,) = _first_batches(work, chosen, 1)
+    batch = on_device(work.task.collate(work.train, indices), accelerator)
+    store = Store({"train": len(work.train)}, limit_bytes=1 << 40)
+    replay = Replay(work.model, units, store, {"train": work.train})
+    with torch.no_grad(), replay.rows(work.train, indices):
+        _pass(work, batch, accelerator, backward=False)  # records
+
+    def run(backward: bool, replayed: bool) -> None:
+        with replay.rows(work.train, indices) if replayed else nullcontext():
+            _pass(work, batch, accelerator, backward=backward)
+
+    work.model.train()
+    gains = []
+    for backward in (True, False):
+        before, after = fastest(partial(run, backward, False), partial(run, backward, True))
+        gains.append(after / before)
+    work.model.zero_grad()
+    return Speed(gains[0] * plain.step, gains[1] * plain.forward)
+
+
+def _first_batches(work: Work, chosen: Chosen, count: int) -> list[list[int]]:
+    batches = LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed)
+    return list(itertools.islice(batches, count))
+
+
+def _pass(work: Work, batch: Batch, accelerator: "Accelerator", *, backward: bool) -> None:
+    with accelerator.autocast(), torch.set_grad_enabled(backward):
+        loss, _ = work.task.loss(work.model(batch), batch)
+    if backward:
+        loss.backward()  # type: ignore[no-untyped-call]

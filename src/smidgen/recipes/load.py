@@ -39,6 +39,8 @@ FLAGS = {  # flag -> key
     "--batch": "train.batch",
     "--learning-rate": "train.learning_rate",
     "--seed": "train.seed",
+    "--top-layers": "train.top_layers",
+    "--replay": "train.replay",
     "--against": "report.against",
     "--out": "out",
     "--dry-run": "dry_run",
@@ -47,7 +49,7 @@ PAIRS = {  # flag that may be repeated -> key, what it takes, an example
     "--shift": ("data.shift", "NAME=PATH", "tweets=tweets.csv"),
     "--column": ("data.columns", "ROLE=NAME", "label=stars"),
 }
-_NUMBERS = ("--max-length", "--epochs", "--steps", "--minutes", "--batch", "--learning-rate", "--seed")
+_NUMBERS = ("--max-length", "--epochs", "--steps", "--minutes", "--batch", "--learning-rate", "--seed", "--top-layers")
 _MAX_BYTES = 1 << 20  # of a recipe file
 
 

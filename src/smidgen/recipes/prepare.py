@@ -3,6 +3,7 @@
 Nothing here takes long, and whatever is wrong with data or model is found here, before any training.
 """
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,11 +11,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..auto.plan import Plan
 from ..core.errors import DataError
 from ..core.prompt_method import PromptMethod
 from ..core.quantised_linear import parameter_count
+from ..data.flat_rows import FlatRows
 from ..data.read import reading
 from ..data.table import Problem, Table
 from ..tasks.base import Asked, Examples, Task, TaskModel
@@ -220,6 +223,17 @@ def _divide(tables: dict[str, Table], task: Task, plan: Plan, seed: int, notes: 
 def _hold_out(table: Table, task: Task, fraction: float, seed: int) -> tuple[Table, Table]:
     kept, held = task.hold_out(table, fraction, seed)
     return table.select(kept), table.select(held)
+
+
+def digest_rows(digest: "hashlib._Hash", examples: Examples) -> None:
+    """Let the digest depend on everything in these rows."""
+    if isinstance(examples.inputs, FlatRows):
+        digest.update(examples.inputs.sha256().encode())
+    for row in () if isinstance(examples.inputs, FlatRows) else examples.inputs:
+        for value in row.values():
+            digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
+    for tensor in (examples.targets, examples.weights):
+        digest.update(b"" if tensor is None else tensor.numpy().tobytes())
 
 
 def bad_rows_message(problems: list[Problem], rows: int) -> str:

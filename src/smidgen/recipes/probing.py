@@ -12,6 +12,7 @@ from ..data.split import subset
 from ..tasks.base import Batch, Examples, TaskModel
 from ..training.loop import over_batches, predict
 from ..training.memory import peak_memory
+from ..training.replay import Replay
 from . import judge
 from .choose import Chosen, agreed
 from .prepare import Work
@@ -47,9 +48,9 @@ class Base:
             head.bias.copy_(self.probe.bias)
 
 
-def fit_base(work: Work, chosen: Chosen, accelerator: "Accelerator") -> Base:
+def fit_base(work: Work, chosen: Chosen, accelerator: "Accelerator", replay: Replay | None = None) -> Base:
     """Judge the frozen model on the test rows: with a linear probe fitted on its features of the training rows where
-    the task has a fresh linear head, else as it is.
+    the task has a fresh linear head, else as it is.   replay: is recorded on the way.
     """
     started = time.monotonic()
     notes: list[str] = []
@@ -62,38 +63,39 @@ def fit_base(work: Work, chosen: Chosen, accelerator: "Accelerator") -> Base:
                     f"The linear probe was fitted on {len(rows):,} of {len(work.train):,} training "
                     "rows, what a third of the time and the memory allow."
                 )
-            features, targets, weights = _features(work, chosen, accelerator, rows)
+            features, targets, weights = _features(work, chosen, accelerator, rows, replay)
             outputs = cast(nn.Linear, work.model.head).out_features
             probe = fit_probe(features, targets, outputs, _mean_loss(work), seed=chosen.seed, weights=weights)
             base = replace(base, probe=probe, size=probe.weight.numel() + probe.bias.numel())
             base.start(work.model)
-        answers = answers_of(work, chosen, accelerator)
+        answers = answers_of(work, chosen, accelerator, replay)
     return replace(base, answers=answers, peak_bytes=peak.size_bytes, seconds=time.monotonic() - started)
 
 
-def answers_of(work: Work, chosen: Chosen, accelerator: "Accelerator") -> judge.Answers:
+def answers_of(work: Work, chosen: Chosen, accelerator: "Accelerator", replay: Replay | None = None) -> judge.Answers:
     """The model's answers to the test rows and to each shift set."""
 
     def answers(examples: Examples) -> Tensor:
-        return predict(work.model, work.task, examples, accelerator, 2 * chosen.batch).answers
+        return predict(work.model, work.task, examples, accelerator, 2 * chosen.batch, replay=replay).answers
 
     return judge.Answers(answers(work.test), {name: answers(examples) for name, examples in work.shift.items()})
 
 
 def _features(
-    work: Work, chosen: Chosen, accelerator: "Accelerator", rows: list[int]
+    work: Work, chosen: Chosen, accelerator: "Accelerator", rows: list[int], replay: Replay | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The features (M, D) of some training rows, their targets (M, ...) and weights (M,), in the order of the rows'
     batches.
     """
-    some, beside = work.train.select(rows), list[tuple[Tensor, Tensor | None]]()
+    some = work.train if len(rows) == len(work.train) else work.train.select(rows)
+    beside = list[tuple[Tensor, Tensor | None]]()
 
     def features(batch: Batch) -> Tensor:
         weights = batch.get("weights")
         beside.append((work.task.feature_targets(batch).cpu(), None if weights is None else weights.cpu()))
         return work.model.features(batch)
 
-    found = over_batches(work.model, work.task, some, accelerator, 2 * chosen.batch, features)
+    found = over_batches(work.model, work.task, some, accelerator, 2 * chosen.batch, features, replay)
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 

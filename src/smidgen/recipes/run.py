@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from .. import __version__
 from ..auto.plan import (
@@ -26,7 +25,6 @@ from ..core.errors import CheckpointError, RecipeError
 from ..core.files import remove_directory
 from ..core.fingerprint import fingerprint
 from ..core.products import products_by
-from ..data.flat_rows import FlatRows
 from ..evaluate.terminal import show
 from ..training import checkpoint
 from ..training.distributed import shard_blocks
@@ -34,10 +32,11 @@ from ..training.loop import Loop
 from ..training.memory import peak_memory
 from ..training.progress import Progress
 from . import judge
-from .adapt import adapter_parameters, attach_used, full_row, groups_of, head_parameters, settings_of
+from .adapt import adapter_parameters, attach_used, full_row, groups_of, head_parameters, in_top, settings_of
 from .choose import Chosen, agreed, choose, choose_steps_for, method_of, trial_batches
-from .prepare import Work, best_device, make_accelerator, prepare, set_threads
+from .prepare import Work, best_device, digest_rows, make_accelerator, prepare, set_threads
 from .probing import answers_of, fit_base
+from .replaying import again, fill, foresee, settle
 from .save import is_result, save_result
 from .schema import MethodPart, Recipe, TaskPart, TrainPart
 
@@ -102,7 +101,12 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
     work.task.label_smoothing = chosen.label_smoothing
     accelerator = make_accelerator(device, chosen.precision)
 
-    base = fit_base(work, chosen, accelerator)
+    method = in_top(method, work.model.body, recipe.train.top_layers)
+    stamp = _fingerprint(work)
+    if saved is not None:
+        _require_same(saved, stamp)
+    foreseen = foresee(recipe.train, method, work, chosen, accelerator, checkpoints, resumed=saved is not None)
+    base = fit_base(work, chosen, accelerator, foreseen.replay if foreseen else None)
     base.start(work.model)
     base_said = judge.said(work)
     adapters = attach_used(method, work, chosen, plan)
@@ -112,30 +116,41 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
     plan.decide("trained", None, f"{parameters:,} parameters", share)
     checks = preflight(work.model, adapters, trained, work.task, trial_batches(work, chosen, device))
     if saved is None:
-        choose_steps_for(recipe.train, chosen, work, accelerator, plan, time.monotonic() - started)
+        spent = time.monotonic() - started
+        place, speed, recording = settle(recipe.train, work, chosen, accelerator, plan, foreseen, checkpoints, spent)
+        spent = time.monotonic() - started + recording
+        choose_steps_for(recipe.train, chosen, work, accelerator, plan, speed, spent)
         chosen = agreed(chosen)
     else:
+        place = again(recipe.train, work, chosen, accelerator, foreseen, checkpoints)
         plan.entries = [(name, value, why) for name, value, why in saved[1].history["plan"]]
     _show_plan(plan, checks, console)
     if recipe.dry_run:
         console.print("Dry run: everything is checked, nothing was trained.")
         return out
 
+    if fresh:
+        if checkpoints.exists() and not quiet:
+            remove_directory(checkpoints)
+        accelerator.wait_for_everyone()  # a replay may have files there
+    replay = fill(place, foreseen, work, chosen, accelerator)
+    foreseen = None  # its room, if it is not used
+    for note in replay.store.notes if replay else ():
+        console.print(f"[yellow]replay[/yellow] {note}", highlight=False)
     loop = Loop(
         work.model,
         work.task,
         groups_of(adapters, work.model, chosen),
         work.train,
         work.valid,
-        settings_of(chosen, _fingerprint(work)),
+        settings_of(chosen, stamp),
         accelerator,
         checkpoints,
+        replay=replay,
     )
     loop.history |= {"chosen": dataclasses.asdict(chosen), "said": _said(recipe), "plan": plan.entries}
     if saved is not None:
         _continue(loop, saved, console)
-    elif fresh and checkpoints.exists() and not quiet:
-        remove_directory(checkpoints)
     shown = Progress(None if quiet else console, "tuning", chosen.steps, loop.step, unit=work.task.unit)
     with peak_memory(device) as peak, shown as bar:
         outcome = loop.run(bar)
@@ -143,7 +158,8 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
         raise KeyboardInterrupt(
             f"stopped at step {outcome.step} of {chosen.steps}; all is saved, continue with --resume"
         )
-    tuned, tuned_said = answers_of(work, chosen, accelerator), judge.said(work)
+    tuned, tuned_said = answers_of(work, chosen, accelerator, replay), judge.said(work)
+    loop.replay = replay = None  # what was kept is needed no more
     rows = [
         *filter(None, [judge.constant(work)]),
         judge.row(
@@ -199,13 +215,7 @@ def _fingerprint(work: Work) -> str:
     """Of what the recipe only points to: rows, labels, base."""
     digest = hashlib.sha256(json.dumps(work.task.describe(), sort_keys=True).encode())
     for examples in (work.train, work.valid):
-        if isinstance(examples.inputs, FlatRows):
-            digest.update(examples.inputs.sha256().encode())
-        for row in () if isinstance(examples.inputs, FlatRows) else examples.inputs:
-            for value in row.values():
-                digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
-        for tensor in (examples.targets, examples.weights):
-            digest.update(b"" if tensor is None else tensor.numpy().tobytes())
+        digest_rows(digest, examples)
     digest.update(fingerprint(work.model.body).encode())
     return digest.hexdigest()
 
@@ -234,6 +244,7 @@ def _resolved(recipe: Recipe, out: Path, work: Work, method: MethodPart, chosen:
     numbers = {name: getattr(chosen, name) for name in TrainPart.model_fields if hasattr(chosen, name)}
     numbers["label_smoothing"] = chosen.label_smoothing or None  # not for every kind
     numbers |= {"epochs": None, "minutes": None, "threads": torch.get_num_threads()}  # the steps say it
+    numbers["top_layers"] = recipe.train.top_layers
     columns = {**recipe.data.columns, **work.task.resolved_columns()}
     settings = recipe.task.settings | {k: v for k, v in work.task.resolved_settings().items() if v is not None}
     return recipe.model_copy(
@@ -271,15 +282,19 @@ def _saved(checkpoints: Path, recipe: Recipe) -> tuple[Path, checkpoint.State, l
     return found
 
 
+def _require_same(saved: tuple[Path, checkpoint.State, list[str]], stamp: str) -> None:
+    """Raise CheckpointError if the rows or the base are others than those of the checkpoint."""
+    if saved[1].fingerprint != stamp:
+        raise CheckpointError(
+            f"{saved[0]} belongs to another run: the rows or the base model have changed since. "
+            "Undo the change, choose another --out, or start anew with --fresh"
+        )
+
+
 def _continue(loop: Loop, saved: tuple[Path, checkpoint.State, list[str]], console: "Console") -> None:
     path, state, damaged = saved
     for line in damaged:
         console.print(f"[yellow]passed over[/yellow] {line}", highlight=False)
-    if state.fingerprint != loop.settings.fingerprint:
-        raise CheckpointError(
-            f"{path} belongs to another run: the rows or the base model have changed since. "
-            "Undo the change, choose another --out, or start anew with --fresh"
-        )
     loop.resume(state)
     console.print(f"Resuming at step {loop.step} of {loop.settings.steps} from {path}", highlight=False)
 

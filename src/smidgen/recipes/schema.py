@@ -105,6 +105,8 @@ class TrainPart(Part):
     shard: bool | None = None  # spread the frozen base over the processes of the run
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] | None = None
     threads: Count | None = None
+    top_layers: Count | None = None  # the method acts in so many of the last blocks alone
+    replay: Literal["auto", "memory", "disk", "off"] | None = None  # rows of the frozen part, computed once
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:

@@ -23,6 +23,7 @@ from . import checkpoint
 from .distributed import same_everywhere, sum_gradients
 from .guard import Guard, Stopper
 from .progress import Progress
+from .replay import Replay, replayed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,10 +86,11 @@ class Loop:
         settings: Settings,
         accelerator: "Accelerator",
         folder: Path | None,
+        replay: Replay | None = None,
     ) -> None:
-        """folder: where checkpoints go; None keeps the best state in memory alone."""
+        """folder: where checkpoints go; None keeps the best state in memory alone.   replay: of the frozen part."""
         self.model, self.task, self.train_set, self.valid_set = model, task, train, valid
-        self.settings, self.accelerator, self.folder = settings, accelerator, folder
+        self.settings, self.accelerator, self.folder, self.replay = settings, accelerator, folder, replay
         self.trained = {name: p for group in groups for name, p in group.parameters.items()}
         self.buffers = {n: b for n, b in model.named_buffers() if HELD in n.split(".")}  # masks, statistics
         self.kept: dict[str, Tensor] = {**self.trained, **self.buffers}
@@ -170,7 +172,7 @@ class Loop:
         totals = torch.zeros(3, dtype=torch.float64)  # loss, count, tokens
         for indices in micro_batches:
             batch = self.task.augment(self._to_device(self.task.collate(self.train_set, indices)))
-            with self.accelerator.autocast():
+            with replayed(self.replay, self.train_set, indices), self.accelerator.autocast():
                 loss, count = self.task.loss(self.model(batch), batch)
                 guard.check_loss(loss.detach(), self.step + 1)
                 self.accelerator.backward(loss)
@@ -187,7 +189,8 @@ class Loop:
     def _evaluate(self, progress: Progress) -> None:
         if self.accelerator.num_processes > 1:  # each has statistics of its own rows
             same_everywhere(self.buffers.values())
-        judged = predict(self.model, self.task, self.valid_set, self.accelerator, 2 * self.settings.batch)
+        batch = 2 * self.settings.batch
+        judged = predict(self.model, self.task, self.valid_set, self.accelerator, batch, replay=self.replay)
         loss, value = judged.loss, self.task.score(judged.answers, self.valid_set.targets)[self.task.metric]
         self._point("valid loss", loss)
         self._point(f"valid {self.task.metric}", value)
@@ -268,7 +271,14 @@ class Judged:
 
 
 def predict(
-    model: nn.Module, task: Task, examples: Examples, accelerator: "Accelerator", batch: int, *, labelled: bool = True
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    accelerator: "Accelerator",
+    batch: int,
+    *,
+    labelled: bool = True,
+    replay: Replay | None = None,
 ) -> Judged:
     """The model's answers to all examples, in fp32 where they are no whole numbers; processes share the work.
 
@@ -283,7 +293,7 @@ def predict(
             sums.add_(torch.tensor([float(loss), count], dtype=torch.float64))
         return task.answer(outputs, inputs)
 
-    found = over_batches(model, task, examples, accelerator, batch, answers)
+    found = over_batches(model, task, examples, accelerator, batch, answers, replay)
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
@@ -304,6 +314,7 @@ def over_batches(
     accelerator: "Accelerator",
     batch: int,
     take: Callable[[Batch], Tensor],
+    replay: Replay | None = None,
 ) -> list[tuple[list[int], Tensor]]:
     """What `take` makes of each batch of this process, with the examples' numbers; the model is in `eval` meanwhile."""
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -313,7 +324,7 @@ def over_batches(
     found: list[tuple[list[int], Tensor]] = []
     for indices in order:
         inputs = {name: tensor.to(accelerator.device) for name, tensor in task.collate(examples, indices).items()}
-        with accelerator.autocast():
+        with replayed(replay, examples, indices), accelerator.autocast():
             taken = take(inputs)
         found.append((indices, (taken.float() if taken.is_floating_point() else taken).cpu()))
     model.train(training)
