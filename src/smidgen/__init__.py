@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .core.composition import Stack as Stack
     from .core.composition import Weighted as Weighted
     from .core.errors import SmidgenError as SmidgenError
+    from .core.recompute import recompute as recompute
     from .core.targets import Targets as Targets
     from .methods.adalora import AdaLoRA as AdaLoRA
     from .methods.adamss import AdaMSS as AdaMSS
@@ -177,6 +178,7 @@ _PLACES = {
     "adapters_of": "adapters",
     "attach": "adapters",
     "load": "adapters",
+    "recompute": "core.recompute",
     "to_lora": "conversion",
 }
 __all__ = [*_PLACES]

@@ -20,8 +20,11 @@ from ..auto.plan import (
 )
 from ..auto.presets import Preset, preset
 from ..core.method import Method
+from ..core.recompute import Level, Offload
 from ..data.batches import LengthBucketedBatches
 from ..tasks.base import Batch
+from ..training.memory import rows_at_once
+from ..training.optim import Optimizer
 from .prepare import Work
 from .schema import MethodPart, Recipe, TrainPart
 
@@ -52,9 +55,18 @@ class Chosen:
     max_length: int | None  # None: rows have no length
     seed: int
     lora_plus: float | None = None
+    optimizer: Optimizer = "adamw"
+    recompute: Level = "off"
+    offload: Offload = "off"
+    split: int = 1  # in how many parts a batch is run, where it does not fit in memory
     steps: int = 0
     evaluate_every: int = 0
     save_every: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that are trained on at once."""
+        return rows_at_once(self.batch, self.split)
 
 
 def method_of(recipe: Recipe, plan: Plan) -> tuple[Method, Preset]:
@@ -110,6 +122,8 @@ def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) ->
         max_length=work.task.max_length,
         seed=seed,
         lora_plus=said.lora_plus and plan.decide("lora_plus", said.lora_plus, said.lora_plus, ""),
+        optimizer=plan.decide("optimizer", said.optimizer, said.optimizer, "") if said.optimizer else "adamw",
+        offload=plan.decide("offload", said.offload, said.offload, "") if said.offload else "off",
     )
 
 
@@ -153,8 +167,8 @@ def choose_steps_for(
 
 def trial_batches(work: Work, chosen: Chosen, device: torch.device) -> Iterator[Batch]:
     """The batch of the longest training rows (what goes there goes everywhere), and a few others."""
-    longest = LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed, shuffle=False)
-    others = LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed)
+    longest = LengthBucketedBatches(work.train.lengths, batch_size=chosen.rows, seed=chosen.seed, shuffle=False)
+    others = LengthBucketedBatches(work.train.lengths, batch_size=chosen.rows, seed=chosen.seed)
     for indices in itertools.islice(itertools.chain(itertools.islice(longest, 1), others), _TRIAL_BATCHES):
         yield {name: value.to(device) for name, value in work.task.collate(work.train, indices).items()}
 
@@ -211,7 +225,7 @@ def _measure(work: Work, chosen: Chosen, accelerator: "Accelerator") -> tuple[fl
     batches = [
         indices
         for indices, _ in zip(
-            LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed), range(4), strict=False
+            LengthBucketedBatches(work.train.lengths, batch_size=chosen.rows, seed=chosen.seed), range(4), strict=False
         )
     ]
     spent = [0.0, 0.0]

@@ -11,7 +11,7 @@ from ..auto.linear_probe import Loss, Probe, fit_probe
 from ..data.split import subset
 from ..tasks.base import Batch, Examples, TaskModel
 from ..training.loop import over_batches, predict
-from ..training.memory import peak_memory
+from ..training.memory import peak_memory, rows_at_once
 from . import judge
 from .choose import Chosen, agreed
 from .prepare import Work
@@ -75,7 +75,8 @@ def answers_of(work: Work, chosen: Chosen, accelerator: "Accelerator") -> judge.
     """The model's answers to the test rows and to each shift set."""
 
     def answers(examples: Examples) -> Tensor:
-        return predict(work.model, work.task, examples, accelerator, 2 * chosen.batch).answers
+        rows = rows_at_once(2 * chosen.batch, chosen.split)
+        return predict(work.model, work.task, examples, accelerator, rows).answers
 
     return judge.Answers(answers(work.test), {name: answers(examples) for name, examples in work.shift.items()})
 
@@ -88,7 +89,8 @@ def _features(work: Work, chosen: Chosen, accelerator: "Accelerator", rows: list
         targets.append(([], work.task.feature_targets(batch).cpu()))
         return work.model.features(batch)
 
-    found = over_batches(work.model, work.task, some, accelerator, 2 * chosen.batch, features)
+    rows_each = rows_at_once(2 * chosen.batch, chosen.split)
+    found = over_batches(work.model, work.task, some, accelerator, rows_each, features)
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 

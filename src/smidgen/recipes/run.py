@@ -26,6 +26,7 @@ from ..core.errors import CheckpointError, RecipeError
 from ..core.files import remove_directory
 from ..core.fingerprint import fingerprint
 from ..core.method import Method
+from ..core.recompute import recompute
 from ..evaluate.terminal import show
 from ..training import checkpoint
 from ..training.loop import Loop
@@ -34,6 +35,7 @@ from ..training.progress import Progress
 from . import judge
 from .adapt import adapter_parameters, attach_used, full_row, groups_of, head_parameters, settings_of
 from .choose import Chosen, agreed, choose, choose_steps_for, method_of, trial_batches
+from .fit import choose_memory, within_memory
 from .prepare import Work, best_device, make_accelerator, prepare, set_threads
 from .probing import answers_of, fit_base
 from .save import is_result, save_result
@@ -81,7 +83,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     work.task.label_smoothing = chosen.label_smoothing
     accelerator = make_accelerator(device, chosen.precision)
 
-    base = fit_base(work, chosen, accelerator)
+    base = within_memory(lambda: fit_base(work, chosen, accelerator), chosen, plan)
     base.start(work.model)
     base_said = judge.said(work)
     adapters = attach_used(method, work, chosen, plan)
@@ -89,9 +91,20 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     parameters = sum(p.numel() for p in trained.values())
     share = f"{parameters / work.total_parameters:.2%} of the model's {work.total_parameters:,}"
     plan.decide("trained", None, f"{parameters:,} parameters", share)
-    checks = preflight(work.model, adapters, trained, work.task, trial_batches(work, chosen, device))
     if saved is None:
-        choose_steps_for(recipe.train, chosen, work, accelerator, plan, time.monotonic() - started)
+        choose_memory(recipe.train, chosen, work, parameters, accelerator, plan)
+    with recompute(work.model, chosen.recompute, offload=chosen.offload):
+
+        def check() -> list[str]:
+            return preflight(work.model, adapters, trained, work.task, trial_batches(work, chosen, device))
+
+        def measure() -> None:
+            choose_steps_for(recipe.train, chosen, work, accelerator, plan, time.monotonic() - started)
+
+        checks = within_memory(check, chosen, plan)
+        if saved is None:
+            within_memory(measure, chosen, plan)
+    if saved is None:
         chosen = agreed(chosen)
     else:
         plan.entries = [(name, value, why) for name, value, why in saved[1].history["plan"]]
@@ -122,6 +135,10 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
         raise KeyboardInterrupt(
             f"stopped at step {outcome.step} of {chosen.steps}; all is saved, continue with --resume"
         )
+    notes = [*work.data.notes, *base.notes]
+    if outcome.split > chosen.split:
+        chosen.split = outcome.split
+        notes.append(f"Memory did not suffice for a batch at once: in the end {chosen.rows} rows ran at a time.")
     tuned = answers_of(work, chosen, accelerator)
     rows = [
         *filter(None, [judge.constant(work)]),
@@ -148,7 +165,6 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
         rows.append(full_row(work, chosen, base, accelerator, console if not quiet else None))
     if quiet:
         return out
-    notes = [*work.data.notes, *base.notes]
     samples = judge.samples(work, base_said, judge.said(work))
     report = judge.report(
         work, rows, base.name, base.answers, tuned, outcome, plan, method.name, notes, samples, _versions()

@@ -9,39 +9,37 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import adapters_of
 from ..core.adapter import HELD
+from ..core.recompute import Level, Offload, recompute
 from ..data.batches import LengthBucketedBatches
 from ..tasks.base import Batch, Examples, Task
 from . import checkpoint
 from .guard import Guard, Stopper
+from .memory import fitting, rows_at_once
+from .optim import Group, Optimizer, optimizer_of
 from .progress import Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+T = TypeVar("T")
 _POINTS = 100  # of the training-loss curve
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Parameters that share a learning rate; matrices decay, vectors do not."""
-
-    parameters: Mapping[str, nn.Parameter]
-    learning_rate: float
-    weight_decay: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to train.   batch: rows per micro-batch and process; a step sees batch x accumulate x processes.
 
+    split: in how many parts each micro-batch is run, where it does not fit in memory as a whole.
+    recompute, offload: what blocks keep for backward, and where (`core/recompute.py`).
     warmup: share of the steps over which the learning rate rises; it then falls in a line to zero.
     patience: evaluations without a better metric or a lower loss before stopping; None trains to the end.
     fingerprint: of recipe, data and model; a checkpoint with another is refused.
@@ -50,6 +48,10 @@ class Settings:
     steps: int
     batch: int
     accumulate: int = 1
+    split: int = 1
+    recompute: Level = "off"
+    offload: Offload = "off"
+    optimizer: Optimizer = "adamw"
     warmup: float = 0.06
     clip: float = 1.0
     evaluate_every: int
@@ -69,6 +71,7 @@ class Outcome:
     best_value: float
     seconds: float
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    split: int = 1  # in how many parts each micro-batch ran at the end
 
 
 class Loop:
@@ -91,7 +94,7 @@ class Loop:
         self.trained = {name: p for group in groups for name, p in group.parameters.items()}
         buffers = {n: b for n, b in model.named_buffers() if HELD in n.split(".")}  # masks, statistics
         self.kept: dict[str, Tensor] = {**self.trained, **buffers}
-        self.optimizer = _optimizer(groups)
+        self.optimizer = optimizer_of(groups, settings.optimizer)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.history: dict[str, Any] = {
             "curves": {},
@@ -102,6 +105,7 @@ class Loop:
             "lowest_loss": None,
             "worse": 0,  # evaluations since metric or loss was better than ever before
             "seconds": 0.0,
+            "split": settings.split,
         }
         self.best: dict[str, Tensor] = {}
         self.step = 0
@@ -122,14 +126,14 @@ class Loop:
             adapters.follow(self.optimizer, settings.steps, done=self.step)
         started, before = time.monotonic(), self.history["seconds"]
         batches = self._batches()
-        with Stopper() as stopper:
+        with Stopper() as stopper, recompute(self.model, settings.recompute, offload=settings.offload):
             if self.history["best_step"] is None:
                 self._evaluate(progress)  # the start counts: a run that only makes it worse ends where it began
                 self._save()
             interrupted = self._any(stopper.requested is not None)
             while not (interrupted or self._is_over()):
-                _seed_step(settings.seed, self.step, self.accelerator.process_index)
-                loss, tokens = self._step(model, guard, [next(batches) for _ in range(settings.accumulate)])
+                rows = [next(batches) for _ in range(settings.accumulate)]
+                loss, tokens = self._fitting(partial(self._step, model, guard, rows))
                 self.step += 1
                 self._note(loss)
                 progress.step(self.step, loss, tokens)
@@ -152,6 +156,7 @@ class Loop:
             best_value=self.history["best_value"],
             seconds=before + time.monotonic() - started,
             curves={name: [(int(s), float(v)) for s, v in points] for name, points in self.history["curves"].items()},
+            split=self.history["split"],
         )
 
     def _is_over(self) -> bool:
@@ -159,16 +164,29 @@ class Loop:
         patience = self.settings.patience
         return self.step >= self.settings.steps or (patience is not None and self.history["worse"] >= patience)
 
+    def _fitting(self, run: Callable[[], T]) -> T:
+        """run(); where memory does not suffice, again with every batch in twice as many parts."""
+
+        def at(split: int) -> T:
+            self.history["split"] = split
+            return run()
+
+        result, _ = fitting(at, self.settings.batch, self.history["split"], alone=self.accelerator.num_processes == 1)
+        return result
+
     def _step(self, model: nn.Module, guard: Guard, micro_batches: list[list[int]]) -> tuple[float, int]:
         """One optimiser step; returns the mean loss and the number of tokens, over all processes."""
+        _seed_step(self.settings.seed, self.step, self.accelerator.process_index)
+        most = rows_at_once(self.settings.batch, self.history["split"])
+        parts = [rows[i : i + most] for rows in micro_batches for i in range(0, len(rows), most)]
         factor = _warmed_linear(self.step, self.settings.steps, self.settings.warmup)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         self.optimizer.zero_grad()
         totals = torch.zeros(3, dtype=torch.float64)  # loss, count, tokens
-        for i, indices in enumerate(micro_batches):
+        for i, indices in enumerate(parts):
             batch = self.task.augment(self._to_device(self.task.collate(self.train_set, indices)))
-            last = i == len(micro_batches) - 1
+            last = i == len(parts) - 1
             with self.accelerator.autocast(), _no_sync(model, self.accelerator, not last):
                 loss, count = self.task.loss(model(batch), batch)
                 guard.check_loss(loss.detach(), self.step + 1)
@@ -183,7 +201,7 @@ class Loop:
         return float(totals[0] / totals[1]), int(totals[2])
 
     def _evaluate(self, progress: Progress) -> None:
-        judged = predict(self.model, self.task, self.valid_set, self.accelerator, 2 * self.settings.batch)
+        judged = self._fitting(self._judge)
         loss, value = judged.loss, self.task.score(judged.answers, self.valid_set.targets)[self.task.metric]
         self._point("valid loss", loss)
         self._point(f"valid {self.task.metric}", value)
@@ -199,6 +217,10 @@ class Loop:
             history["lowest_loss"] = loss
         history["worse"] = 0 if is_best or is_lowest else history["worse"] + 1
         progress.metric = f"valid {self.task.metric} {value:.3f}"
+
+    def _judge(self) -> "Judged":
+        rows = rows_at_once(2 * self.settings.batch, self.history["split"])
+        return predict(self.model, self.task, self.valid_set, self.accelerator, rows)
 
     def _save(self) -> None:
         if self.folder is None or not self.accelerator.is_main_process:
@@ -314,17 +336,6 @@ def over_batches(
         found.append((indices, (taken.float() if taken.is_floating_point() else taken).cpu()))
     model.train(training)
     return found
-
-
-def _optimizer(groups: Sequence[Group]) -> torch.optim.Optimizer:
-    tensors = []
-    for group in groups:
-        for decays in (True, False):
-            some = [p for p in group.parameters.values() if (p.ndim > 1) == decays]
-            if some:
-                decay = group.weight_decay if decays else 0.0
-                tensors.append({"params": some, "lr": group.learning_rate, "weight_decay": decay})
-    return torch.optim.AdamW(tensors, fused=True)
 
 
 def _warmed_linear(step: int, steps: int, warmup: float) -> float:

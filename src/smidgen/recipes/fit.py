@@ -1,0 +1,117 @@
+"""Whether a run fits in memory: said before it starts, and made true.
+
+The weights are in memory by then.  What comes on top is estimated from two of the longest rows, forward only:
+
+    trained parameters x (gradient + optimiser's states)
+    what the graph keeps for backward, by the rows of a batch
+    what a backward needs beside that: a part of what is kept; where a block runs again, all that it keeps by itself
+
+If that is more than is free, blocks compute again what is cheap, then everything, and then the batch is run in parts.
+An allocation that fails all the same, here or in any step, halves what is run at once; a step stays the same step.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from ..auto.plan import Plan
+from ..core.errors import RecipeError
+from ..core.recompute import LEVELS, Level, blocks_of, recompute
+from ..training.memory import fitting, free_memory, kept_for_backward
+from ..training.optim import STATE_BYTES
+from .choose import Chosen
+from .prepare import Work
+from .schema import TrainPart
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+_ROWS = 2  # that are measured: some losses compare rows
+_USABLE = 0.9  # of what is free
+_BESIDE = 0.25  # of what is kept: gradients of activations, and room between them
+
+
+def choose_memory(
+    said: TrainPart, chosen: Chosen, work: Work, trained: int, accelerator: "Accelerator", plan: Plan
+) -> None:
+    """Choose what blocks keep, and in how many parts a batch is run.   trained: how many parameters are.
+
+    Raises RecipeError for what this model or device cannot do.
+    """
+    device, blocks = next(work.model.parameters()).device, blocks_of(work.model)
+    if said.recompute not in (None, "off") and not blocks:
+        name = type(work.model.body).__name__
+        raise RecipeError(
+            f"train.recompute: {said.recompute} needs blocks, and none are recognised in {name}. Leave it out"
+        )
+    if said.offload == "cpu" and device.type != "cuda":
+        raise RecipeError(
+            f"train.offload: cpu moves what a GPU keeps to the host; this run is on {device.type}. Leave it out"
+        )
+    free = free_memory(device)
+    if free is None:
+        chosen.recompute = plan.decide("recompute", said.recompute, "off", "how much memory is free is not known here")
+        return
+    fixed = trained * (4 + STATE_BYTES[chosen.optimizer])
+    levels: tuple[Level, ...] = (said.recompute,) if said.recompute else LEVELS if blocks else ("off",)
+    per_row = 0.0
+    for level in levels:  # one after the other: mostly the first fits, and nothing more is measured
+        per_row = _per_row(work, accelerator, level, len(blocks))
+        chosen.recompute = level
+        if fixed + chosen.rows * per_row <= _USABLE * free:
+            break
+    while chosen.rows > 1 and fixed + chosen.rows * per_row > _USABLE * free:
+        chosen.split *= 2
+    weights = sum(p.nbytes for p in work.model.parameters())
+    why = {
+        "off": "all that backward needs fits",
+        "cheap": "else it does not fit: norms and activations run once more in the backward",
+        "all": "else it does not fit: every block runs once more in the backward",
+    }
+    plan.decide("recompute", said.recompute, chosen.recompute, why[chosen.recompute])
+    if chosen.split > 1:
+        _say_split(plan, chosen, "more does not fit in memory")
+    needed = weights + fixed + chosen.rows * per_row
+    what = f"weights {_size(weights)}, trained {_size(fixed)}, kept for backward {_size(chosen.rows * per_row)}"
+    plan.decide("memory", None, f"about {_size(needed)} of {_size(weights + free)}", what)
+
+
+def within_memory(run: Callable[[], T], chosen: Chosen, plan: Plan) -> T:
+    """run(), with the batch in twice as many parts as often as memory asks; the plan says so.   Raises OutOfMemory."""
+
+    def at(split: int) -> T:
+        chosen.split = split
+        return run()
+
+    before = chosen.split
+    result, split = fitting(at, chosen.batch, before)
+    if split > before:
+        _say_split(plan, chosen, "more did not fit in memory when it was tried")
+    return result
+
+
+def _per_row(work: Work, accelerator: "Accelerator", level: Level, blocks: int) -> float:
+    """Bytes that a row of the longest takes while it is trained on; what is offloaded is counted too."""
+    longest = max(range(len(work.train)), key=work.train.lengths.__getitem__)
+    rows = work.task.collate(work.train, [longest] * _ROWS)
+    batch = {name: tensor.to(accelerator.device) for name, tensor in rows.items()}
+
+    def kept() -> float:
+        with accelerator.autocast():
+            return kept_for_backward(work.model, lambda: work.task.loss(work.model(batch), batch)) / _ROWS
+
+    work.model.train()
+    whole = kept()
+    if level == "off":
+        return (1 + _BESIDE) * whole
+    with recompute(work.model, level):
+        less = kept()
+    return (1 + _BESIDE) * (less + (whole - less) / blocks)  # with one block that runs once more
+
+
+def _say_split(plan: Plan, chosen: Chosen, why: str) -> None:
+    plan.replace("batch", f"{chosen.batch}, {chosen.rows} at a time", f"{why}; the step stays that of {chosen.batch}")
+
+
+def _size(size_bytes: float) -> str:
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 5e7 else f"{size_bytes / 1e6:.1f} MB"
