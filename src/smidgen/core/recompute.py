@@ -25,7 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from .attach import LIFTED, PLAN, VALUES, set_plans
 from .blocks import blocks as recognised
@@ -145,11 +149,24 @@ class _Recomputing:
         if kwargs.get("use_cache"):
             kwargs["use_cache"] = False
         values, run = (*args, *kwargs.values()), functools.partial(_spread, call, len(args), tuple(kwargs))
+        if torch.compiler.is_compiling():  # the graph itself has plans, generators and buffers as they were
+            if self.level == "all":
+                return checkpoint(run, *values, use_reentrant=False)
+            return checkpoint(run, *values, use_reentrant=False, context_fn=_compiled_contexts)
         kept = _Kept(self.block, self.level == "cheap", values)
         with ExitStack() as stack:
             if self.offload == "cpu":
                 stack.enter_context(away(next(t.device for t in tree_leaves(values) if isinstance(t, Tensor))))
             return checkpoint(run, *values, use_reentrant=False, preserve_rng_state=False, context_fn=kept.contexts)
+
+
+def _compiled_contexts() -> Any:
+    """What a compiler is told to keep: the same operations.  It has made changes in place into new values."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if _is_dear(func, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _spread(call: Callable[..., Any], count: int, names: tuple[str, ...], *values: Any) -> Any:
@@ -193,7 +210,7 @@ class _Kept:
         self.devices = [device for device in devices if device.type not in ("cpu", "meta")]
         self.random: list[Tensor] | None = None  # of the generators, where the block draws
         self.acting: list[tuple[nn.Module, Any, Any]] = []
-        self.moving: list[tuple[nn.Module, str]] = []  # buffers that the forward changes
+        self.moving: list[Tensor] = []  # buffers that the forward changes
         _calls.add(self)
 
     def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -201,16 +218,21 @@ class _Kept:
 
     @contextmanager
     def _first(self) -> Iterator[None]:
-        random, buffers = self._generators(), list[tuple[nn.Module, str, int]]()
+        random, seen = self._generators(), list[tuple[Tensor, int]]()
         for module in self.block.modules():
             if PLAN in module.__dict__:
                 self.acting.append((module, module.__dict__[PLAN], module.__dict__[VALUES]))
-            buffers += [(module, name, b._version) for name, b in module._buffers.items() if b is not None]
+            if module._buffers:
+                buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+                if module.training and "running_mean" in module._buffers:  # torch moves these without counting it
+                    self.moving += buffers
+                else:
+                    seen += [(buffer, buffer._version) for buffer in buffers]
         with _Keeping(self.entries) if self.keeps_dear else ExitStack():
             yield
         if not all(map(torch.equal, random, self._generators())):
             self.random = random
-        self.moving = [(m, name) for m, name, before in buffers if cast(Tensor, m._buffers[name])._version != before]
+        self.moving += [buffer for buffer, before in seen if buffer._version != before]
 
     def _generators(self) -> list[Tensor]:
         modules = [torch.get_device_module(device) for device in self.devices]
@@ -226,7 +248,7 @@ class _Kept:
     def again(self) -> Iterator[None]:
         """Everything as it was when the block ran first; afterwards as it is now."""
         acting = [(module, module.__dict__[PLAN], module.__dict__[VALUES]) for module, _, _ in self.acting]
-        buffers = [(b, b.clone()) for module, name in self.moving for b in [cast(Tensor, module._buffers[name])]]
+        buffers = [(buffer, buffer.clone()) for buffer in self.moving]
         random = None if self.random is None else self._generators()
         try:
             for module, plan, values in self.acting:
