@@ -60,6 +60,7 @@ def choose_memory(
         chosen.recompute = level
         if fixed + chosen.rows * per_row <= _USABLE * free:
             break
+    split = chosen.split
     while chosen.rows > 1 and fixed + chosen.rows * per_row > _USABLE * free:
         chosen.split *= 2
     weights = sum(p.nbytes for p in work.model.parameters())
@@ -69,7 +70,7 @@ def choose_memory(
         "all": "else it does not fit: every block runs once more in the backward",
     }
     plan.decide("recompute", said.recompute, chosen.recompute, why[chosen.recompute])
-    if chosen.split > 1:
+    if chosen.split > split:
         _say_split(plan, chosen, "more does not fit in memory")
     needed = weights + fixed + chosen.rows * per_row
     what = f"weights {_size(weights)}, trained {_size(fixed)}, kept for backward {_size(chosen.rows * per_row)}"
