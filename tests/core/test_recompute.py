@@ -324,3 +324,32 @@ def test_a_compiled_model_recomputes_too(level):
     assert len(found) == len(adapters.parameters())
     for name, gradient in plain.items():
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6)
+
+
+class Written(torch.autograd.Function):
+    """x W with a product into a buffer, a change of it by another product, and one of several tensors together."""
+
+    @staticmethod
+    def forward(ctx, x, W):
+        buffer, other = x.new_empty(len(x), W.shape[1]), torch.mm(x, W)
+        torch.mm(x, W, out=buffer)
+        torch._foreach_mul_([other], 2.0)
+        other.addmm_(x, W, beta=0.5)  # 2 x W
+        ctx.save_for_backward(buffer, other, W)
+        return buffer + other  # 3 x W
+
+    @staticmethod
+    def backward(ctx, dy):
+        buffer, other, W = ctx.saved_tensors
+        return (dy * buffer * other) @ W.T, None
+
+
+def test_products_into_buffers_and_changes_of_several_tensors_are_computed_again():
+    class Layer(nn.Module):
+        def forward(self, x):
+            return Written.apply(x, torch.linspace(-1, 1, 12).reshape(4, 3)).tanh()
+
+    model, x = nn.ModuleList([Layer()]), torch.randn(5, 4, requires_grad=True)
+    (plain,) = torch.autograd.grad(model[0](x).sum(), x)
+    with recompute(model, "cheap", blocks=["0"]):
+        assert torch.equal(torch.autograd.grad(model[0](x).sum(), x)[0], plain)

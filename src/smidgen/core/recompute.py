@@ -17,7 +17,7 @@ torch's own selective contexts refuse an output that is changed in place afterwa
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
@@ -43,6 +43,7 @@ LEVELS: tuple[Level, ...] = ("off", "cheap", "all")
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 _DEAR_INNER = 8  # a product is dear if its output is at most so many times as wide as what it sums over
 _PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}  # of aten: where the first factor stands
+_OTHERS = ("convolution", "_int_mm", "_scaled_mm", "_weight_int8pack_mm", "_weight_int4pack_mm")
 _calls: "weakref.WeakSet[_Kept]" = weakref.WeakSet()  # whose graphs are alive
 
 
@@ -154,15 +155,13 @@ class _Recomputing:
                 return checkpoint(run, *values, use_reentrant=False)
             return checkpoint(run, *values, use_reentrant=False, context_fn=_compiled_contexts)
         kept = _Kept(self.block, self.level == "cheap", values)
-        with ExitStack() as stack:
-            if self.offload == "cpu":
-                stack.enter_context(away(next(t.device for t in tree_leaves(values) if isinstance(t, Tensor))))
+        with away(next(self.block.parameters()).device) if self.offload == "cpu" else nullcontext():
             return checkpoint(run, *values, use_reentrant=False, preserve_rng_state=False, context_fn=kept.contexts)
 
 
 def _compiled_contexts() -> Any:
     """What a compiler is told to keep: the same operations.  It has made changes in place into new values."""
-    return create_selective_checkpoint_contexts(_policy)
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
 
 
 def _policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -228,7 +227,7 @@ class _Kept:
                     self.moving += buffers
                 else:
                     seen += [(buffer, buffer._version) for buffer in buffers]
-        with _Keeping(self.entries) if self.keeps_dear else ExitStack():
+        with _Keeping(self.entries) if self.keeps_dear else nullcontext():
             yield
         if not all(map(torch.equal, random, self._generators())):
             self.random = random
@@ -255,7 +254,7 @@ class _Kept:
                 set_plans(module, plan, values)
             if self.random is not None:
                 self._set_generators(self.random)
-            with _Serving(self.entries) if self.keeps_dear else ExitStack():
+            with _Serving(self.entries) if self.keeps_dear else nullcontext():
                 yield
         finally:
             for module, plan, values in acting:
@@ -297,7 +296,7 @@ class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.is_view:
             return output
         in_place = _is_in_place(func)
-        for position, arg in enumerate(args):
+        for position, arg in enumerate((*args, *(kwargs or {}).values())):
             for tensor in arg if isinstance(arg, list | tuple) else [arg]:
                 entry = self.by_storage.get(_storage(tensor)) if isinstance(tensor, Tensor) else None
                 if entry is None:
@@ -351,17 +350,19 @@ def _is_dear(func: Any, args: Any) -> bool:
 def _kind(func: Any) -> tuple[bool, int | None, int | None]:
     """Whether an operation is dear; of a product where its first factor stands; where attention has its dropout."""
     name = func._schema.name.removeprefix("aten::")
-    if name in _PRODUCTS:
+    if name in _PRODUCTS and not func._schema.is_mutable:
         return True, _PRODUCTS[name], None
     names = [argument.name for argument in func._schema.arguments]
     attention = name.startswith("_scaled_dot_product_") and not name.endswith("_backward")
     dropout = names.index("dropout_p") if attention and "dropout_p" in names else None
-    return attention or name == "convolution", None, dropout
+    return attention or (name in _OTHERS and not func._schema.is_mutable), None, dropout
 
 
 @functools.cache
 def _is_in_place(func: Any) -> bool:
-    return bool(func._schema.is_mutable) and func._schema.name.endswith("_")
+    """True if an operation changes its first argument, one tensor, and gives it out."""
+    schema = func._schema
+    return bool(schema.is_mutable) and schema.name.endswith("_") and str(schema.arguments[0].type) == "Tensor"
 
 
 def _storage(tensor: Tensor) -> int:
