@@ -91,6 +91,7 @@ PUBLIC_NAMES = [
     "adapters_of",
     "attach",
     "load",
+    "recompute",
     "to_lora",
 ]
 

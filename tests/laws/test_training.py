@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smidgen import AdapterSet
 from smidgen.core.adapter import HELD
-from smidgen.core.recompute import Level, blocks_of, recompute
+from smidgen.core.recompute import blocks_of, recompute
 
 from .cases import Case, gap
 
@@ -81,18 +81,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(typical_case: Case, ree
         assert torch.equal(checkpointed[name], gradient) or gap(checkpointed[name], gradient) <= case.tolerance
 
 
-@pytest.mark.parametrize("level", ["cheap", "all"])
-def test_blocks_that_recompute_give_the_same_gradients(typical_case: Case, level: Level):
+def test_blocks_that_recompute_give_the_same_gradients(typical_case: Case):
     case = typical_case
     model, adapters = case.attached()
     if not blocks_of(model):
         pytest.skip("this body has no list of blocks")
     model.train()
     found = []
-    for chosen in ("off", level):
+    for level in ("off", "cheap"):
         model.zero_grad()
         torch.default_generator.manual_seed(2)
-        with recompute(model, chosen):
+        with recompute(model, level):
             loss_of(case.run(model)).backward()
         found.append(gradients(adapters))
     assert found[0].keys() == found[1].keys()
