@@ -40,7 +40,7 @@ def _llama(dtype: torch.dtype) -> nn.Module:
 
 def checkpointed(base: nn.Module, *, training: bool) -> nn.Module:
     model: Any = hf_peft(base)
-    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train(training)
 
 

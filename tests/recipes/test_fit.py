@@ -75,13 +75,13 @@ def test_every_level_learns_the_same_bits(start, tmp_path):
 def test_less_is_kept_where_less_is_free_and_then_the_batch_is_cut(free, monkeypatch, rows, recompute, batch):
     """A row takes 1000 bytes by level off, 600 by cheap, 200 by all; 50 parameters are trained, with 12 bytes each."""
     sizes = {"off": 1000.0, "cheap": 600.0, "all": 200.0}
-    monkeypatch.setattr(fit, "_per_row", lambda work, accelerator, level, blocks: sizes[level])
+    monkeypatch.setattr(fit, "_per_row", lambda work, accelerator, level, *rest: sizes[level])
     free(math.ceil((600 + rows) / 0.9))
     blocks = nn.ModuleList(nn.Sequential(nn.Linear(3, 3)) for _ in range(2))
     chosen, plan = Chosen(**{f.name: None for f in dataclasses.fields(Chosen)}), Plan()
     chosen.batch, chosen.split, chosen.optimizer = plan.decide("batch", None, 8, ""), 1, "adamw"
     work = SimpleNamespace(model=nn.ModuleDict({"body": blocks}))
-    fit.choose_memory(TrainPart(), chosen, work, 50, None, plan)
+    fit.choose_memory(TrainPart(), chosen, work, 50, SimpleNamespace(device=None), plan)
     said = {name: value for name, value, _ in plan.entries}
     assert (said["recompute"], said["batch"], chosen.recompute) == (recompute, batch, recompute)
 
@@ -90,8 +90,8 @@ def test_what_a_row_takes_is_less_the_less_is_kept(start, free, monkeypatch):
     measured = {}
     per_row = fit._per_row
 
-    def spied(work, accelerator, level, blocks):
-        measured[level] = per_row(work, accelerator, level, blocks)
+    def spied(work, accelerator, level, *rest):
+        measured[level] = per_row(work, accelerator, level, *rest)
         return measured[level]
 
     monkeypatch.setattr(fit, "_per_row", spied)

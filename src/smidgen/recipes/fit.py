@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, TypeVar
 from ..auto.plan import Plan
 from ..core.errors import RecipeError
 from ..core.recompute import LEVELS, Level, blocks_of, recompute
-from ..training.memory import fitting, free_memory, kept_for_backward
-from ..training.optim import STATE_BYTES
+from ..training.memory import fitting, free_memory, is_out_of_memory, kept_for_backward
+from ..training.optim import STATE_BYTES, optimizer_class
 from .choose import Chosen
 from .prepare import Work
 from .schema import TrainPart
@@ -33,15 +33,10 @@ _USABLE = 0.9  # of what is free
 _ROOM = {"cpu": 0.5, "cuda": 0.2}  # of what is kept at level off
 
 
-def choose_memory(
-    said: TrainPart, chosen: Chosen, work: Work, trained: int, accelerator: "Accelerator", plan: Plan
-) -> None:
-    """Choose what blocks keep, and in how many parts a batch is run.   trained: how many parameters are.
-
-    Raises RecipeError for what this model or device cannot do.
-    """
-    device, blocks = next(work.model.parameters()).device, blocks_of(work.model)
-    if said.recompute not in (None, "off") and not blocks:
+def refuse_impossible(said: TrainPart, work: Work) -> None:
+    """Raise RecipeError for what this model or device cannot do, MissingDependency for what is not installed."""
+    device = next(work.model.parameters()).device
+    if said.recompute not in (None, "off") and not blocks_of(work.model):
         name = type(work.model.body).__name__
         raise RecipeError(
             f"train.recompute: {said.recompute} needs blocks, and none are recognised in {name}. Leave it out"
@@ -50,15 +45,23 @@ def choose_memory(
         raise RecipeError(
             f"train.offload: cpu moves what a GPU keeps to the host; this run is on {device.type}. Leave it out"
         )
-    free = free_memory(device)
+    optimizer_class(said.optimizer or "adamw")
+
+
+def choose_memory(
+    said: TrainPart, chosen: Chosen, work: Work, trained: int, accelerator: "Accelerator", plan: Plan
+) -> None:
+    """Choose what blocks keep, and in how many parts a batch is run.   trained: how many parameters are."""
+    free = free_memory(accelerator.device)
     if free is None:
         chosen.recompute = plan.decide("recompute", said.recompute, "off", "how much memory is free is not known here")
         return
     fixed = trained * (4 + STATE_BYTES[chosen.optimizer])
+    blocks = len(blocks_of(work.model))
     levels: tuple[Level, ...] = (said.recompute,) if said.recompute else LEVELS if blocks else ("off",)
     per_row = 0.0
     for level in levels:  # one after the other: mostly the first fits, and nothing more is measured
-        per_row = _per_row(work, accelerator, level, len(blocks))
+        per_row = _per_row(work, accelerator, level, blocks, free)
         chosen.recompute = level
         if fixed + chosen.rows * per_row <= _USABLE * free:
             break
@@ -93,15 +96,23 @@ def within_memory(run: Callable[[], T], chosen: Chosen, plan: Plan) -> T:
     return result
 
 
-def _per_row(work: Work, accelerator: "Accelerator", level: Level, blocks: int) -> float:
-    """Bytes that a row of the longest takes while it is trained on; what is offloaded is counted too."""
+def _per_row(work: Work, accelerator: "Accelerator", level: Level, blocks: int, free: int) -> float:
+    """Bytes that a row of the longest takes while it is trained on; what is offloaded is counted too.
+
+    Where not even two rows can be tried, they take at least what is free.
+    """
     longest = max(range(len(work.train)), key=work.train.lengths.__getitem__)
     rows = work.task.collate(work.train, [longest] * _ROWS)
     batch = {name: tensor.to(accelerator.device) for name, tensor in rows.items()}
 
     def kept() -> float:
-        with accelerator.autocast():
-            return kept_for_backward(work.model, lambda: work.task.loss(work.model(batch), batch)) / _ROWS
+        try:
+            with accelerator.autocast():
+                return kept_for_backward(work.model, lambda: work.task.loss(work.model(batch), batch)) / _ROWS
+        except Exception as error:
+            if is_out_of_memory(error):
+                return free / _ROWS
+            raise
 
     work.model.train()
     whole = kept()

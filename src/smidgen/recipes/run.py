@@ -35,7 +35,7 @@ from ..training.progress import Progress
 from . import judge
 from .adapt import adapter_parameters, attach_used, full_row, groups_of, head_parameters, settings_of
 from .choose import Chosen, agreed, choose, choose_steps_for, method_of, trial_batches
-from .fit import choose_memory, within_memory
+from .fit import choose_memory, refuse_impossible, within_memory
 from .prepare import Work, best_device, make_accelerator, prepare, set_threads
 from .probing import answers_of, fit_base
 from .save import is_result, save_result
@@ -75,6 +75,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     console.print(f"[bold]smidgen {__version__}[/bold]  {recipe.model.path}  on  {data}", highlight=False)
     work = prepare(recipe, plan, device, seed)
     method, rates = method_of(recipe, plan)
+    refuse_impossible(recipe.train, work)
     chosen = choose(recipe.train, rates, work, plan, seed)
     if saved is not None:
         chosen = Chosen(**saved[1].history["chosen"])  # measured then; measured again it might differ

@@ -8,8 +8,9 @@ An adapter has few parameters, so the second saves megabytes there; it is for `s
 parameters.  Optimisers of another kind are not offered: the presets' learning rates are AdamW's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -39,17 +40,18 @@ def optimizer_of(groups: Sequence[Group], name: Optimizer = "adamw") -> torch.op
             if some:
                 decay = group.weight_decay if decays else 0.0
                 tensors.append({"params": some, "lr": group.learning_rate, "weight_decay": decay})
+    return optimizer_class(name)(tensors)
+
+
+def optimizer_class(name: Optimizer) -> Callable[..., torch.optim.Optimizer]:
+    """What makes it of parameter groups.   Raises MissingDependency."""
     if name == "adamw":
-        return torch.optim.AdamW(tensors, fused=True)
+        return partial(torch.optim.AdamW, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit  # its states are plain tensors, so checkpoints hold them to the bit
     except ImportError as error:
         raise MissingDependency(
-            f'train.optimizer: adamw8bit needs bitsandbytes: pip install "smidgen[8bit]". It saves '
-            f"{_size(6 * sum(p.numel() for group in groups for p in group.parameters.values()))} here; or leave it out"
+            'train.optimizer: adamw8bit needs bitsandbytes: pip install "smidgen[8bit]". It saves 6 bytes per trained '
+            "parameter; for an adapter, whose parameters are few, leave it out"
         ) from error
-    return cast(torch.optim.Optimizer, AdamW8bit(tensors))
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:,.1f} MB"
+    return cast(Callable[..., torch.optim.Optimizer], AdamW8bit)
