@@ -24,7 +24,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import report
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from smidgen.training.memory import kept_for_backward as kept_for_backward
 
 RESULTS = Path(__file__).parent / "results"
 Run = Callable[[], Any]
@@ -90,30 +92,6 @@ def over(samples: Mapping[str, Sequence[float]], floor: str) -> dict[str, Spread
         name: Spread.of([a / b for a, b in zip(figures, samples[floor], strict=True)])
         for name, figures in samples.items()
     }
-
-
-def kept_for_backward(model: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps between forward and backward, parameters not counted.
-
-    Every storage counts once, whole, however many saved tensors are views of it.
-    """
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.layout is not torch.strided:  # a sparse one: its numbers and their places
-            whole = tensor.coalesce()
-            kept[id(tensor)] = whole.values().nbytes + whole.indices().nbytes
-            return tensor
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor  # held by the graph, so no address is used twice while it lives
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph = loss()
-    del graph
-    return sum(kept.values())
 
 
 def peak_extra_bytes(run: Run) -> float:

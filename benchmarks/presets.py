@@ -34,7 +34,8 @@ from smidgen.recipes import prepare as preparing
 from smidgen.recipes.demo import demo_data
 from smidgen.recipes.prepare import Work, prepare
 from smidgen.recipes.schema import DataPart, MethodPart, ModelPart, Recipe
-from smidgen.training.loop import Group, Loop, predict
+from smidgen.training.loop import Loop, predict
+from smidgen.training.optim import Group
 from smidgen.training.progress import Progress
 
 SEED, BATCH, PRECISION = 0, 32, "bf16"

@@ -92,6 +92,7 @@ PUBLIC_NAMES = [
     "attach",
     "load",
     "quantise",
+    "recompute",
     "to_lora",
 ]
 

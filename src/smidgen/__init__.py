@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .core.composition import Weighted as Weighted
     from .core.errors import SmidgenError as SmidgenError
     from .core.quantise import quantise as quantise
+    from .core.recompute import recompute as recompute
     from .core.targets import Targets as Targets
     from .methods.adalora import AdaLoRA as AdaLoRA
     from .methods.adamss import AdaMSS as AdaMSS
@@ -179,6 +180,7 @@ _PLACES = {
     "attach": "adapters",
     "load": "adapters",
     "quantise": "core.quantise",
+    "recompute": "core.recompute",
     "to_lora": "conversion",
 }
 __all__ = [*_PLACES]

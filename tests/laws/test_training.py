@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smidgen import AdapterSet
 from smidgen.core.adapter import HELD
+from smidgen.core.recompute import blocks_of, recompute
 
 from .cases import Case, gap
 
@@ -78,6 +79,24 @@ def test_gradient_checkpointing_gives_the_same_gradients(typical_case: Case, ree
     assert checkpointed.keys() == plain.keys()
     for name, gradient in plain.items():  # of what several layers share, the reentrant kind sums in another order
         assert torch.equal(checkpointed[name], gradient) or gap(checkpointed[name], gradient) <= case.tolerance
+
+
+def test_blocks_that_recompute_give_the_same_gradients(typical_case: Case):
+    case = typical_case
+    model, adapters = case.attached()
+    if not blocks_of(model):
+        pytest.skip("this body has no list of blocks")
+    model.train()
+    found = []
+    for level in ("off", "cheap"):
+        model.zero_grad()
+        torch.default_generator.manual_seed(2)
+        with recompute(model, level):
+            loss_of(case.run(model)).backward()
+        found.append(gradients(adapters))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient) or gap(found[1][name], gradient) <= case.tolerance, name
 
 
 def run_checkpointed(case: Case, model: nn.Module, reentrant: bool) -> Tensor:

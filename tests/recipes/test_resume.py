@@ -31,7 +31,7 @@ def test_a_stopped_run_continues_to_the_bits_and_the_report_of_an_unbroken_one(s
     assert digest(resumed.out) == digest(unbroken.out)
     for key in ("curves", "best_step", "confusion", "difference", "examples", "labels", "versions"):
         assert resumed.report[key] == unbroken.report[key], key
-    assert resumed.plan == unbroken.plan
+    assert resumed.plan | {"memory": ""} == unbroken.plan | {"memory": ""}  # of what was free then
     measured = ("seconds", "peak_bytes")
     for name, row in unbroken.rows.items():
         assert {k: v for k, v in resumed.rows[name].items() if k not in measured} == {

@@ -21,7 +21,8 @@ import smidgen
 from smidgen.recipes.prepare import make_accelerator
 from smidgen.tasks.base import Batch, Examples, Task, TaskModel
 from smidgen.training import checkpoint
-from smidgen.training.loop import Group, Loop, Outcome, Settings
+from smidgen.training.loop import Loop, Outcome, Settings
+from smidgen.training.optim import Group
 from smidgen.training.progress import Progress
 
 

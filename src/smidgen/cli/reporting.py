@@ -1,6 +1,6 @@
 """How a command ends when it cannot go on: a message without traceback, and an exit code that says whose turn it is.
 
-    1     a run failed: numbers that are not finite, checks before training, a checkpoint, a merge, the disk
+    1     a run failed: numbers that are not finite, checks before training, memory, a checkpoint, a merge, the disk
     2     what was asked cannot be: recipe, flags, data, model, adapter folder, a missing package
     130   Ctrl-C
 
@@ -13,9 +13,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..core.errors import CheckpointError, MergeError, NonFiniteError, PreflightError, SmidgenError
+from ..core.errors import CheckpointError, MergeError, NonFiniteError, OutOfMemory, PreflightError, SmidgenError
 
-_RUN_FAILED = (NonFiniteError, PreflightError, CheckpointError, MergeError)
+_RUN_FAILED = (NonFiniteError, PreflightError, CheckpointError, MergeError, OutOfMemory)
 
 
 @contextmanager

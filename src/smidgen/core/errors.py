@@ -12,6 +12,7 @@
     ├── ModelError            the model cannot be found or loaded
     ├── PreflightError        the checks before the run found that it would fail or learn nothing
     ├── NonFiniteError        a loss, gradient or adapter tensor stopped being finite during training
+    ├── OutOfMemory           not even one row at a time fits in memory
     ├── CheckpointError       no whole checkpoint to resume from, or it belongs to another run
     └── MissingDependency     a package is needed that is not installed; names the extra that brings it
 
@@ -67,6 +68,10 @@ class PreflightError(SmidgenError):
 
 class NonFiniteError(SmidgenError):
     """A loss, gradient or adapter tensor stopped being finite during training."""
+
+
+class OutOfMemory(SmidgenError):
+    """Not even one row at a time fits in memory."""
 
 
 class CheckpointError(SmidgenError):

@@ -19,11 +19,13 @@ from ..evaluate.report import Row
 from ..methods.lora import OF_DATA, LoRA
 from ..methods.selective import Selective
 from ..tasks.base import TaskModel
-from ..training.loop import Group, Loop, Settings, predict
-from ..training.memory import peak_memory
+from ..training.loop import Loop, Settings, predict
+from ..training.memory import peak_memory, rows_at_once
+from ..training.optim import Group
 from ..training.progress import Progress
 from . import judge
 from .choose import Chosen, trial_batches
+from .fit import within_memory
 from .prepare import Work
 from .probing import Base
 
@@ -59,7 +61,7 @@ def attach_used(method: Method, work: Work, chosen: Chosen, plan: Plan) -> Adapt
     if work.model.heads:
         method = dataclasses.replace(method, heads=tuple(dict.fromkeys([*method.heads, *work.model.heads])))
     if method.targets.is_auto and not isinstance(method, Selective):
-        sites, used = method.resolve(body).sites, used_modules(work, chosen)
+        sites, used = method.resolve(body).sites, within_memory(lambda: used_modules(work, chosen), chosen, plan)
         idle = [site.name for site in sites if site.path not in used]
         if idle:
             method = dataclasses.replace(method, targets=Targets.at([site for site in sites if site.path in used]))
@@ -172,7 +174,8 @@ def full_row(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator",
         outcome = loop.run(bar)
     if outcome.stopped == "interrupted":
         raise KeyboardInterrupt("stopped while training the model to compare with; continue with --resume")
-    found = predict(model, work.task, work.test, accelerator, 2 * chosen.batch).answers
+    rows = rows_at_once(2 * chosen.batch, outcome.split)
+    found = predict(model, work.task, work.test, accelerator, rows).answers
     other = sum(p.nbytes for p in work.model.parameters())  # the tuned model, in memory all the while
     return judge.row(
         "full",

@@ -24,8 +24,11 @@ from ..auto.plan import (
 )
 from ..auto.presets import Preset, preset
 from ..core.products import Library, quicker_library
+from ..core.recompute import Level, Offload
 from ..data.batches import LengthBucketedBatches
 from ..tasks.base import Batch
+from ..training.memory import rows_at_once
+from ..training.optim import Optimizer
 from ..training.replay import Replay, on_device
 from ..training.replay_cut import Unit
 from ..training.replay_store import Store
@@ -64,9 +67,18 @@ class Chosen:
     lora_plus: float | None = None
     replay: str = "off"
     replay_dtype: str = ""  # what is kept is rounded to it; "" keeps it as computed
+    optimizer: Optimizer = "adamw"
+    recompute: Level = "off"
+    offload: Offload = "off"
+    split: int = 1  # in how many parts a batch is run, where it does not fit in memory
     steps: int = 0
     evaluate_every: int = 0
     save_every: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that are trained on at once."""
+        return rows_at_once(self.batch, self.split)
 
 
 def method_of(recipe: Recipe, work: Work, plan: Plan) -> tuple[MethodPart, Preset]:
@@ -123,6 +135,8 @@ def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) ->
         shard=bool(said.shard),
         products=_products(said, work, plan, precision),
         lora_plus=said.lora_plus and plan.decide("lora_plus", said.lora_plus, said.lora_plus, ""),
+        optimizer=plan.decide("optimizer", said.optimizer, said.optimizer, "") if said.optimizer else "adamw",
+        offload=plan.decide("offload", said.offload, said.offload, "") if said.offload else "off",
     )
 
 
@@ -177,8 +191,8 @@ def choose_steps_for(
 
 def trial_batches(work: Work, chosen: Chosen, device: torch.device) -> Iterator[Batch]:
     """The batch of the longest training rows (what goes there goes everywhere), and a few others."""
-    longest = LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed, shuffle=False)
-    others = LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed)
+    longest = LengthBucketedBatches(work.train.lengths, batch_size=chosen.rows, seed=chosen.seed, shuffle=False)
+    others = LengthBucketedBatches(work.train.lengths, batch_size=chosen.rows, seed=chosen.seed)
     for indices in itertools.islice(itertools.chain(itertools.islice(longest, 1), others), _TRIAL_BATCHES):
         yield {name: value.to(device) for name, value in work.task.collate(work.train, indices).items()}
 
@@ -281,7 +295,7 @@ def measure_replay(work: Work, chosen: Chosen, accelerator: "Accelerator", plain
 
 
 def _first_batches(work: Work, chosen: Chosen, count: int) -> list[list[int]]:
-    batches = LengthBucketedBatches(work.train.lengths, batch_size=chosen.batch, seed=chosen.seed)
+    batches = LengthBucketedBatches(work.train.lengths, batch_size=chosen.rows, seed=chosen.seed)
     return list(itertools.islice(batches, count))
 
 

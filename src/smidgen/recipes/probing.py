@@ -11,7 +11,7 @@ from ..auto.linear_probe import Loss, Probe, fit_probe
 from ..data.split import subset
 from ..tasks.base import Batch, Examples, TaskModel
 from ..training.loop import over_batches, predict
-from ..training.memory import peak_memory
+from ..training.memory import peak_memory, rows_at_once
 from ..training.replay import Replay
 from . import judge
 from .choose import Chosen, agreed
@@ -76,7 +76,8 @@ def answers_of(work: Work, chosen: Chosen, accelerator: "Accelerator", replay: R
     """The model's answers to the test rows and to each shift set."""
 
     def answers(examples: Examples) -> Tensor:
-        return predict(work.model, work.task, examples, accelerator, 2 * chosen.batch, replay=replay).answers
+        rows = rows_at_once(2 * chosen.batch, chosen.split)
+        return predict(work.model, work.task, examples, accelerator, rows, replay=replay).answers
 
     return judge.Answers(answers(work.test), {name: answers(examples) for name, examples in work.shift.items()})
 
@@ -95,7 +96,8 @@ def _features(
         beside.append((work.task.feature_targets(batch).cpu(), None if weights is None else weights.cpu()))
         return work.model.features(batch)
 
-    found = over_batches(work.model, work.task, some, accelerator, 2 * chosen.batch, features, replay)
+    rows_each = rows_at_once(2 * chosen.batch, chosen.split)
+    found = over_batches(work.model, work.task, some, accelerator, rows_each, features, replay)
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 

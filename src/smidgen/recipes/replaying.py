@@ -22,6 +22,7 @@ from ..core.method import Method
 from ..methods.head import head_sites
 from ..methods.selective import Selective
 from ..tasks.base import Examples
+from ..training.memory import rows_at_once
 from ..training.replay import Replay, as_if_trained, find_replay, size_of
 from ..training.replay_cut import Unit
 from ..training.replay_store import Store, room_in_memory, room_on_disk
@@ -108,8 +109,8 @@ def settle(
     checkpoints: the folder of the run's, where files would go.   spent_s: of the run's time.
     """
     plain = measure(work, chosen, accelerator)
-    if chosen.shard:
-        units, why = list[Unit](), "the base is in shards"
+    if chosen.shard or chosen.recompute != "off":
+        units, why = list[Unit](), "the base is in shards" if chosen.shard else "memory is short: blocks run again"
     elif said.replay == "off":
         units, why = [], ""
     else:
@@ -169,7 +170,7 @@ def fill(
     if place is None:
         return None
     replay = foreseen.replay if foreseen is not None and place is foreseen.place else _replay(place, work, chosen)
-    replay.fill("train", work.task, accelerator, 2 * chosen.batch)
+    replay.fill("train", work.task, accelerator, rows_at_once(2 * chosen.batch, chosen.split))
     if replay.store.is_whole("train"):
         return replay
     chosen.replay = "off"

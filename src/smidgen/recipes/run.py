@@ -25,6 +25,7 @@ from ..core.errors import CheckpointError, RecipeError
 from ..core.files import remove_directory
 from ..core.fingerprint import fingerprint
 from ..core.products import products_by
+from ..core.recompute import recompute
 from ..evaluate.terminal import show
 from ..training import checkpoint
 from ..training.distributed import shard_blocks
@@ -34,9 +35,10 @@ from ..training.progress import Progress
 from . import judge
 from .adapt import adapter_parameters, attach_used, full_row, groups_of, head_parameters, in_top, settings_of
 from .choose import Chosen, agreed, choose, choose_steps_for, method_of, trial_batches
+from .fit import choose_memory, refuse_impossible, within_memory
 from .prepare import Work, best_device, digest_rows, make_accelerator, prepare, set_threads
 from .probing import answers_of, fit_base
-from .replaying import again, fill, foresee, settle
+from .replaying import Place, again, fill, foresee, settle
 from .save import is_result, save_result
 from .schema import MethodPart, Recipe, TaskPart, TrainPart
 
@@ -87,6 +89,7 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
     work = prepare(recipe, plan, device, seed)
     said, rates = method_of(recipe, work, plan)
     method = said.build()
+    refuse_impossible(recipe.train, work)
     chosen = choose(recipe.train, rates, work, plan, seed)
     if chosen.shard:
         spread = shard_blocks(work.model.body, device)
@@ -106,7 +109,8 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
     if saved is not None:
         _require_same(saved, stamp)
     foreseen = foresee(recipe.train, method, work, chosen, accelerator, checkpoints, resumed=saved is not None)
-    base = fit_base(work, chosen, accelerator, foreseen.replay if foreseen else None)
+    recorded = foreseen.replay if foreseen else None
+    base = within_memory(lambda: fit_base(work, chosen, accelerator, recorded), chosen, plan)
     base.start(work.model)
     base_said = judge.said(work)
     adapters = attach_used(method, work, chosen, plan)
@@ -114,12 +118,27 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
     parameters = sum(p.numel() for p in trained.values())
     share = f"{parameters / work.total_parameters:.2%} of the model's {work.total_parameters:,}"
     plan.decide("trained", None, f"{parameters:,} parameters", share)
-    checks = preflight(work.model, adapters, trained, work.task, trial_batches(work, chosen, device))
     if saved is None:
-        spent = time.monotonic() - started
-        place, speed, recording = settle(recipe.train, work, chosen, accelerator, plan, foreseen, checkpoints, spent)
-        spent = time.monotonic() - started + recording
-        choose_steps_for(recipe.train, chosen, work, accelerator, plan, speed, spent)
+        choose_memory(recipe.train, chosen, work, parameters, accelerator, plan)
+    place: Place | None = None
+    with recompute(work.model, chosen.recompute, offload=chosen.offload):
+
+        def check() -> list[str]:
+            return preflight(work.model, adapters, trained, work.task, trial_batches(work, chosen, device))
+
+        def measure() -> Place | None:
+            spent = time.monotonic() - started
+            place, speed, recording = settle(
+                recipe.train, work, chosen, accelerator, plan, foreseen, checkpoints, spent
+            )
+            spent = time.monotonic() - started + recording
+            choose_steps_for(recipe.train, chosen, work, accelerator, plan, speed, spent)
+            return place
+
+        checks = within_memory(check, chosen, plan)
+        if saved is None:
+            place = within_memory(measure, chosen, plan)
+    if saved is None:
         chosen = agreed(chosen)
     else:
         place = again(recipe.train, work, chosen, accelerator, foreseen, checkpoints)
@@ -158,6 +177,10 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
         raise KeyboardInterrupt(
             f"stopped at step {outcome.step} of {chosen.steps}; all is saved, continue with --resume"
         )
+    notes = [*work.data.notes, *base.notes]
+    if outcome.split > chosen.split:
+        chosen.split = outcome.split
+        notes.append(f"Memory did not suffice for a batch at once: in the end {chosen.rows} rows ran at a time.")
     tuned, tuned_said = answers_of(work, chosen, accelerator, replay), judge.said(work)
     loop.replay = replay = None  # what was kept is needed no more
     rows = [
@@ -185,7 +208,6 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
         rows.append(full_row(work, chosen, base, accelerator, console if not quiet else None))
     if quiet:
         return out
-    notes = [*work.data.notes, *base.notes]
     samples = judge.samples(work, base_said, tuned_said)
     report = judge.report(
         work, rows, base.name, base.answers, tuned, outcome, plan, method.name, notes, samples, _versions()

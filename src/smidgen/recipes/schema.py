@@ -98,6 +98,9 @@ class TrainPart(Part):
     warmup: Share | None = None
     label_smoothing: Share | None = None
     clip: Above0 | None = None  # of the gradients' norm
+    optimizer: Literal["adamw", "adamw8bit"] | None = None
+    recompute: Literal["off", "cheap", "all"] | None = None  # what blocks compute once more instead of keeping it
+    offload: Literal["off", "cpu"] | None = None  # where the kept inputs of blocks wait, with recompute: all
     patience: Count | None = None
     evaluate_every: Count | None = None
     save_every: Count | None = None
@@ -107,6 +110,12 @@ class TrainPart(Part):
     threads: Count | None = None
     top_layers: Count | None = None  # the method acts in so many of the last blocks alone
     replay: Literal["auto", "memory", "disk", "off"] | None = None  # rows of the frozen part, computed once
+
+    @model_validator(mode="after")
+    def _offloads_what_is_kept(self) -> Self:
+        if self.offload == "cpu" and self.recompute != "all":
+            raise mistake(("offload",), "cpu moves the kept inputs of blocks; say recompute: all with it")
+        return self
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:

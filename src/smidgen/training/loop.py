@@ -9,41 +9,39 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import adapters_of
 from ..core.adapter import HELD
+from ..core.recompute import Level, Offload, recompute
 from ..data.batches import LengthBucketedBatches
 from ..tasks.base import Batch, Examples, Task
 from . import checkpoint
 from .distributed import same_everywhere, sum_gradients
 from .guard import Guard, Stopper
+from .memory import fitting, rows_at_once
+from .optim import Group, Optimizer, optimizer_of
 from .progress import Progress
 from .replay import Replay, replayed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+T = TypeVar("T")
 _POINTS = 100  # of the training-loss curve
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Parameters that share a learning rate; matrices decay, vectors do not."""
-
-    parameters: Mapping[str, nn.Parameter]
-    learning_rate: float
-    weight_decay: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to train.   batch: rows per micro-batch and process; a step sees batch x accumulate x processes.
 
+    split: in how many parts each micro-batch is run, where it does not fit in memory as a whole.
+    recompute, offload: what blocks keep for backward, and where (`core/recompute.py`).
     warmup: share of the steps over which the learning rate rises; it then falls in a line to zero.
     patience: evaluations without a better metric or a lower loss before stopping; None trains to the end.
     fingerprint: of recipe, data and model; a checkpoint with another is refused.
@@ -52,6 +50,10 @@ class Settings:
     steps: int
     batch: int
     accumulate: int = 1
+    split: int = 1
+    recompute: Level = "off"
+    offload: Offload = "off"
+    optimizer: Optimizer = "adamw"
     warmup: float = 0.06
     clip: float = 1.0
     evaluate_every: int
@@ -71,6 +73,7 @@ class Outcome:
     best_value: float
     seconds: float
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    split: int = 1  # in how many parts each micro-batch ran at the end
 
 
 class Loop:
@@ -94,7 +97,7 @@ class Loop:
         self.trained = {name: p for group in groups for name, p in group.parameters.items()}
         self.buffers = {n: b for n, b in model.named_buffers() if HELD in n.split(".")}  # masks, statistics
         self.kept: dict[str, Tensor] = {**self.trained, **self.buffers}
-        self.optimizer = _optimizer(groups)
+        self.optimizer = optimizer_of(groups, settings.optimizer)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.history: dict[str, Any] = {
             "curves": {},
@@ -105,6 +108,7 @@ class Loop:
             "lowest_loss": None,
             "worse": 0,  # evaluations since metric or loss was better than ever before
             "seconds": 0.0,
+            "split": settings.split,
         }
         self.best: dict[str, Tensor] = {}
         self.step = 0
@@ -126,14 +130,14 @@ class Loop:
             adapters.follow(self.optimizer, settings.steps, done=self.step)
         started, before = time.monotonic(), self.history["seconds"]
         batches = self._batches()
-        with Stopper() as stopper:
+        with Stopper() as stopper, recompute(self.model, settings.recompute, offload=settings.offload):
             if self.history["best_step"] is None:
                 self._evaluate(progress)  # the start counts: a run that only makes it worse ends where it began
                 self._save()
             interrupted = self._any(stopper.requested is not None)
             while not (interrupted or self._is_over()):
-                _seed_step(settings.seed, self.step, self.accelerator.process_index)
-                loss, tokens = self._step(guard, [next(batches) for _ in range(settings.accumulate)])
+                rows = [next(batches) for _ in range(settings.accumulate)]
+                loss, tokens = self._fitting(partial(self._step, guard, rows))
                 self.step += 1
                 self._note(loss)
                 progress.step(self.step, loss, tokens)
@@ -156,6 +160,7 @@ class Loop:
             best_value=self.history["best_value"],
             seconds=before + time.monotonic() - started,
             curves={name: [(int(s), float(v)) for s, v in points] for name, points in self.history["curves"].items()},
+            split=self.history["split"],
         )
 
     def _is_over(self) -> bool:
@@ -163,14 +168,27 @@ class Loop:
         patience = self.settings.patience
         return self.step >= self.settings.steps or (patience is not None and self.history["worse"] >= patience)
 
+    def _fitting(self, run: Callable[[], T]) -> T:
+        """run(); where memory does not suffice, again with every batch in twice as many parts."""
+
+        def at(split: int) -> T:
+            self.history["split"] = split
+            return run()
+
+        result, _ = fitting(at, self.settings.batch, self.history["split"], alone=self.accelerator.num_processes == 1)
+        return result
+
     def _step(self, guard: Guard, micro_batches: list[list[int]]) -> tuple[float, int]:
         """One optimiser step; returns the mean loss and the number of tokens, over all processes."""
+        _seed_step(self.settings.seed, self.step, self.accelerator.process_index)
+        most = rows_at_once(self.settings.batch, self.history["split"])
+        parts = [rows[i : i + most] for rows in micro_batches for i in range(0, len(rows), most)]
         factor = _warmed_linear(self.step, self.settings.steps, self.settings.warmup)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         self.optimizer.zero_grad()
         totals = torch.zeros(3, dtype=torch.float64)  # loss, count, tokens
-        for indices in micro_batches:
+        for indices in parts:
             batch = self.task.augment(self._to_device(self.task.collate(self.train_set, indices)))
             with replayed(self.replay, self.train_set, indices), self.accelerator.autocast():
                 loss, count = self.task.loss(self.model(batch), batch)
@@ -189,8 +207,7 @@ class Loop:
     def _evaluate(self, progress: Progress) -> None:
         if self.accelerator.num_processes > 1:  # each has statistics of its own rows
             same_everywhere(self.buffers.values())
-        batch = 2 * self.settings.batch
-        judged = predict(self.model, self.task, self.valid_set, self.accelerator, batch, replay=self.replay)
+        judged = self._fitting(self._judge)
         loss, value = judged.loss, self.task.score(judged.answers, self.valid_set.targets)[self.task.metric]
         self._point("valid loss", loss)
         self._point(f"valid {self.task.metric}", value)
@@ -206,6 +223,10 @@ class Loop:
             history["lowest_loss"] = loss
         history["worse"] = 0 if is_best or is_lowest else history["worse"] + 1
         progress.metric = f"valid {self.task.metric} {value:.3f}"
+
+    def _judge(self) -> "Judged":
+        rows = rows_at_once(2 * self.settings.batch, self.history["split"])
+        return predict(self.model, self.task, self.valid_set, self.accelerator, rows, replay=self.replay)
 
     def _save(self) -> None:
         if self.folder is None or not self.accelerator.is_main_process:
@@ -329,17 +350,6 @@ def over_batches(
         found.append((indices, (taken.float() if taken.is_floating_point() else taken).cpu()))
     model.train(training)
     return found
-
-
-def _optimizer(groups: Sequence[Group]) -> torch.optim.Optimizer:
-    tensors = []
-    for group in groups:
-        for decays in (True, False):
-            some = [p for p in group.parameters.values() if (p.ndim > 1) == decays]
-            if some:
-                decay = group.weight_decay if decays else 0.0
-                tensors.append({"params": some, "lr": group.learning_rate, "weight_decay": decay})
-    return torch.optim.AdamW(tensors, fused=True)
 
 
 def _warmed_linear(step: int, steps: int, warmup: float) -> float:

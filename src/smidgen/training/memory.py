@@ -1,14 +1,28 @@
-"""Peak memory of a stretch of work: of the process on a CPU, of the allocator on a CUDA device."""
+"""Memory: what a stretch of work takes at most, what a graph keeps for backward, what is free, and running out of it.
 
+Of the process on a CPU, of the allocator on a CUDA device.
+"""
+
+import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+
+from ..core.errors import OutOfMemory
+from ..core.recompute import kept_bytes
+
+T = TypeVar("T")
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_AVAILABLE, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+# of allocators that have no exception of their own
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass
@@ -43,3 +57,84 @@ def _reset() -> bool:
     except OSError:
         return False
     return True
+
+
+def kept_for_backward(model: nn.Module, run: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps after `run`, parameters and buffers not counted; with what recomputing blocks keep.
+
+    Every storage counts once, whole, however many saved tensors are views of it.
+    """
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided:  # a sparse one: its numbers and their places
+            whole = tensor.coalesce()
+            kept[id(tensor)] = whole.values().nbytes + whole.indices().nbytes
+        elif (storage := tensor.untyped_storage()).data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the graph holds it, so no address is used twice; itself, it would hold the graph
+
+    before = kept_bytes()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = run()
+    recorded = kept_bytes() - before
+    del graph
+    return sum(kept.values()) + recorded
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take: of the device, or of the machine or its container; None if unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", _AVAILABLE.read_text())
+    except OSError:
+        return None
+    free = int(found[1]) * 1024 if found else None
+    try:  # where a container has less than the machine
+        most, used = ((_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    if most == "max" or free is None:
+        return free
+    return max(0, min(free, int(most) - int(used)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if this error says that an allocation failed, on whatever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def fitting(run: Callable[[int], T], batch: int, split: int, *, alone: bool = True) -> tuple[T, int]:
+    """run(split), with every batch in twice as many parts as often as memory asks; what it gave, and the parts.
+
+    alone: False where other processes would wait for ever for one that starts again.
+    Raises OutOfMemory if a single row does not fit, or if another process waits.
+    """
+    while True:
+        try:
+            return run(split), split
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            said = str(error).partition("\n")[0]
+        gc.collect()  # out here, where nothing holds what the failed step had made
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        rows = rows_at_once(batch, split)
+        if rows == 1 or not alone:
+            advice = "Shorten the rows, say train.recompute: all, or take a smaller model or model.dtype: bfloat16"
+            raise OutOfMemory(
+                f"{rows} row{'s' * (rows > 1)} at a time do not fit in memory ({said}). "
+                + (advice if alone else "With several processes the batch is not cut by itself: lower train.batch")
+            )
+        split *= 2
+
+
+def rows_at_once(batch: int, split: int) -> int:
+    """How many rows are in memory at once, where a batch is run in so many parts."""
+    return max(1, -(-batch // split))
