@@ -54,8 +54,8 @@ def choose_memory(
     """Choose what blocks keep, and in how many parts a batch is run.   trained: how many parameters are."""
     free = free_memory(accelerator.device)
     if free is None or chosen.shard:
-        why = "a base in shards is not estimated" if chosen.shard else "how much memory is free is not known here"
-        chosen.recompute = plan.decide("recompute", said.recompute, "off", why)
+        unknown = "a base in shards is not estimated" if chosen.shard else "how much memory is free is not known here"
+        chosen.recompute = plan.decide("recompute", said.recompute, "off", unknown)
         return
     fixed = trained * (4 + STATE_BYTES[chosen.optimizer])
     blocks = len(blocks_of(work.model))
