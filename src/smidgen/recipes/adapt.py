@@ -17,13 +17,13 @@ from ..evaluate.report import Row
 from ..methods.lora import OF_DATA, LoRA
 from ..methods.selective import Selective
 from ..tasks.base import TaskModel
-from ..training.loop import Group, Loop, Settings, predict
+from ..training.loop import Group, Loop, Settings
 from ..training.memory import peak_memory
 from ..training.progress import Progress
 from . import judge
 from .choose import Chosen, trial_batches
 from .prepare import Work
-from .probing import Base
+from .probing import Base, answers_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -119,7 +119,9 @@ def settings_of(chosen: Chosen, fingerprint: str) -> Settings:
     return Settings(**{name: getattr(chosen, name) for name in fields}, fingerprint=fingerprint)
 
 
-def full_row(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator", console: "Console | None") -> Row:
+def full_row(
+    work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator", console: "Console | None"
+) -> tuple[Row, judge.Answers]:
     """Full fine-tuning of a fresh copy of the model: same start of the head, same steps, its own learning rate."""
     rates = preset("full")
     model = work.task.build(work.asked).to(accelerator.device)
@@ -142,17 +144,18 @@ def full_row(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator",
         outcome = loop.run(bar)
     if outcome.stopped == "interrupted":
         raise KeyboardInterrupt("stopped while training the model to compare with; continue with --resume")
-    found = predict(model, work.task, work.test, accelerator, 2 * chosen.batch).answers
+    found = answers_of(full, chosen, accelerator)
     other = sum(p.nbytes for p in work.model.parameters())  # the tuned model, in memory all the while
-    return judge.row(
+    row = judge.row(
         "full",
         work,
-        found,
+        found.test,
         trainable=sum(p.numel() for p in loop.trained.values()),
         peak_bytes=peak.size_bytes and peak.size_bytes - other,
         seconds=outcome.seconds,
         disk_bytes=sum(p.nbytes for p in model.parameters()),
     )
+    return row, found
 
 
 def _loss_of_rows(work: Work, chosen: Chosen) -> tuple[Callable[[], Tensor], int]:
