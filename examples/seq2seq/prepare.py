@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 OUT = Path(".cache/seq2seq")
-STEPS, BATCH, RATE = 600, 128, 3e-3
+STEPS, BATCH, RATE = 1500, 128, 3e-3
 SIZES = {"surnames/train": 6000, "surnames/valid": 500, "surnames/test": 1000, "words": 500}
 SPECIAL = ("<pad>", "</s>", "<unk>")
 Pair = tuple[str, str]  # letters, phonemes with spaces between
