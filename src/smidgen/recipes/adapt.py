@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from ..adapters import AdapterSet, attach
 from ..auto.plan import Plan
 from ..auto.presets import preset
+from ..core.errors import RecipeError
 from ..core.method import Method
-from ..core.targets import Targets
+from ..core.targets import Resolution, Targets
 from ..data.batches import LengthBucketedBatches
 from ..evaluate.report import Row
+from ..methods.head import Head
 from ..methods.lora import OF_DATA, LoRA
 from ..methods.selective import Selective
 from ..tasks.base import TaskModel
@@ -30,12 +32,29 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+class HeadAlone(Head):
+    """What the task adds is all that is trained, and nothing of the model's own: new users, new classes."""
+
+    def resolve(self, model: nn.Module) -> Resolution:
+        return Resolution(model, ())
+
+
 def attach_used(method: Method, work: Work, chosen: Chosen, plan: Plan) -> AdapterSet:
-    """Attach to the layers that the task really uses, after looking at rows where the method does."""
+    """Attach to the layers that the task really uses, after looking at rows where the method does.
+
+    Raises RecipeError for a head alone where the task adds nothing.
+    """
     body = work.model.body
     if work.model.heads:
         method = dataclasses.replace(method, heads=tuple(dict.fromkeys([*method.heads, *work.model.heads])))
-    if method.targets.is_auto and not isinstance(method, Selective):
+    if method.targets.is_auto and isinstance(method, Head):
+        if not head_parameters(work.model) and not method.heads:
+            raise RecipeError(
+                f"method.name is head, and {work.task.name} adds nothing to {work.asked.model.name} here that could be "
+                'trained alone. Choose a method that changes the model, such as "lora"'
+            )
+        method = HeadAlone(heads=method.heads)
+    elif method.targets.is_auto and not isinstance(method, Selective):
         sites, used = method.resolve(body).sites, used_modules(work, chosen)
         idle = [site.name for site in sites if site.path not in used]
         if idle:

@@ -144,14 +144,13 @@ class Recipe(Part):
                 known = f"Roles: {', '.join(tuned_for.roles)}" if tuned_for.roles else "It has no columns to name"
                 wrong.append((("data", "columns", role), f'{self.task.name} has no role "{role}".{hint} {known}'))
         if self.method is not None and self.method.name == "head" and "targets" not in self.method.settings:
-            wrong.append(
-                (
-                    ("method", "name"),
-                    'a head alone, on the model as it is, is the row "base" of every report; it needs no own run. '
-                    'Choose a method that changes the model, such as "lora", or name modules of the model in '
-                    "method.targets, to train them whole",
-                )
+            what = (
+                'a head alone, on the model as it is, is the row "base" of every report; it needs no own run. '
+                'Choose a method that changes the model, such as "lora", or name modules of the model in '
+                "method.targets, to train them whole"
             )
+            if tuned_for.probed:
+                wrong.append((("method", "name"), what))
         name = self.method_part.name
         if self.train.lora_plus is not None and not method_named(name).faster:
             wrong.append((("train", "lora_plus"), f"{name} has no B to learn faster; leave it out"))
