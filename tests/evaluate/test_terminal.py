@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from smidgen.evaluate.report import Report
+from smidgen.evaluate.card import model_card
+from smidgen.evaluate.page import page
+from smidgen.evaluate.report import Estimate, Report
 from smidgen.evaluate.terminal import show
 
 
@@ -63,3 +65,21 @@ def test_long_metric_names_leave_the_figures_whole(binary: Report) -> None:
     text = shown(replace(binary, rows=rows))
     assert "[83.2, 86.4]" in text
     assert "balanced_accuracy" in text
+
+
+def test_other_data_shows_full_fine_tuning_where_it_was_compared_with(binary: Report) -> None:
+    full = Estimate(0.652, 0.638, 0.666)
+    shift = (replace(binary.shift[0], full=full, full_difference=Estimate(-0.059, -0.075, -0.043)), binary.shift[1])
+    report = replace(binary, shift=shift)
+    text = shown(report)
+    lines = {" ".join(line.split()) for line in text.splitlines()}
+    assert "tweets 4,200 71.1 % 68.3 % -2.8 points [-4.4, -1.2] lost" in lines
+    assert "full 71.1 % 65.2 % -5.9 points [-7.5, -4.3] lost" in lines
+    assert max(map(len, text.splitlines())) <= 80
+    said = "On tweets full fine-tuning is worse than the linear probe by 5.9 points [4.3, 7.5]"
+    assert said in " ".join(text.split())
+    assert "65.2 %" in page(report)
+    written = model_card(report, base_model="models/base", library_versions={}, usage="")
+    assert "| data | examples | base | full | tuned |" in written
+    assert report.to_json()["shift"][0]["full"]["value"] == 0.652
+    assert report.to_json()["shift"][1]["full"] is None

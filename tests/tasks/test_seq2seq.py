@@ -203,6 +203,7 @@ def test_rouge_is_measured_on_what_the_model_writes_where_it_is_asked_for(folder
     assert float(task.value_of(task.parts(answers, batch["targets"]).sum(0))) == pytest.approx(figures["rouge_l"])
     assert task.higher_is_better
     assert "said" not in model.train()(batch)  # nothing is written while training
+    assert "said" not in model.eval()(batch)  # nor where a gradient is asked for
     again = Seq2Seq.from_description(task.describe(), asked)
     assert again.build(asked).says == 6
 

@@ -111,17 +111,19 @@ def _shift(report: Report) -> str:
         interval = interval_text(report.metric, estimate.low, estimate.high)
         return f"{metric_text(report.metric, estimate.value)} {interval}"
 
+    full = ["full"] if report.has_full_shift else []
     rows = [
         [
             row.name,
             f"{row.count:,}",
             value(row.base),
+            *(value(row.full) for _ in full),
             value(row.tuned),
             NONE if row.difference is None else difference_text(report.metric, row.difference.value),
         ]
         for row in report.shift
     ]
-    return _table(["data", "examples", "base", "tuned", "tuned minus base"], rows)
+    return _table(["data", "examples", "base", *full, "tuned", "tuned minus base"], rows)
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -131,6 +131,8 @@ def _shift(report: Report) -> Markup:
     if not report.shift:
         return Markup("")
 
+    full = [f"full {report.metric}"] if report.has_full_shift else []
+
     def cells(row: ShiftRow) -> list[tuple[str, str]]:
         change = NONE
         if row.difference is not None:
@@ -140,12 +142,13 @@ def _shift(report: Report) -> Markup:
             ("", row.name),
             ("num", f"{row.count:,}"),
             ("num", _estimate(report.metric, row.base)),
+            *(("num", _estimate(report.metric, row.full)) for _ in full),
             ("num", _estimate(report.metric, row.tuned)),
             ("num", _change(change, report.metric, row.difference)),
             ("", OUTCOMES[outcome_of(row.difference, report.higher_is_better)].lower()),
         ]
 
-    names = ["data", "examples", f"base {report.metric}", f"tuned {report.metric}", "tuned minus base", ""]
+    names = ["data", "examples", f"base {report.metric}", *full, f"tuned {report.metric}", "tuned minus base", ""]
     table = _table(names, [("", cells(row)) for row in report.shift])
     return element("section", _title("On other data"), table)
 

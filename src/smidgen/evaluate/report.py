@@ -47,13 +47,15 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftRow:
-    """The same models on another data set or domain. Without a base, `base` and `difference` are None."""
+    """The same models on another data set or domain. Without a base, `base` and the differences are None."""
 
     name: str
     count: int  # examples
     base: Estimate | None
     tuned: Estimate
     difference: Estimate | None  # tuned minus base, paired
+    full: Estimate | None = None  # full fine-tuning, where it was compared with
+    full_difference: Estimate | None = None  # full minus base, paired
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,11 @@ class Report:
         """The row of that name, or None."""
         return next((row for row in self.rows if row.name == name), None)
 
+    @property
+    def has_full_shift(self) -> bool:
+        """Whether full fine-tuning was judged on other data too."""
+        return any(row.full is not None for row in self.shift)
+
     def shown_examples(self, better: Literal["base", "tuned"]) -> list[Example]:
         """At most 10 examples on which `better` is right and the other wrong."""
         return [example for example in self.examples if example.better == better][:EXAMPLES]
@@ -132,6 +139,8 @@ class Report:
                     "base": _estimate(row.base),
                     "tuned": _estimate(row.tuned),
                     "difference": _estimate(row.difference),
+                    "full": _estimate(row.full),
+                    "full_difference": _estimate(row.full_difference),
                 }
                 for row in self.shift
             ],

@@ -90,23 +90,18 @@ def _shift(report: Report) -> "Table":
     def value(estimate: Estimate | None) -> str:
         return NONE if estimate is None else metric_text(report.metric, estimate.value)
 
+    def add(name: str, count: str, base: Estimate | None, own: Estimate, difference: Estimate | None) -> None:
+        outcome, change = outcome_of(difference, report.higher_is_better), NONE
+        if difference is not None:
+            sign = "+" if difference.value > 0 else ""
+            interval = interval_text(report.metric, difference.low, difference.high)
+            change = f"{sign}{difference_text(report.metric, difference.value)} {interval}"
+        table.add_row(Text(name), count, value(base), value(own), Text(change), Text(outcome, style=COLOURS[outcome]))
+
     for row in report.shift:
-        outcome = outcome_of(row.difference, report.higher_is_better)
-        change = NONE
-        if row.difference is not None:
-            sign = "+" if row.difference.value > 0 else ""
-            change = (
-                f"{sign}{difference_text(report.metric, row.difference.value)} "
-                f"{interval_text(report.metric, row.difference.low, row.difference.high)}"
-            )
-        table.add_row(
-            Text(row.name),
-            f"{row.count:,}",
-            value(row.base),
-            value(row.tuned),
-            Text(change),
-            Text(outcome, style=COLOURS[outcome]),
-        )
+        add(row.name, f"{row.count:,}", row.base, row.tuned, row.difference)
+        if row.full is not None:
+            add("  full", "", row.base, row.full, row.full_difference)
     return table
 
 

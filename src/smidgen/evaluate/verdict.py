@@ -77,14 +77,15 @@ def findings(report: Report) -> list[str]:
         if row is not None and not _is_better(tuned.value, row.value, report.higher_is_better):
             found.append(f"Tuned is no better than {trivial} ({metric_text(report.metric, row.value)}).")
     found += _overfitting(report)
+    is_probe = report.base_name != "untouched model"
+    why = "what it learned does not carry over" if is_probe else "it forgot some of what the model could"
     for shift in report.shift:
-        if shift.difference is not None and outcome_of(shift.difference, report.higher_is_better) == "lost":
-            loss = _gain(shift.difference, not report.higher_is_better)
-            found.append(
-                f"On {shift.name} tuned is worse than the {report.base_name} by "
-                f"{difference_text(report.metric, loss.value)} {interval_text(report.metric, loss.low, loss.high)}: "
-                "what it learned does not carry over."
-            )
+        for name, difference in (("tuned", shift.difference), ("full fine-tuning", shift.full_difference)):
+            if difference is not None and outcome_of(difference, report.higher_is_better) == "lost":
+                loss = _gain(difference, not report.higher_is_better)
+                by = difference_text(report.metric, loss.value)
+                interval = interval_text(report.metric, loss.low, loss.high)
+                found.append(f"On {shift.name} {name} is worse than the {report.base_name} by {by} {interval}: {why}.")
     return found
 
 

@@ -30,6 +30,8 @@ class SSF(Method):
     disk = DiskNames("SMIDGEN_SSF")
 
     def accepts(self, site: Site) -> str | None:
+        if site.parameter is not None:
+            return "ssf changes what a call gives, not a parameter"
         return None if site.kind else f"{type(site.layer).__name__} gives no channels that are known here"
 
     def build(self, site: Site) -> "SSFAdapter":

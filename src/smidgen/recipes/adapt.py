@@ -13,21 +13,22 @@ from ..auto.presets import preset
 from ..core.blocks import blocks, not_recognised
 from ..core.errors import RecipeError
 from ..core.method import Method
-from ..core.targets import Targets
+from ..core.targets import Resolution, Targets
 from ..data.batches import LengthBucketedBatches
 from ..evaluate.report import Row
+from ..methods.head import Head
 from ..methods.lora import OF_DATA, LoRA
 from ..methods.selective import Selective
 from ..tasks.base import TaskModel
-from ..training.loop import Loop, Settings, predict
-from ..training.memory import peak_memory, rows_at_once
+from ..training.loop import Loop, Settings
+from ..training.memory import peak_memory
 from ..training.optim import Group
 from ..training.progress import Progress
 from . import judge
 from .choose import Chosen, trial_batches
 from .fit import within_memory
 from .prepare import Work
-from .probing import Base
+from .probing import Base, answers_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,12 +56,29 @@ def in_top(method: Method, body: nn.Module, layers: int | None) -> Method:
     return dataclasses.replace(method, targets=Targets.at(top))
 
 
+class HeadAlone(Head):
+    """What the task adds is all that is trained, and nothing of the model's own: new users, new classes."""
+
+    def resolve(self, model: nn.Module) -> Resolution:
+        return Resolution(model, ())
+
+
 def attach_used(method: Method, work: Work, chosen: Chosen, plan: Plan) -> AdapterSet:
-    """Attach to the layers that the task really uses, after looking at rows where the method does."""
+    """Attach to the layers that the task really uses, after looking at rows where the method does.
+
+    Raises RecipeError for a head alone where the task adds nothing.
+    """
     body = work.model.body
     if work.model.heads:
         method = dataclasses.replace(method, heads=tuple(dict.fromkeys([*method.heads, *work.model.heads])))
-    if method.targets.is_auto and not isinstance(method, Selective):
+    if method.targets.is_auto and isinstance(method, Head):
+        if not head_parameters(work.model) and not method.heads:
+            raise RecipeError(
+                f"method.name is head, and {work.task.name} adds nothing to {work.asked.model.name} here that could be "
+                'trained alone. Choose a method that changes the model, such as "lora"'
+            )
+        method = HeadAlone(heads=method.heads)
+    elif method.targets.is_auto and not isinstance(method, Selective):
         sites, used = method.resolve(body).sites, within_memory(lambda: used_modules(work, chosen), chosen, plan)
         idle = [site.name for site in sites if site.path not in used]
         if idle:
@@ -151,7 +169,9 @@ def settings_of(chosen: Chosen, fingerprint: str) -> Settings:
     return Settings(**{name: getattr(chosen, name) for name in fields}, fingerprint=fingerprint)
 
 
-def full_row(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator", console: "Console | None") -> Row:
+def full_row(
+    work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator", console: "Console | None"
+) -> tuple[Row, judge.Answers]:
     """Full fine-tuning of a fresh copy of the model: same start of the head, same steps, its own learning rate."""
     rates = preset("full")
     model = work.task.build(work.asked).to(accelerator.device)
@@ -174,18 +194,18 @@ def full_row(work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator",
         outcome = loop.run(bar)
     if outcome.stopped == "interrupted":
         raise KeyboardInterrupt("stopped while training the model to compare with; continue with --resume")
-    rows = rows_at_once(2 * chosen.batch, outcome.split)
-    found = predict(model, work.task, work.test, accelerator, rows).answers
+    found = answers_of(full, dataclasses.replace(chosen, split=outcome.split), accelerator)
     other = sum(p.nbytes for p in work.model.parameters())  # the tuned model, in memory all the while
-    return judge.row(
+    row = judge.row(
         "full",
         work,
-        found,
+        found.test,
         trainable=sum(p.numel() for p in loop.trained.values()),
         peak_bytes=peak.size_bytes and peak.size_bytes - other,
         seconds=outcome.seconds,
         disk_bytes=sum(p.nbytes for p in model.parameters()),
     )
+    return row, found
 
 
 def _loss_of_rows(work: Work, chosen: Chosen) -> tuple[Callable[[], Tensor], int]:

@@ -89,6 +89,7 @@ def report(
     base_name: str,
     base: Answers,
     tuned: Answers,
+    full: Answers | None,
     outcome: Outcome,
     plan: Plan,
     method: str,
@@ -105,6 +106,10 @@ def report(
             base=_estimate(task, base.shift[name], examples.targets),
             tuned=_estimate(task, tuned.shift[name], examples.targets),
             difference=difference(task, base.shift[name], tuned.shift[name], examples.targets),
+            full=None if full is None else _estimate(task, full.shift[name], examples.targets),
+            full_difference=(
+                None if full is None else difference(task, base.shift[name], full.shift[name], examples.targets)
+            ),
         )
         for name, examples in work.shift.items()
     )

@@ -204,13 +204,15 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
             disk_bytes=0,
         ),  # known once it is written
     ]
+    full = None
     if "full" in recipe.report.against:
-        rows.append(full_row(work, chosen, base, accelerator, console if not quiet else None))
+        row, full = full_row(work, chosen, base, accelerator, console if not quiet else None)
+        rows.append(row)
     if quiet:
         return out
     samples = judge.samples(work, base_said, tuned_said)
     report = judge.report(
-        work, rows, base.name, base.answers, tuned, outcome, plan, method.name, notes, samples, _versions()
+        work, rows, base.name, base.answers, tuned, full, outcome, plan, method.name, notes, samples, _versions()
     )
     resolved = _resolved(recipe, out, work, said, chosen)
     report = save_result(out, work, adapters, report, resolved, replace=fresh or resume)

@@ -163,14 +163,13 @@ class Recipe(Part):
                 known = f"Roles: {', '.join(tuned_for.roles)}" if tuned_for.roles else "It has no columns to name"
                 wrong.append((("data", "columns", role), f'{self.task.name} has no role "{role}".{hint} {known}'))
         if self.method is not None and self.method.name == "head" and "targets" not in self.method.settings:
-            wrong.append(
-                (
-                    ("method", "name"),
-                    'a head alone, on the model as it is, is the row "base" of every report; it needs no own run. '
-                    'Choose a method that changes the model, such as "lora", or name modules of the model in '
-                    "method.targets, to train them whole",
-                )
+            what = (
+                'a head alone, on the model as it is, is the row "base" of every report; it needs no own run. '
+                'Choose a method that changes the model, such as "lora", or name modules of the model in '
+                "method.targets, to train them whole"
             )
+            if tuned_for.probed:
+                wrong.append((("method", "name"), what))
         if self.train.shard and "full" in self.report.against:
             what = "a base in shards is not fine-tuned whole; leave out report.against or train.shard"
             wrong.append((("report", "against"), what))

@@ -32,7 +32,7 @@ class Seq2SeqModel(TaskModel):
     """A pre-trained encoder-decoder; it has all it needs, so there is no head of the task's.
 
     forward(batch) -> per row (rows, 3): summed loss, how many tokens are to be learned, how many of those have the
-    largest logit; in eval mode beside it what the model says itself to the rows "written", (W, T') ids, if there are.
+    largest logit; where no gradient is asked for, in eval mode, also what it says to the rows "written", (W, T') ids.
     batch: "input_ids" and "attention_mask" (rows, S), "targets" (rows, T), and perhaps "written" (rows,) bool.
     """
 
@@ -64,7 +64,8 @@ class Seq2SeqModel(TaskModel):
             "tokens": counts.index_add(0, rows, torch.ones_like(rows)),
             "right": counts.index_add(0, rows, right.long()),
         }
-        if self.says is not None and not self.training and "written" in batch and batch["written"].any():
+        judged = not self.training and not torch.is_grad_enabled()
+        if judged and self.says is not None and "written" in batch and batch["written"].any():
             rows_written = {name: batch[name][batch["written"]] for name in ("input_ids", "attention_mask")}
             outputs["said"] = self.say(rows_written, self.says)
         return outputs
