@@ -73,6 +73,7 @@ def test_every_flag_of_tune_is_a_key_of_a_recipe():
 
 def test_each_flag_reaches_its_key(calls):
     values = {"--on-bad-row": "skip", "--task": "text_classification", "--method": "lora", "--against": "full"}
+    values["--quantize"] = "nf4"
     values |= dict.fromkeys(("--epochs", "--minutes", "--batch", "--learning-rate", "--seed", "--max-length"), "3")
     values |= {"--top-layers": "3", "--replay": "disk"}
     for flag, key in FLAGS.items():
