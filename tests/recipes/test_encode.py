@@ -132,7 +132,7 @@ def test_damaged_rows_are_encoded_anew_and_it_is_said(bert: Path, tmp_path: Path
     file.write_bytes(data)
     encoder = Encoder(str(tmp_path))
     assert same(encoder(task, table), task.encode(table))
-    assert (encoder.in_words() or ("", ""))[1] == "60 encoded rows: was damaged there, and was made anew"
+    assert (encoder.in_words() or ("", ""))[1] == "60 encoded rows: were damaged there, and are made anew"
 
 
 def test_where_nothing_can_be_written_it_goes_without(bert: Path, tmp_path: Path) -> None:
@@ -182,3 +182,16 @@ def test_what_a_class_above_said_of_encoding_is_not_believed_of_another_encode(b
     task, encoder = task_of(bert, kind=_Unlike), Encoder(str(tmp_path))
     assert encoder(task, table_of()).inputs[0] == {"input_ids": [1]}
     assert encoder.done == []
+
+
+def test_a_run_on_rows_that_stay_in_their_file_comes_to_the_same(start, data: Path, tmp_path: Path) -> None:
+    usual = start(out=str(tmp_path / "usual"))
+    lazy = start(
+        out=str(tmp_path / "lazy"), data={"train": str(data), "in_memory": False, "cache": str(tmp_path / "rows")}
+    )
+    values = [[row["value"] for row in run.report["rows"]] for run in (usual, lazy)]
+    assert values[0] == values[1]
+    assert lazy.report["curves"] == usual.report["curves"]
+    assert lazy.plan["read when needed"] == "train (120 rows)"
+    assert lazy.plan["cache"] == str(tmp_path / "rows")
+    assert "read when needed" not in usual.plan

@@ -34,7 +34,7 @@ _WORTH_BYTES = 8 << 20  # of text; encoding less takes a few seconds
 _SAMPLE = 1000  # rows measured for their size
 _PART_BYTES = 16 << 20  # of text that is encoded at once
 _FILE_BYTES = 64 << 20  # of encoded rows, that are written together
-_NAMES = {"found": "found there", "made": "kept for the next run", "mended": "was damaged there, and was made anew"}
+_NAMES = {"found": "found there", "made": "kept for the next run", "mended": "were damaged there, and are made anew"}
 
 
 @dataclass
