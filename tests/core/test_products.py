@@ -4,10 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import smidgen
 from smidgen.core import products
 from smidgen.core.products import linear, products_by, quicker_library, times
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def _unrecorded():
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture
@@ -61,3 +68,30 @@ def test_the_quicker_library_is_measured():
     library, faster = quicker_library(64, 48, 32)
     assert library == ("onednn" if faster > 1.05 else "usual")
     assert quicker_library(1, 48, 32) == ("usual", 1.0)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_lora_step_is_the_same_by_either_library(dropout):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(48, 40), torch.randn(64, 48)
+    adapters = smidgen.attach(layer, smidgen.LoRA(rank=4, targets="", dropout=dropout), seed=0)
+    torch.nn.init.normal_(adapters.parameters()[1])
+    found = {}
+    for library in ("usual", "onednn"):
+        torch.manual_seed(1)
+        inputs = x.clone().requires_grad_()
+        with torch.enable_grad(), products_by(library):
+            y = layer(inputs)
+            y.square().sum().backward()
+        found[library] = [y.detach(), inputs.grad, *(p.grad.clone() for p in adapters.parameters())]
+        layer.zero_grad()
+    for usual, other in zip(found["usual"], found["onednn"], strict=True):
+        torch.testing.assert_close(other, usual, rtol=1e-5, atol=1e-3)
+
+
+@needs_onednn
+def test_what_autograd_records_is_left_to_the_usual_library(operands):
+    x, W, b, _ = operands
+    with torch.enable_grad(), products_by("onednn"):
+        assert linear(x.requires_grad_(), W, b).requires_grad

@@ -20,6 +20,7 @@ from torch import Tensor
 from .adapter import AdditiveAdapter, Call
 from .layers import LinearKind
 from .low_rank import is_bare_linear, is_frozen, takes_change, with_change
+from .products import linear, times
 from .site import compute_dtype
 
 _WHOLE = slice(None)
@@ -99,7 +100,7 @@ class _LinearOfChange(torch.autograd.Function):
         ctx.save_for_backward(x, W, *learned)
         ctx.adapter, ctx.learned, ctx.blocks = adapter, learned, _blocks(adapter, x)
         if len(ctx.blocks) == 1:
-            return F.linear(x, adapter.changed(W, _WHOLE)[0].to(x.dtype), b)
+            return linear(x, adapter.changed(W, _WHOLE)[0].to(x.dtype), b)
         y = x.new_empty(*x.shape[:-1], adapter.site.fan_out)
         x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for rows in ctx.blocks:
@@ -124,7 +125,7 @@ class _LinearOfChange(torch.autograd.Function):
             V, back = adapter.changed(_of(W, rows), rows)
             if ctx.needs_input_grad[0]:
                 part = V.to(x.dtype)
-                dx = torch.mm(dy_rows[:, rows], part) if dx is None else dx.addmm_(dy_rows[:, rows], part)
+                dx = times(dy_rows[:, rows], part) if dx is None else dx.addmm_(dy_rows[:, rows], part)
             if gradients:
                 back(torch.mm(dy_rows[:, rows].T, x_rows).to(V.dtype), gradients)
         return None if dx is None else dx.view(x.shape), None, None, None, *(gradients[p] for p in ctx.learned)

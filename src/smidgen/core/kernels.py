@@ -18,9 +18,9 @@ from functools import partial
 from typing import Any, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .products import linear, times
 from .site import compute_dtype
 
 
@@ -222,7 +222,7 @@ class _FrozenLinearScaled(torch.autograd.Function):
         rows, A_cast = _factors(x, A, mask)
         h = torch.mm(rows, A_cast.T)
         z = torch.mm(h * d.to(x.dtype), B.to(x.dtype).T)
-        y = F.linear(x, W, b)
+        y = linear(x, W, b)
         y.view(z.shape).addcmul_(z, u.to(x.dtype), value=scale)
         ctx.save_for_backward(W, A, B, d, u, h, z, mask)
         ctx.scale = scale
@@ -240,7 +240,7 @@ class _FrozenLinearScaled(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g, A = g.mul_(d.to(h.dtype)), A.to(h.dtype)
             if mask is None or _is_of_features(mask):
-                dx = torch.mm(dy_rows, W).addmm_(g, A if mask is None else A * mask)
+                dx = times(dy_rows, W).addmm_(g, A if mask is None else A * mask)
             else:
                 dx = _dropped_(torch.mm(g, A), mask).addmm_(dy_rows, W)
             dx = dx.view(*dy.shape[:-1], -1)
@@ -279,7 +279,7 @@ def _forward(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y, and x A^T (N, R)."""
-    y = F.linear(x, W, b)
+    y = linear(x, W, b)
     rows, A_cast = _factors(x, A, mask)
     h = torch.mm(rows, A_cast.T)
     y.view(-1, y.shape[-1]).addmm_(h, B.to(x.dtype).T, alpha=scale)
@@ -313,7 +313,7 @@ def _backward(
         dB = torch.mm(h.T, dy_rows).mul_(scale).T.to(B.dtype)  # this way round is the faster one
     if needed[0]:
         if mask is None or _is_of_features(mask):
-            dx = torch.mm(dy_rows, W).addmm_(g, A_cast)
+            dx = times(dy_rows, W).addmm_(g, A_cast)
         else:
             dx = _dropped_(torch.mm(g, A_cast), mask).addmm_(dy_rows, W)
         dx = dx.view(x.shape)

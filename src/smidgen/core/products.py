@@ -23,7 +23,8 @@ _library: Library = "usual"
 def products_by(library: Library) -> Iterator[None]:
     """While the context lasts, fp32 products with frozen weights on a CPU are made by this library.
 
-    "onednn" does nothing where PyTorch was built without it, on other devices, in other dtypes, and while compiling.
+    "onednn" does nothing where PyTorch was built without it, on other devices, in other dtypes, while compiling, and
+    where autograd records: within the hand-written Functions it does not.
     """
     global _library
     before, _library = _library, library if _has_onednn() else "usual"
@@ -34,14 +35,14 @@ def products_by(library: Library) -> Iterator[None]:
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """x W^T + b.   x: (..., I)   W: (O, I)   b: (O,).   Not differentiable where oneDNN makes it."""
+    """x W^T + b.   x: (..., I)   W: (O, I)   b: (O,)."""
     if _by_onednn(x, W):
         return _onednn(x.reshape(-1, x.shape[-1]), W, b).view(*x.shape[:-1], -1)
     return F.linear(x, W, b)
 
 
 def times(dy: Tensor, W: Tensor) -> Tensor:
-    """dy W.   dy: (N, O)   W: (O, I).   Not differentiable where oneDNN makes it."""
+    """dy W.   dy: (N, O)   W: (O, I)."""
     return _onednn(dy, W.T, None) if _by_onednn(dy, W) else torch.mm(dy, W)
 
 
@@ -69,6 +70,7 @@ def _has_onednn() -> bool:
 def _by_onednn(x: Tensor, W: Tensor) -> bool:
     return (
         _library == "onednn"
+        and not torch.is_grad_enabled()  # as within the forward and backward of a Function: it has no derivative
         and x.dtype == W.dtype == torch.float32
         and x.device.type == "cpu"
         and x.numel() >= _LEAST_ROWS * x.shape[-1]
@@ -78,7 +80,7 @@ def _by_onednn(x: Tensor, W: Tensor) -> bool:
 
 def _onednn(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     operators: Any = torch.ops.mkldnn
-    result: Tensor = operators._linear_pointwise(x.detach(), W.detach(), b, "none", [], "")
+    result: Tensor = operators._linear_pointwise(x, W, b, "none", [], "")
     return result
 
 
