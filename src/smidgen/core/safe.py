@@ -330,15 +330,14 @@ def _whole_lines(size: int) -> int:
 def _fresh(size: int) -> memoryview:
     """Memory that nobody else has.
 
-    On Linux it is asked for all at once and in large pages: one fault for each page of 4 KB, as they are first written,
-    takes three times as long as copying the file does.
+    On Linux it is asked for all at once: a fault for each page, as it is first written, takes longer.  Not in large
+    pages: a virtual machine that gives free ones back to its host waits for each of them, ten times as long.
     """
     if sys.platform != "linux":
         return _memory(torch.empty(size, dtype=torch.uint8))
     memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in (mmap.MADV_HUGEPAGE, _POPULATE_WRITE):
-        with contextlib.suppress(OSError):  # a kernel without it: pages come one by one
-            memory.madvise(advice)
+    with contextlib.suppress(OSError):  # a kernel without it: pages come one by one
+        memory.madvise(_POPULATE_WRITE)
     return memoryview(memory)
 
 
