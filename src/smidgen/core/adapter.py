@@ -28,8 +28,8 @@ class Adapter(nn.Module):
         weightable: base + w * (what it changes) has a meaning, so that `Weighted` can hold it.
         mergeable: `merged` says how the weight changes.
         observes: only looks at the call and passes it on.
-        scaled_side: "output" where the whole rule is l * call(x), "input" where it is call(l * x), with a number per channel
-            from `side_scale`; the rows of one batch then share one base call.
+        scaled_side: "output" where the whole rule is l * call(x), "input" where it is call(l * x), l by channel from
+            `side_scale`; the rows of one batch then share one base call.
         in_blocks: some rows of `merged` cost less than all of them; False where the whole change is made each time.
     """
 
