@@ -28,8 +28,8 @@ class Adapter(nn.Module):
         weightable: base + w * (what it changes) has a meaning, so that `Weighted` can hold it.
         mergeable: `merged` says how the weight changes.
         observes: only looks at the call and passes it on.
-        scales_side: "output" where the whole rule is l * call(x), "input" where it is call(l * x), with a number per
-            channel from `vector`; the rows of one batch then share one base call.
+        scaled_side: "output" where the whole rule is l * call(x), "input" where it is call(l * x), l by channel from
+            `side_scale`; the rows of one batch then share one base call.
         in_blocks: some rows of `merged` cost less than all of them; False where the whole change is made each time.
     """
 
@@ -39,7 +39,7 @@ class Adapter(nn.Module):
     weightable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     observes: ClassVar[bool] = False
-    scales_side: ClassVar[Literal["input", "output"] | None] = None
+    scaled_side: ClassVar[Literal["input", "output"] | None] = None
     in_blocks: ClassVar[bool] = True
 
     shared: nn.Module  # set by AdapterSet: what all adapters of the name use together, if the method has that
@@ -70,8 +70,8 @@ class Adapter(nn.Module):
         """The rule: what becomes of the call."""
         raise NotImplementedError
 
-    def vector(self) -> Tensor:
-        """l (channels,), of an adapter that has `scales_side`."""
+    def side_scale(self) -> Tensor:
+        """l (channels,), of an adapter with a `scaled_side`."""
         raise NotImplementedError
 
     def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:

@@ -230,7 +230,7 @@ class RowsPlan:
         self.others = tuple(group for group, terms in found if terms is None)
         thin = [(terms, rows) for (_, rows, _), terms in found if terms is not None]
         self.thin = SlotsPlan(thin, rows, slots) if thin and self.additive else None
-        self.scaling = all(plan is None or getattr(plan, "scales_side", None) is not None for plan, _, _ in groups)
+        self.scaling = all(plan is None or getattr(plan, "scaled_side", None) is not None for plan, _, _ in groups)
 
     def __call__(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.shape[0] == 1:
@@ -265,7 +265,7 @@ class RowsPlan:
     def _scaled(self, side: str, x: Tensor) -> Tensor:
         """x with the channels of each row scaled, where the row's adapter scales this side of the call."""
         adapters = [cast("Adapter | None", plan) for plan, _, _ in self.groups]
-        vectors = [a.vector() if a is not None and a.scales_side == side else None for a in adapters]
+        vectors = [a.side_scale() if a is not None and a.scaled_side == side else None for a in adapters]
         site, l = next(((a.site, l) for a, l in zip(adapters, vectors, strict=True) if a and l is not None), (None, x))
         if site is None:
             return x

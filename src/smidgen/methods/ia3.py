@@ -104,7 +104,7 @@ class IA3Adapter(Adapter):
     def reset(self, generator: torch.Generator | None) -> None:
         nn.init.ones_(self.l)
 
-    def vector(self) -> Tensor:
+    def side_scale(self) -> Tensor:
         return self.l.flatten()
 
     def scaled(self, x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class IA3Adapter(Adapter):
 class IA3Output(IA3Adapter):
     """Scales the output: l (O, 1), of a convolution (1, O, 1, 1)."""
 
-    scales_side = "output"
+    scaled_side = "output"
 
     def __init__(self, site: Site) -> None:
         channels = site.linear.stack * site.fan_out
@@ -132,7 +132,7 @@ class IA3Output(IA3Adapter):
 class IA3Input(IA3Adapter):
     """Scales the input: l (1, I), of a convolution (1, C, 1, 1)."""
 
-    scales_side = "input"
+    scaled_side = "input"
 
     def __init__(self, site: Site) -> None:
         super().__init__(site, 1, site.linear.input_channels(site.layer))
