@@ -3,8 +3,8 @@
 Weights are random and made in place, a layer at a time: nothing is downloaded. LoRA of rank 16 on every linear layer of
 the blocks, AdamW, one sequence a step, loss on every token over the whole vocabulary. Each tool as it comes and at its
 best: HF PEFT with fp32 and with bf16 adapters, Liger's kernels where they are installed, both with activation
-checkpointing; smidgen with its chunked loss and each level of recomputation. All in one process on the same base, by
-turns; a step that does not fit is said to be out of memory.
+checkpointing; smidgen with lean blocks, its chunked loss and each level of recomputation. All in one process on the
+same base, by turns; a step that does not fit is said to be out of memory.
 
     python benchmarks/gpu.py [--shapes 1b 8b 70b-nf4] [--sequences 2048 4096 32768] [--steps 5] [--rounds 3]
     python benchmarks/gpu.py --device cpu --shapes tiny --sequences 64 --steps 1     to see that it runs
@@ -25,6 +25,9 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen.core.linear_cross_entropy import linear_cross_entropy
+from smidgen.core.quantised import format_named
+from smidgen.core.quantised_linear import quantise_
+from smidgen.core.recompute import Level
 
 RANK, ALPHA = 16, 32
 OURS, HF = "smidgen", "HF PEFT"
@@ -121,7 +124,12 @@ def _by_bitsandbytes(layer: nn.Linear) -> nn.Module:
     return new.to(layer.weight.device)  # this is where it is quantised
 
 
-QUANTISED: dict[str, Callable[[nn.Linear], nn.Module]] = {HF: _by_bitsandbytes}
+def _by_smidgen(layer: nn.Linear) -> nn.Module:
+    quantise_(layer, format_named("nf4"))
+    return layer
+
+
+QUANTISED: dict[str, Callable[[nn.Linear], nn.Module]] = {HF: _by_bitsandbytes, OURS: _by_smidgen}
 
 
 @contextmanager
@@ -156,16 +164,18 @@ def hf_peft(
 
 
 @contextmanager
-def ours(model: Any, *, recompute: str) -> Iterator[tuple[Callable[[Tensor], Tensor], Any]]:
+def ours(model: Any, *, recompute: Level) -> Iterator[tuple[Callable[[Tensor], Tensor], Any]]:
     """Our LoRA and our loss, which never has all logits at once."""
     adapters = smidgen.attach(model, smidgen.LoRA(rank=RANK, alpha=ALPHA), seed=0)
+    adapters.lean()
 
     def loss(tokens: Tensor) -> Tensor:
         hidden = model.model(input_ids=tokens).last_hidden_state[:, :-1]
         return linear_cross_entropy(hidden, model.lm_head.weight, None, tokens[:, 1:]) / (tokens.numel() - 1)
 
     try:
-        yield loss, adapters.parameters()
+        with smidgen.recompute(model, recompute):
+            yield loss, adapters.parameters()
     finally:
         adapters.detach()
 

@@ -89,6 +89,11 @@ def test_one_process_alone_has_nobody_to_share_a_base_with(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_quantised_base_is_not_sharded():
+    with pytest.raises(ValidationError, match="the pieces of a quantised base are not spread over processes"):
+        Recipe.model_validate({"model": {"path": "m", "quantize": "nf4"}, "data": "d.csv", "train": {"shard": True}})
+
+
 def test_a_sharded_base_is_not_compared_with_full_fine_tuning():
     with pytest.raises(ValidationError, match="a base in shards is not fine-tuned whole"):
         Recipe.model_validate(

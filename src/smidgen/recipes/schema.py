@@ -170,6 +170,9 @@ class Recipe(Part):
             )
             if tuned_for.probed:
                 wrong.append((("method", "name"), what))
+        if self.train.shard and self.model.quantize:
+            what = "the pieces of a quantised base are not spread over processes; leave out one of the two"
+            wrong.append((("model", "quantize"), what))
         if self.train.shard and "full" in self.report.against:
             what = "a base in shards is not fine-tuned whole; leave out report.against or train.shard"
             wrong.append((("report", "against"), what))
