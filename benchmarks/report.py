@@ -9,7 +9,10 @@ ROOT = Path(__file__).parents[1]
 PLOTS = ROOT / "docs" / "plots"
 PLOTTED = {  # result -> columns of its tables that are drawn as bars
     "end_to_end": ("over HF as it comes",),
+    "kernels": ("forward and backward / floor",),
     "linear_cross_entropy": ("of HF's",),
+    "memory": ("kept for backward, MB", "peak above the model, MB", "time / recompute: off"),
+    "quantised": ("time / dense", "weights, MB"),
     "training_step": ("time / floor", "kept for backward / floor"),
 }
 OURS, OTHERS = "#2563eb", "#94a3b8"

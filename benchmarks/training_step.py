@@ -3,7 +3,8 @@
 LoRA and DoRA of rank 16, in BERT 8, on every linear layer of the body; forward and backward, no optimiser step. Every
 variant also computes the gradient to the inputs, so what is above 1 is what adapting costs. Smidgen, HF PEFT and full
 fine-tuning in one process. "lean" is `adapters.lean()`, as `smidgen tune` has it: frozen norms and feed-forwards keep
-less than the floor's own.
+less than the floor's own. "oneDNN": products with frozen weights are made by it and not by MKL, as `smidgen tune` does
+where it measures that to be faster.
 
     python benchmarks/training_step.py [--rounds 9] [--only bert-fp32]
 """
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen.core import lean
+from smidgen.core.products import products_by
 
 RANK, DROPOUT = 16, 0.05
 FLOOR = "frozen (floor)"
 OURS, LEAN = "**smidgen**", "**smidgen**, lean"
 ELEMENTS, FEATURES = (f", dropout {DROPOUT} on {what}" for what in ("elements", "features"))
 DORA = "DoRA, "
+ONEDNN = ", oneDNN"
 # which figure, of which model and variant, may be how much
 CLAIMS: tuple[tuple[str, str, str, float], ...] = (
     ("time", "llama-bf16", LEAN, 1.10),
@@ -37,6 +40,8 @@ CLAIMS: tuple[tuple[str, str, str, float], ...] = (
     ("time", "llama-fp32", DORA + OURS, 1.25),
     ("time", "bert-fp32", OURS + ELEMENTS, 1.15),
     ("time", "bert-fp32", OURS + FEATURES, 1.15),
+    ("time", "llama-fp32", OURS + ONEDNN, 1.05),
+    ("time", "bert-fp32", OURS + ELEMENTS + ONEDNN, 1.15),
 )
 
 
@@ -142,6 +147,14 @@ def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return step
 
 
+def by_onednn(step: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        with products_by("onednn"):
+            step()
+
+    return run
+
+
 def measure(key: str, rounds: int) -> tuple[dict[str, Spread], dict[str, float]]:
     """Time and memory kept for backward of every variant, over the floor's."""
     case = CASES[key]
@@ -149,8 +162,12 @@ def measure(key: str, rounds: int) -> tuple[dict[str, Spread], dict[str, float]]
     x = torch.randn(case.shape, dtype=next(base.parameters()).dtype, requires_grad=True)
     models = variants_of(base, case.rank)
     kept = {name: kept_for_backward(model, functools.partial(loss_of, model, x)) for name, model in models.items()}
-    samples = interleaved({name: step_of(model, x) for name, model in models.items()}, rounds)
-    return over(samples, FLOOR), {name: size / kept[FLOOR] for name, size in kept.items()}
+    steps = {name: step_of(model, x) for name, model in models.items()}
+    if x.dtype == torch.float32:  # 16-bit products are oneDNN's in any case
+        mine = [name for name in models if OURS in name and LEAN not in name]
+        steps |= {name + ONEDNN: by_onednn(steps[name]) for name in mine}
+        kept |= {name + ONEDNN: kept[name] for name in mine}
+    return over(interleaved(steps, rounds), FLOOR), {name: size / kept[FLOOR] for name, size in kept.items()}
 
 
 def main() -> None:
