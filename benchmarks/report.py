@@ -99,7 +99,8 @@ def draw(each: dict[str, Any], columns: list[str], file: Path) -> None:
         for place, value in enumerate(values):
             if not math.isnan(value):
                 axis.annotate(number(value), (value, place), (6, 0), textcoords="offset points", va="center", size=8)
-        axis.axvline(1, color="#334155", linewidth=0.8, linestyle=":")
+        if "MB" not in column:  # a ratio
+            axis.axvline(1, color="#334155", linewidth=0.8, linestyle=":")
         axis.set_xlim(0, 1.15 * max([1.0, *(value for value in values if not math.isnan(value))]))
         axis.set_xlabel(column)
         axis.spines[["top", "right"]].set_visible(False)
