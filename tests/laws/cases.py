@@ -14,6 +14,7 @@ from smidgen import AdapterSet, Targets, attach
 from smidgen.core.adapter import Adapter
 from smidgen.core.errors import ConfigError, TargetError
 from smidgen.core.method import Method, method_named
+from smidgen.core.quantised_linear import QuantisedLinear
 from smidgen.core.storage import master_dtype
 
 from .bodies import BODIES, Body
@@ -194,6 +195,14 @@ class Case:
     def is_mergeable(self) -> bool:
         """True if every part can become part of a weight that can be written."""
         return all(part.mergeable and part.site.kind and part.site.storage.plain for part in parts_of(self))
+
+    @property
+    def is_quantised_anew(self) -> bool:
+        """True if merging quantises the weight anew: it is refused by what is lost, not by what the adapter is."""
+        parts = parts_of(self)
+        return all(part.mergeable and part.site.kind for part in parts) and any(
+            isinstance(part.site.layer, QuantisedLinear) and part.site.parameter is None for part in parts
+        )
 
     @property
     def is_weightable(self) -> bool:

@@ -12,7 +12,9 @@ CHOICES: dict[str, Callable[[Case], bool]] = {
     "typical_case": lambda case: case.dtype == torch.float32 and case.body.typical,
     "stored_case": lambda case: True,
     "mergeable_case": lambda case: case.is_mergeable,
-    "unmergeable_case": lambda case: case.dtype == torch.float32 and not case.is_mergeable,
+    "unmergeable_case": lambda case: (
+        case.dtype == torch.float32 and not case.is_mergeable and not case.is_quantised_anew
+    ),
 }
 
 

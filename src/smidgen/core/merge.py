@@ -52,7 +52,7 @@ def merge_into_base(model: nn.Module, sites: list[Site], expression: Expression,
     if above:
         worst = max(above, key=above.__getitem__)
         site = next(site for site in sites if site.name == worst)
-        held = site.layer.format_name if isinstance(site.layer, QuantisedLinear) else None
+        held = None if (layer := _quantised(site)) is None else layer.format_name
         otherwise = 'make plain layers with merge(into="dense")' if held else "load the base in float32 to merge"
         raise MergeError(
             f"rounding to {held or str(site.stored.dtype).removeprefix('torch.')} would lose up to {above[worst]:.0%} "
@@ -89,8 +89,8 @@ def _blocks(site: Site, expression: Expression) -> "Iterator[tuple[slice, Tensor
 @torch.no_grad()
 def _error(site: Site, expression: Expression) -> float:
     """norm(round(W + update) - (W + update)) / norm(update); infinite if a merged value is not finite."""
-    if isinstance(site.layer, QuantisedLinear):
-        return requantised(site.layer, lambda: _blocks(site, expression))[1]
+    if (layer := _quantised(site)) is not None:
+        return requantised(layer, lambda: _blocks(site, expression))[1]
     lost = update = 0.0
     dtype = site.storage.writable(site.stored).dtype
     for _, old, new, b in _blocks(site, expression):
@@ -104,6 +104,11 @@ def _error(site: Site, expression: Expression) -> float:
     return (lost / update) ** 0.5 if update else 0.0
 
 
+def _quantised(site: Site) -> QuantisedLinear | None:
+    """The layer whose weight is the site and is held in few bits; its bias is an ordinary tensor."""
+    return site.layer if site.parameter is None and isinstance(site.layer, QuantisedLinear) else None
+
+
 def _share_memory(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
@@ -114,8 +119,8 @@ def _squares(x: Tensor) -> float:
 
 
 def _write(site: Site, expression: Expression) -> None:
-    layer, bias = site.layer, None if site.bias is None else site.bias.data
-    if not isinstance(layer, QuantisedLinear):
+    layer, bias = _quantised(site), None if site.bias is None else site.bias.data
+    if layer is None:
         _write_into(site.storage.writable(site.stored), bias, site, expression)
         return
     pieces, _ = requantised(layer, lambda: _blocks(site, expression))

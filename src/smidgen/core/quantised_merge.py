@@ -28,11 +28,11 @@ def requantised(layer: QuantisedLinear, blocks: Blocks) -> tuple[Pieces, float]:
     shape = (layer.out_features, layer.in_features)
     pieces = layer.format.quantised(shape, ((rows, new) for rows, _, new, _ in blocks()), layer.packed.device)
     read, lost, update = layer.format.reader(shape, pieces), 0.0, 0.0
-    for rows, old, new, b in blocks():
+    for rows, _, new, b in blocks():  # what was there may have been changed in place
         if not torch.isfinite(new).all() or (b is not None and not torch.isfinite(b.to(layer.bias.dtype)).all()):
             return pieces, float("inf")
         lost += float(torch.linalg.vector_norm(read(rows, slice(None)) - new)) ** 2
-        update += float(torch.linalg.vector_norm(new - old)) ** 2
+        update += float(torch.linalg.vector_norm(new - layer.dense(rows).to(new.dtype))) ** 2
     return pieces, (lost / update) ** 0.5 if update else 0.0
 
 
