@@ -152,7 +152,13 @@ def test_predict_wants_data_or_texts(calls, arguments):
     )
 
 
-FAILED_RUN = (errors.NonFiniteError, errors.PreflightError, errors.CheckpointError, errors.MergeError)
+FAILED_RUN = (
+    errors.NonFiniteError,
+    errors.PreflightError,
+    errors.CheckpointError,
+    errors.MergeError,
+    errors.OutOfMemory,
+)
 ASKED_WRONGLY = sorted(set(errors.SmidgenError.__subclasses__()) - set(FAILED_RUN), key=lambda kind: kind.__name__)
 
 

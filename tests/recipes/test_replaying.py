@@ -112,7 +112,8 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(start, stopped, tmp_pa
     resumed = start(resume=True, **recipe)
     assert "Resuming at step 4 of 6" in resumed.said
     assert digest(resumed.out) == digest(unbroken.out)
-    assert (resumed.report["curves"], resumed.plan) == (unbroken.report["curves"], unbroken.plan)
+    assert resumed.report["curves"] == unbroken.report["curves"]
+    assert resumed.plan | {"memory": ""} == unbroken.plan | {"memory": ""}  # of what was free then
     assert names(tmp_path) == ["out", "unbroken"]
 
 

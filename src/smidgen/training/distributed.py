@@ -72,6 +72,12 @@ def shard_blocks(model: nn.Module, device: torch.device) -> int:
     return sum(p.numel() for p in spread.values())
 
 
+def leave() -> None:
+    """End the talk with the other processes, if there was one: threads that wait for it would end the program badly."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Parameters of one dtype and device, as many as are summed at once."""
     kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}

@@ -173,7 +173,8 @@ def _watch(model: nn.Module, loss: Loss, batch: Batch) -> dict[str, list[_Seen]]
                 found.setdefault(path, []).append(_Seen(shapes, None, None, torch.device("cpu"), True))
                 return
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            found.setdefault(path, []).append(_Seen(shapes, empty, remake, tensor.device, tensor.requires_grad))
+            depends = tensor.requires_grad or not torch.is_grad_enabled()  # within a Function nothing tells
+            found.setdefault(path, []).append(_Seen(shapes, empty, remake, tensor.device, depends))
 
         return note
 
