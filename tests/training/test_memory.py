@@ -8,7 +8,7 @@ from torch import nn
 
 from smidgen.core.errors import NonFiniteError, OutOfMemory
 from smidgen.training import checkpoint, memory
-from smidgen.training.memory import fitting, free_memory, is_out_of_memory, kept_for_backward, rows_at_once
+from smidgen.training.memory import fitting, is_out_of_memory, kept_for_backward, rows_at_once
 
 from .toy import At, Means, digest, loop, rows
 
@@ -32,20 +32,6 @@ def test_measuring_leaves_nothing_behind():
 
     kept_for_backward(nn.Identity(), run)
     assert seen[0]() is None
-
-
-def test_the_smaller_of_machine_and_container_is_free(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_AVAILABLE", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "_GROUP", tmp_path)
-    cpu = torch.device("cpu")
-    assert free_memory(cpu) is None
-    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
-    assert free_memory(cpu) == 5000 * 1024
-    (tmp_path / "memory.max").write_text("3000000\n")
-    (tmp_path / "memory.current").write_text("1000000\n")
-    assert free_memory(cpu) == 2_000_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(cpu) == 5000 * 1024
 
 
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")

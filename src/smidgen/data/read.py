@@ -26,7 +26,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+import torch
+
 from smidgen.core.errors import DataError, nearest
+from smidgen.core.free_memory import free_memory
 from smidgen.data.arrow import from_dataset, load_from_hub, load_saved, read_arrow_file
 from smidgen.data.delimited import index_delimited, read_delimited
 from smidgen.data.json_lines import index_json_lines, read_json_array, read_json_lines
@@ -168,21 +171,10 @@ def _read_files(paths: Sequence[Path], folder: Path) -> Result:
 def _is_large(needed_bytes: int) -> bool:
     """Whether rows that would take so much memory stay where they are."""
     said = _in_memory.get()
-    return needed_bytes > _SHARE * free_memory() if said is None else not said
-
-
-def free_memory() -> float:
-    """Bytes that this process can still take; infinity where nobody knows."""
-    try:
-        import psutil
-    except ImportError:
-        return float("inf")
-    free = float(psutil.virtual_memory().available)
-    try:  # of a container
-        most, used = (int(Path(f"/sys/fs/cgroup/memory.{word}").read_text()) for word in ("max", "current"))
-        return min(free, most - used)
-    except (OSError, ValueError):  # there is none, or it may take "max"
-        return free
+    if said is not None:
+        return not said
+    free = free_memory(torch.device("cpu"))
+    return free is not None and needed_bytes > _SHARE * free
 
 
 def _read_file(path: Path, name: str, lazily: bool) -> Result:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..auto.plan import Plan
 from ..core.errors import RecipeError
+from ..core.free_memory import free_memory
 from ..core.recompute import LEVELS, Level, blocks_of, recompute
-from ..training.memory import fitting, free_memory, is_out_of_memory, kept_for_backward
+from ..training.memory import fitting, is_out_of_memory, kept_for_backward
 from ..training.optim import STATE_BYTES, optimizer_class
 from .choose import Chosen
 from .prepare import Work

@@ -1,4 +1,4 @@
-"""Memory: what a stretch of work takes at most, what a graph keeps for backward, what is free, and running out of it.
+"""Memory: what a stretch of work takes at most, what a graph keeps for backward, and running out of it.
 
 Of the process on a CPU, of the allocator on a CUDA device.
 """
@@ -20,7 +20,6 @@ from ..core.recompute import kept_bytes
 T = TypeVar("T")
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-_AVAILABLE, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 # of allocators that have no exception of their own
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -81,25 +80,6 @@ def kept_for_backward(model: nn.Module, run: Callable[[], Any]) -> int:
     recorded = kept_bytes() - before
     del graph
     return sum(kept.values()) + recorded
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process may still take: of the device, or of the machine or its container; None if unknown."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", _AVAILABLE.read_text())
-    except OSError:
-        return None
-    free = int(found[1]) * 1024 if found else None
-    try:  # where a container has less than the machine
-        most, used = ((_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return free
-    if most == "max" or free is None:
-        return free
-    return max(0, min(free, int(most) - int(used)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from ..core.errors import FolderError
 from ..core.files import atomic_write, sha256_file
+from ..core.free_memory import free_memory
 from ..core.safe import DTYPES, NAMES, read_json
 
 _VERSION = 1
 _ALIGNED = 64  # bytes
 _OF_MEMORY, _OF_DISK = 4, 2  # a quarter of what is free, a half
+_UNKNOWN = 4 << 30  # bytes taken to be free where the system does not tell
 _MAX_NOTE_BYTES = 256 << 20
 
 
@@ -186,18 +188,9 @@ class _InFile:
 
 def room_in_memory(device: torch.device, processes: int = 1) -> int:
     """Bytes that a store may take: a quarter of what is free, on the CPU shared by the processes of this machine."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) // _OF_MEMORY
-    free = 4 << 30  # where the system does not tell
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        free = min(free, int(limit) - int(used)) if limit.isdigit() else free
-    except (OSError, StopIteration):
-        pass
-    return max(0, free) // _OF_MEMORY // processes
+    free = free_memory(device)
+    free = _UNKNOWN if free is None else free
+    return free // _OF_MEMORY // (1 if device.type == "cuda" else processes)
 
 
 def room_on_disk(folder: Path, processes: int = 1) -> int:
