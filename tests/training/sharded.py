@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import smidgen
 from smidgen.core.errors import ModelError
 from smidgen.core.fingerprint import fingerprint
-from smidgen.training.distributed import same_everywhere, shard_blocks, sum_gradients
+from smidgen.training.distributed import end_together, same_everywhere, shard_blocks, sum_gradients
 
 METHODS = ("LoRA", "DoRA", "IA3", "LoHa", "OFT", "Bottleneck", "PrefixTuning", "PromptTuning", "LoReFT")
 CPU = torch.device("cpu")
@@ -134,7 +134,7 @@ def main(folder: Path) -> None:
     found["attached first"] = max(attached_first(torch.float32), attached_first(torch.bfloat16))
     found |= {"summed": summed(), "refused": refused()}
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    end_together()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import smidgen
 from smidgen.recipes.prepare import make_accelerator
 from smidgen.tasks.base import Batch, Examples, Task, TaskModel
 from smidgen.training import checkpoint
-from smidgen.training.distributed import leave
+from smidgen.training.distributed import end_together
 from smidgen.training.loop import Loop, Outcome, Settings
 from smidgen.training.optim import Group
 from smidgen.training.progress import Progress
@@ -179,4 +179,4 @@ def one_of_several(folder: Path) -> None:
 
 if __name__ == "__main__":
     one_of_several(Path(sys.argv[1]))
-    leave()
+    end_together()

@@ -141,7 +141,7 @@ def tune(
         raise RecipeError("--resume continues a run and --fresh starts anew; say one of them")
     from ..recipes.load import load_recipe
     from ..recipes.run import tune as run
-    from ..training.distributed import leave
+    from ..training.distributed import end_together
 
     run(load_recipe(recipe, flags=flags, settings=settings or []), resume=resume, fresh=fresh, console=Console())
-    leave()
+    end_together()

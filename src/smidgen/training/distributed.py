@@ -6,6 +6,9 @@ them.  The frozen base gets no gradient, so sharding it costs its gathering alon
 FSDP2, `torch.distributed.fsdp.fully_shard`.  Why so, and not DDP: docs/decisions/0020-several-processes.md
 """
 
+import atexit
+import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -72,10 +75,19 @@ def shard_blocks(model: nn.Module, device: torch.device) -> int:
     return sum(p.numel() for p in spread.values())
 
 
-def leave() -> None:
-    """End the talk with the other processes, if there was one: threads that wait for it would end the program badly."""
+def end_together() -> None:
+    """End the program here, with success, if it is one of several processes; else do nothing.
+
+    Groups of processes live as long as what is sharded over them, and gloo's threads as long as the groups: whatever of
+    them is left when C++ tidies up after Python aborts a program that has done all it had to.
+    """
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # none goes while another still listens
         dist.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
