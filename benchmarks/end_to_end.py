@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from common import Spread, described, one_thread, save
-from presets import PRECISION, Bench, bench, train
+from presets import PRECISION, Bench, bench, for_trainer, train
 
 from smidgen.auto.presets import preset
 from smidgen.training.loop import predict
@@ -67,12 +67,6 @@ def theirs(bench: Bench, options: dict[str, Any]) -> Found:
     lora = peft.LoraConfig(task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
     model = peft.get_peft_model(model, lora)
 
-    def rows(examples: Any) -> list[dict[str, Any]]:
-        return [
-            {"input_ids": row["input_ids"], "attention_mask": [1] * len(row["input_ids"]), "labels": int(label)}
-            for row, label in zip(examples.inputs, examples.targets, strict=True)
-        ]
-
     tokenizer: Any = work.task.tokenizer  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -91,11 +85,12 @@ def theirs(bench: Bench, options: dict[str, Any]) -> Found:
             seed=0,
             **options,
         )
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows(work.train), processing_class=tokenizer)
+        rows = for_trainer(work.train)
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
         start = time.process_time()
         trainer.train()
         seconds = time.process_time() - start
-        logits = trainer.predict(rows(work.test)).predictions
+        logits = trainer.predict(for_trainer(work.test)).predictions
     right = float((torch.as_tensor(logits).argmax(1) == work.test.targets).float().mean())
     per_row = sum(work.train.lengths) / len(work.train)
     return Found(int(per_row * BATCH * bench.steps), seconds, right)

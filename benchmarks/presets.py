@@ -34,6 +34,7 @@ from smidgen.recipes import prepare as preparing
 from smidgen.recipes.demo import demo_data
 from smidgen.recipes.prepare import Work, prepare
 from smidgen.recipes.schema import DataPart, MethodPart, ModelPart, Recipe
+from smidgen.tasks.base import Examples
 from smidgen.training.loop import Loop, predict
 from smidgen.training.optim import Group
 from smidgen.training.progress import Progress
@@ -72,6 +73,14 @@ def bench(cache: Path, steps: int) -> Bench:
     work = prepare(recipe, Plan(), device, SEED)
     accelerator = preparing.make_accelerator(device, PRECISION)
     return Bench(work, probing.fit_base(work, chosen(preset("lora"), steps, work), accelerator), steps, accelerator)
+
+
+def for_trainer(examples: Examples) -> list[dict[str, Any]]:
+    """Rows with one label each, as transformers' Trainer takes them."""
+    return [
+        {"input_ids": row["input_ids"], "attention_mask": [1] * len(row["input_ids"]), "labels": int(label)}
+        for row, label in zip(examples.inputs, examples.targets, strict=True)
+    ]
 
 
 def chosen(rates: Preset, steps: int, work: Work) -> choose.Chosen:

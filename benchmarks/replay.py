@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from common import Spread, described, one_thread, save
-from presets import BATCH, PRECISION, SEED, Bench, bench, chosen
+from presets import BATCH, PRECISION, SEED, Bench, bench, chosen, for_trainer
 
 from smidgen import LoRA
 from smidgen.auto.plan import Plan
@@ -126,10 +126,7 @@ def theirs(bench: Bench, rows: int, layers: int, epochs: int, options: dict[str,
         task_type="SEQ_CLS", r=RANK, lora_alpha=int(ALPHA), target_modules=[site.path for site in places]
     )
     model = peft.get_peft_model(model, lora)
-    data = [
-        {"input_ids": row["input_ids"], "attention_mask": [1] * len(row["input_ids"]), "labels": int(label)}
-        for row, label in zip(work.train.inputs[:rows], work.train.targets[:rows], strict=True)
-    ]
+    data = for_trainer(work.train.select(range(rows)))
     times: list[float] = []
 
     class Watch(TrainerCallback):

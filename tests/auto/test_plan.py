@@ -5,6 +5,7 @@ import torch
 from smidgen.auto.plan import (
     Plan,
     choose_precision,
+    choose_products,
     choose_steps,
     evaluation_interval,
     shorter_length,
@@ -54,3 +55,9 @@ def test_texts_are_cut_shorter_only_where_an_epoch_does_not_fit():
     assert shorter_length(128, tokens=10_000, seconds_per_token=1e-3, minutes=3) == 128
     assert shorter_length(128, tokens=1_000_000, seconds_per_token=1e-3, minutes=3) == 64
     assert shorter_length(48, tokens=1_000_000, seconds_per_token=1e-3, minutes=3) == 48
+
+
+def test_the_choose_products_is_measured():
+    library, faster = choose_products(64, 48, 32)
+    assert library == ("onednn" if faster > 1.05 else "usual")
+    assert choose_products(1, 48, 32) == ("usual", 1.0)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import smidgen
 from smidgen.core import products
-from smidgen.core.products import linear, products_by, quicker_library, times
+from smidgen.core.products import linear, products_by, times
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 
@@ -62,12 +62,6 @@ def test_other_dtypes_and_few_rows_stay_with_the_usual_library(operands, dtype):
         assert not products._by_onednn(x, W)
         assert torch.equal(linear(x, W, b), F.linear(x, W, b))
         assert not products._by_onednn(torch.ones(3, 12), torch.ones(20, 12))
-
-
-def test_the_quicker_library_is_measured():
-    library, faster = quicker_library(64, 48, 32)
-    assert library == ("onednn" if faster > 1.05 else "usual")
-    assert quicker_library(1, 48, 32) == ("usual", 1.0)
 
 
 @needs_onednn

@@ -14,7 +14,7 @@ from smidgen.core import quantise as module
 from smidgen.core.errors import AttachError, ConfigError, FolderError, MergeError, TargetError
 from smidgen.core.fingerprint import fingerprint, same_base
 from smidgen.core.quantise import load_quantised, quantised_of
-from smidgen.core.quantised_linear import QuantisedLinear, parameter_count, pieces_of
+from smidgen.core.quantised_linear import QuantisedLinear, parameter_count
 from smidgen.core.safe import write_tensors
 from smidgen.core.storage import storage_of
 
@@ -121,7 +121,7 @@ def test_a_tied_layer_that_is_named_is_refused():
 def test_the_names_of_the_pieces_are_those_of_the_state_dict():
     model = Net()
     smidgen.quantise(model, "int8")
-    names = pieces_of(model)
+    names = [f"{path}.{name}" for path in ("up", "down") for name in model.get_submodule(path).pieces]
     assert names == ["up.packed", "up.scales", "down.packed", "down.scales"]
     assert set(names) <= set(model.state_dict())
 

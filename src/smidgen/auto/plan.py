@@ -14,10 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..core.products import LEAST_ROWS, Library, has_onednn, linear, products_by, times
+
 T = TypeVar("T")
 
 DEFAULT_MINUTES_ON_CPU = 3.0
 _PRECISION_GAIN = 0.9  # 16 bit has to be faster by so much to be worth its rounding
+_PRODUCTS_GAIN = 1.05  # another rounding of the sums has to bring something
 _MEASURED_S = 0.5  # at least three turns of each; where they are short, as many as fit
 _CLEAR = 3.0  # times as slow
 _EVALUATIONS = 8
@@ -60,6 +63,24 @@ def choose_precision(run: Callable[[str], Any], device: torch.device) -> tuple[s
         why = f"measured {1 / ratio:.1f} times as fast as fp32 here; adapters stay in fp32"
         return "bf16", why, seconds["bf16"]
     return "fp32", f"bfloat16 measured {ratio:.1f} times as slow on this processor", seconds["fp32"]
+
+
+def choose_products(rows: int, fan_in: int, fan_out: int) -> tuple[Library, float]:
+    """Which library needs less time for both products with the frozen weight of a layer on a processor, and how many
+    times as fast oneDNN is.
+    """
+    if not has_onednn() or rows < LEAST_ROWS:
+        return "usual", 1.0
+    x, W, dy = torch.ones(rows, fan_in), torch.ones(fan_out, fan_in), torch.ones(rows, fan_out)
+
+    def both(library: Library) -> None:
+        with torch.no_grad(), products_by(library):
+            linear(x, W, None)
+            times(dy, W)
+
+    usual, onednn = fastest(partial(both, "usual"), partial(both, "onednn"))
+    faster = usual / onednn
+    return ("onednn" if faster > _PRODUCTS_GAIN else "usual"), faster
 
 
 def shorter_length(max_length: int, tokens: int, seconds_per_token: float, minutes: float) -> int:

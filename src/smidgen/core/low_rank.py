@@ -73,7 +73,7 @@ class LowRankAdapter(AdditiveAdapter):
 
     def of_made(self, call: Call, make: Callable[..., Tensor], made_of: Sequence[Tensor]) -> Tensor | None:
         """What `forward` gives for x = make(*made_of), of their shape, with x kept by nobody; None where it cannot."""
-        same = type(self).forward is LowRankAdapter.forward and type(self).fused is LowRankAdapter.fused
+        same = type(self).forward is LowRankAdapter.forward and self._fuses
         if not same or not self.fuses(call) or torch.is_autocast_enabled(made_of[0].device.type):
             return None
         A, B = self.factors()

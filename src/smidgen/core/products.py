@@ -5,8 +5,7 @@ well, needs up to a quarter less time there (`benchmarks/kernels.py`).  Sums are
 is used is never left to chance: it is PyTorch's usual one unless `products_by` says otherwise.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Library = Literal["usual", "onednn"]
-_LEAST_ROWS = 16  # below, a product is one reading of W, and packing costs more than it brings
+LEAST_ROWS = 16  # below, a product is one reading of W, and packing costs more than it brings
 _library: Library = "usual"
 
 
@@ -27,7 +26,7 @@ def products_by(library: Library) -> Iterator[None]:
     where autograd records: within the hand-written Functions it does not.
     """
     global _library
-    before, _library = _library, library if _has_onednn() else "usual"
+    before, _library = _library, library if has_onednn() else "usual"
     try:
         yield
     finally:
@@ -46,24 +45,8 @@ def times(dy: Tensor, W: Tensor) -> Tensor:
     return _onednn(dy, W.T, None) if _by_onednn(dy, W) else torch.mm(dy, W)
 
 
-def quicker_library(rows: int, fan_in: int, fan_out: int) -> tuple[Library, float]:
-    """Measured in milliseconds: which library needs less time for both products of a layer, and how many times as fast
-    oneDNN is.
-    """
-    if not _has_onednn() or rows < _LEAST_ROWS:
-        return "usual", 1.0
-    x, W, dy = torch.ones(rows, fan_in), torch.ones(fan_out, fan_in), torch.ones(rows, fan_out)
-    seconds: dict[Library, list[float]] = {"usual": [], "onednn": []}
-    with torch.no_grad():
-        for _ in range(6):
-            for library, found in seconds.items():
-                with products_by(library):
-                    found.append(_seconds(lambda: (linear(x, W, None), times(dy, W))))
-    faster = min(seconds["usual"][1:]) / min(seconds["onednn"][1:])  # the first of each makes what later ones find
-    return ("onednn" if faster > 1.05 else "usual"), faster
-
-
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
+    """True if this PyTorch was built with it."""
     return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
@@ -73,7 +56,7 @@ def _by_onednn(x: Tensor, W: Tensor) -> bool:
         and not torch.is_grad_enabled()  # as within the forward and backward of a Function: it has no derivative
         and x.dtype == W.dtype == torch.float32
         and x.device.type == "cpu"
-        and x.numel() >= _LEAST_ROWS * x.shape[-1]
+        and x.numel() >= LEAST_ROWS * x.shape[-1]
         and not torch.compiler.is_compiling()
     )
 
@@ -82,9 +65,3 @@ def _onednn(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     operators: Any = torch.ops.mkldnn
     result: Tensor = operators._linear_pointwise(x, W, b, "none", [], "")
     return result
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start

@@ -307,12 +307,6 @@ def parameter_count(model: nn.Module) -> int:
     return held + sum(p.numel() for p in model.parameters())
 
 
-def pieces_of(model: nn.Module) -> list[str]:
-    """Names of the buffers that hold weights in few bits: the same on every process, none has to send them."""
-    layers = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, QuantisedLinear))
-    return [f"{path}.{name}".lstrip(".") for path, layer in layers for name in layer.pieces]
-
-
 def is_quantised_linear(call: Callable[..., Any]) -> bool:
     """True if `call` is the forward of QuantisedLinear itself, with nothing around it."""
     return getattr(call, "__func__", None) is QuantisedLinear.forward

@@ -34,13 +34,9 @@ def read_delimited(data: bytes, name: str, delimiter: str | None) -> tuple[Table
     rows: list[list[str]] = []
     origins: list[str] = []
     problems: list[Problem] = []
-    for first, _, fields in _records(lines, start, delimiter, len(header)):
-        found = _checked(fields, header, delimiter)
-        if isinstance(found, str):
-            problems.append(Problem(f"{name}:{first + 1}", found))
-        elif found is not None:
-            rows.append(found)
-            origins.append(f"{name}:{first + 1}")
+    for first, _, fields in _whole(lines, start, delimiter, header, name, problems):
+        rows.append(fields)
+        origins.append(f"{name}:{first + 1}")
     columns: dict[str, Sequence[Any]] = {column: [row[i] for row in rows] for i, column in enumerate(header)}
     _refuse_data_as_header(columns, name, delimiter)
     return Table(columns, origins), problems
@@ -56,14 +52,10 @@ def index_delimited(file: BinaryIO, name: str, delimiter: str | None) -> tuple[T
     firsts, counts = array("q"), array("l")  # of the rows: the first line, and how many
     short = ShortColumns()
     problems: list[Problem] = []
-    for first, after, fields in _records(lines, start, delimiter, len(header)):
-        found = _checked(fields, header, delimiter)
-        if isinstance(found, str):
-            problems.append(Problem(f"{name}:{first + 1}", found))
-        elif found is not None:
-            firsts.append(first)
-            counts.append(after - first)
-            short.add(dict(zip(header, found, strict=True)))
+    for first, after, fields in _whole(lines, start, delimiter, header, name, problems):
+        firsts.append(first)
+        counts.append(after - first)
+        short.add(dict(zip(header, fields, strict=True)))
 
     def load(rows: Sequence[int]) -> list[list[str]]:
         heights = [counts[row] for row in rows]
@@ -93,6 +85,20 @@ def _parsed(texts: list[str], heights: list[int], delimiter: str, width: int) ->
     # one by one: a quote of a file that knows no quoting has taken several together
     alone = [_records(list(io.StringIO(text, newline="")), 0, delimiter, width) for text in texts]
     return [cast(list[str], next(each)[2]) for each in alone]
+
+
+def _whole(
+    lines: Sequence[str], start: int, delimiter: str, header: list[str], name: str, problems: list[Problem]
+) -> Iterator[tuple[int, int, list[str]]]:
+    """Yield the records that are right, as `_records`; what is wrong with the others goes to `problems`."""
+    for first, after, fields in _records(lines, start, delimiter, len(header)):
+        if isinstance(fields, list) and _is_blank(fields, header):
+            continue
+        wrong = fields if isinstance(fields, str) else _wrong(fields, header, delimiter)
+        if wrong is None and isinstance(fields, list):
+            yield first, after, fields
+        else:
+            problems.append(Problem(f"{name}:{first + 1}", str(wrong)))
 
 
 def _records(
@@ -136,13 +142,6 @@ def _swallowed(lines: Sequence[str], fields: list[str], delimiter: str, width: i
 
 def _is_blank(fields: list[str], header: list[str]) -> bool:
     return not fields or (len(fields) == 1 < len(header) and not fields[0].strip())
-
-
-def _checked(fields: list[str] | str, header: list[str], delimiter: str) -> list[str] | str | None:
-    """The fields of a record, what is wrong with them, or None for a blank line."""
-    if isinstance(fields, str):
-        return fields
-    return None if _is_blank(fields, header) else _wrong(fields, header, delimiter) or fields
 
 
 def _wrong(fields: list[str], header: list[str], delimiter: str) -> str | None:

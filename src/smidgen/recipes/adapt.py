@@ -19,7 +19,7 @@ from ..evaluate.report import Row
 from ..methods.head import Head
 from ..methods.lora import OF_DATA, LoRA
 from ..methods.selective import Selective
-from ..tasks.base import TaskModel
+from ..tasks.base import TaskModel, on_device
 from ..training.loop import Loop, Settings
 from ..training.memory import peak_memory
 from ..training.optim import Group
@@ -214,7 +214,7 @@ def _loss_of_rows(work: Work, chosen: Chosen) -> tuple[Callable[[], Tensor], int
     device = next(work.model.parameters()).device
 
     def loss() -> Tensor:
-        batch = {name: value.to(device) for name, value in work.task.collate(work.train, next(batches)).items()}
+        batch = on_device(work.task.collate(work.train, next(batches)), device)
         total, count = work.task.loss(work.model(batch), batch)
         return total / count
 

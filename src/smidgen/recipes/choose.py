@@ -17,19 +17,20 @@ from ..auto.plan import (
     DEFAULT_MINUTES_ON_CPU,
     Plan,
     choose_precision,
+    choose_products,
     choose_steps,
     evaluation_interval,
     fastest,
     shorter_length,
 )
 from ..auto.presets import Preset, preset
-from ..core.products import Library, quicker_library
+from ..core.products import Library
 from ..core.recompute import Level, Offload
 from ..data.batches import LengthBucketedBatches
-from ..tasks.base import Batch
+from ..tasks.base import Batch, on_device
 from ..training.memory import rows_at_once
 from ..training.optim import Optimizer
-from ..training.replay import Replay, on_device
+from ..training.replay import Replay
 from ..training.replay_cut import Unit
 from ..training.replay_store import Store
 from .prepare import Work
@@ -160,7 +161,7 @@ def _products(said: TrainPart, work: Work, plan: Plan, precision: str) -> Librar
         return "usual"
     largest = max(layers, key=lambda layer: layer.weight.numel())
     rows = len(_TRIAL) * max(work.train.lengths[i] for i in _trial_rows(work))
-    library, faster = agreed(quicker_library(min(rows, 512), largest.in_features, largest.out_features))
+    library, faster = agreed(choose_products(min(rows, 512), largest.in_features, largest.out_features))
     if library == "onednn":
         plan.decide("products", None, "onednn", f"measured {faster:.1f} times as fast as the usual library here")
     return library
@@ -194,7 +195,7 @@ def trial_batches(work: Work, chosen: Chosen, device: torch.device) -> Iterator[
     longest = LengthBucketedBatches(work.train.lengths, batch_size=chosen.rows, seed=chosen.seed, shuffle=False)
     others = LengthBucketedBatches(work.train.lengths, batch_size=chosen.rows, seed=chosen.seed)
     for indices in itertools.islice(itertools.chain(itertools.islice(longest, 1), others), _TRIAL_BATCHES):
-        yield {name: value.to(device) for name, value in work.task.collate(work.train, indices).items()}
+        yield on_device(work.task.collate(work.train, indices), device)
 
 
 def agreed(value: T) -> T:
@@ -259,7 +260,7 @@ def measure(work: Work, chosen: Chosen, accelerator: "Accelerator") -> Speed:
     tokens = 0
     work.model.train()
     for number, indices in enumerate(batches):
-        batch = on_device(work.task.collate(work.train, indices), accelerator)
+        batch = on_device(work.task.collate(work.train, indices), accelerator.device)
         for backward in (True, False):
             start = time.monotonic()
             _pass(work, batch, accelerator, backward=backward)
@@ -275,7 +276,7 @@ def measure(work: Work, chosen: Chosen, accelerator: "Accelerator") -> Speed:
 def measure_replay(work: Work, chosen: Chosen, accelerator: "Accelerator", plain: Speed, units: list[Unit]) -> Speed:
     """The speed where these units are replayed, by what it gains on one batch."""
     (indices,) = _first_batches(work, chosen, 1)
-    batch = on_device(work.task.collate(work.train, indices), accelerator)
+    batch = on_device(work.task.collate(work.train, indices), accelerator.device)
     store = Store({"train": len(work.train)}, limit_bytes=1 << 40)
     replay = Replay(work.model, units, store, {"train": work.train})
     with torch.no_grad(), replay.rows(work.train, indices):

@@ -12,6 +12,7 @@ If that is more than is free, blocks compute again what is cheap, then everythin
 An allocation that fails all the same, here or in any step, halves what is run at once; a step stays the same step.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,6 +20,7 @@ from ..auto.plan import Plan
 from ..core.errors import RecipeError
 from ..core.free_memory import free_memory
 from ..core.recompute import LEVELS, Level, blocks_of, recompute
+from ..tasks.base import on_device
 from ..training.memory import fitting, is_out_of_memory, kept_for_backward
 from ..training.optim import STATE_BYTES, optimizer_class
 from .choose import Chosen
@@ -70,7 +72,7 @@ def choose_memory(
     split = chosen.split
     while chosen.rows > 1 and fixed + chosen.rows * per_row > _USABLE * free:
         chosen.split *= 2
-    weights = sum(p.nbytes for p in work.model.parameters())
+    weights = sum(t.nbytes for t in itertools.chain(work.model.parameters(), work.model.buffers()))
     why = {
         "off": "all that backward needs fits",
         "cheap": "else it does not fit: norms and activations run once more in the backward",
@@ -104,8 +106,7 @@ def _per_row(work: Work, accelerator: "Accelerator", level: Level, blocks: int, 
     Where not even two rows can be tried, they take at least what is free.
     """
     longest = max(range(len(work.train)), key=work.train.lengths.__getitem__)
-    rows = work.task.collate(work.train, [longest] * _ROWS)
-    batch = {name: tensor.to(accelerator.device) for name, tensor in rows.items()}
+    batch = on_device(work.task.collate(work.train, [longest] * _ROWS), accelerator.device)
 
     def kept() -> float:
         try:

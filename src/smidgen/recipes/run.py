@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from .. import __version__
-from ..auto.plan import (
-    Plan,
-)
+from ..auto.plan import Plan
 from ..auto.preflight import preflight
 from ..core.errors import CheckpointError, RecipeError
 from ..core.files import remove_directory
@@ -67,7 +65,8 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
         raise RecipeError(f"--out {out} is no folder of its own; a result is written and replaced as a whole")
     checkpoints = out.with_name(out.name + ".checkpoints")
     device = best_device()
-    quiet = not _is_main_process(device)
+    is_main, world = _processes(device)
+    quiet = not is_main
     if quiet:
         console = _silent()
     if not recipe.dry_run and _finished(out, checkpoints, resume=resume, fresh=fresh):
@@ -75,7 +74,6 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
         console.print(f"{out} is finished: nothing to resume", highlight=False)
         return out
     saved = _saved(checkpoints, recipe) if resume else None
-    world = _processes(device)
     if recipe.train.shard and world == 1:
         raise RecipeError(
             "train.shard spreads the base over several processes, and this run is one: start it with torchrun "
@@ -93,8 +91,8 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
     chosen = choose(recipe.train, rates, work, plan, seed)
     if chosen.shard:
         spread = shard_blocks(work.model.body, device)
-        plan.decide("shard", True, True, "")
-        plan.replace("shard", f"{spread / world:,.0f} weights", f"in each of {world} processes, of {spread:,}")
+        share = f"{spread / world:,.0f} weights"
+        plan.decide("shard", None, share, f"in each of {world} processes, of {spread:,}")
         work.model.to(device)
     if saved is not None:
         chosen = Chosen(**saved[1].history["chosen"])  # measured then; measured again it might differ
@@ -323,16 +321,12 @@ def _continue(loop: Loop, saved: tuple[Path, checkpoint.State, list[str]], conso
     console.print(f"Resuming at step {loop.step} of {loop.settings.steps} from {path}", highlight=False)
 
 
-def _is_main_process(device: torch.device) -> bool:
+def _processes(device: torch.device) -> tuple[bool, int]:
+    """Whether this is the main process, and how many there are."""
     from accelerate import PartialState
 
-    return bool(PartialState(cpu=device.type == "cpu").is_main_process)
-
-
-def _processes(device: torch.device) -> int:
-    from accelerate import PartialState
-
-    return int(PartialState(cpu=device.type == "cpu").num_processes)
+    state = PartialState(cpu=device.type == "cpu")
+    return bool(state.is_main_process), int(state.num_processes)
 
 
 def _silent() -> "Console":

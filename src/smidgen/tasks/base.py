@@ -28,6 +28,11 @@ T = TypeVar("T")
 Batch = dict[str, Tensor]
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 @dataclass(frozen=True)
 class Examples:
     """Rows made ready for the model.

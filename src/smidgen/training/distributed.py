@@ -96,10 +96,11 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
     for parameter in parameters:
         kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
     for some in kinds.values():
-        bucket: list[nn.Parameter] = []
+        bucket, held = list[nn.Parameter](), 0
         for parameter in some:
-            if bucket and sum(p.numel() for p in bucket) + parameter.numel() > _BUCKET:
+            if bucket and held + parameter.numel() > _BUCKET:
                 yield bucket
-                bucket = []
+                bucket, held = [], 0
             bucket.append(parameter)
+            held += parameter.numel()
         yield bucket

@@ -20,7 +20,7 @@ from ..adapters import adapters_of
 from ..core.adapter import HELD
 from ..core.recompute import Level, Offload, recompute
 from ..data.batches import LengthBucketedBatches
-from ..tasks.base import Batch, Examples, Task
+from ..tasks.base import Batch, Examples, Task, on_device
 from . import checkpoint
 from .distributed import same_everywhere, sum_gradients
 from .guard import Guard, Stopper
@@ -189,7 +189,7 @@ class Loop:
         self.optimizer.zero_grad()
         totals = torch.zeros(3, dtype=torch.float64)  # loss, count, tokens
         for indices in parts:
-            batch = self.task.augment(self._to_device(self.task.collate(self.train_set, indices)))
+            batch = self.task.augment(on_device(self.task.collate(self.train_set, indices), self.accelerator.device))
             with replayed(self.replay, self.train_set, indices), self.accelerator.autocast():
                 loss, count = self.task.loss(self.model(batch), batch)
                 guard.check_loss(loss.detach(), self.step + 1)
@@ -273,9 +273,6 @@ class Loop:
     def _point(self, curve: str, value: float) -> None:
         self.history["curves"].setdefault(curve, []).append([self.step, value])
 
-    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-
     def _any(self, flag: bool) -> bool:
         """True on every process if it is on any."""
         if self.accelerator.num_processes == 1:
@@ -344,7 +341,7 @@ def over_batches(
     model.eval()
     found: list[tuple[list[int], Tensor]] = []
     for indices in order:
-        inputs = {name: tensor.to(accelerator.device) for name, tensor in task.collate(examples, indices).items()}
+        inputs = on_device(task.collate(examples, indices), accelerator.device)
         with replayed(replay, examples, indices), accelerator.autocast():
             taken = take(inputs)
         found.append((indices, (taken.float() if taken.is_floating_point() else taken).cpu()))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import HELD
 from ..data.batches import LengthBucketedBatches
-from ..tasks.base import Batch, Examples, Task
+from ..tasks.base import Batch, Examples, Task, on_device
 from .replay_cut import Call, Unit, find_units, forwards, taken_apart
 from .replay_store import Store
 
@@ -67,7 +67,7 @@ class Replay:
         for indices in LengthBucketedBatches(examples.lengths, batch_size=batch, seed=0, shuffle=False):
             if self.store.takes(name) and not self.store.has(name, indices):
                 with torch.no_grad(), accelerator.autocast(), self.rows(examples, indices):
-                    self.model(on_device(task.collate(examples, indices), accelerator))
+                    self.model(on_device(task.collate(examples, indices), accelerator.device))
         self.model.train(training)
 
     def _taken(self, unit: Unit, run: Call, taken: dict[Unit, Tensor]) -> Call:
@@ -119,11 +119,6 @@ def size_of(units: Sequence[Unit], watched: Examples, examples: Examples, dtype:
     return round(size)
 
 
-def on_device(batch: Batch, accelerator: "Accelerator") -> Batch:
-    """The batch where the model is."""
-    return {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-
-
 def find_replay(model: nn.Module, task: Task, examples: Examples, accelerator: "Accelerator") -> tuple[list[Unit], str]:
     """The units of a model whose rows can be kept, or none and the reason why not.
 
@@ -136,7 +131,7 @@ def find_replay(model: nn.Module, task: Task, examples: Examples, accelerator: "
     few, more = order[:_FEW], order[-_MORE:]
     if _is_drawn(task, examples, few):
         return [], "training rows are disturbed at random, another way each time"
-    batches = tuple(on_device(task.collate(examples, rows), accelerator) for rows in (few, more))
+    batches = tuple(on_device(task.collate(examples, rows), accelerator.device) for rows in (few, more))
 
     def loss(batch: Batch) -> Tensor:
         with accelerator.autocast():
@@ -173,7 +168,7 @@ def _difference(
 
     def run(rows: list[int]) -> list[Tensor]:
         """The loss and its gradients, the model as in training."""
-        batch = on_device(task.collate(examples, rows), accelerator)
+        batch = on_device(task.collate(examples, rows), accelerator.device)
         torch.manual_seed(0)  # of adapters' dropout
         with accelerator.autocast():
             loss = task.loss(model(batch), batch)[0]
@@ -187,7 +182,7 @@ def _difference(
         model.eval()
         for some in recorded:
             with torch.no_grad(), accelerator.autocast(), replay.rows(examples, some):
-                model(on_device(task.collate(examples, some), accelerator))
+                model(on_device(task.collate(examples, some), accelerator.device))
         model.train()
         with replay.rows(examples, rows):
             found = run(rows)  # first: what the model as it is may leave behind would be found
