@@ -64,6 +64,11 @@ def test_top_layers_that_leave_nothing_are_refused(start):
         start(method="selective", train=TOP)
 
 
+def test_more_top_layers_than_there_are_are_refused(start):
+    with pytest.raises(RecipeError, match=r"train\.top_layers is 3, and the model has 2 blocks"):
+        start(train={"top_layers": 3})
+
+
 def test_where_training_begins_at_the_bottom_nothing_is_kept(start):
     run = start(train={"replay": "memory"})
     assert (run.plan["replay"], why(run)) == ("off", "what is trained begins at the bottom of the model")

@@ -266,6 +266,16 @@ def test_bad_rows_are_named_with_file_and_line_before_anything_is_loaded(start, 
     assert names(tmp_path) == ["damaged.csv"]
 
 
+def test_rows_that_cannot_be_read_are_named_where_the_rest_makes_no_task(start, tmp_path):
+    rows = [("A lovely film.", "positive"), ("Dull.", "positive"), ("A mess.", "negative", "or not"), ("Poor.",)]
+    with pytest.raises(DataError) as caught:
+        start(data=str(write_csv(tmp_path / "ragged.csv", rows)))
+    first, second, *others = str(caught.value).splitlines()
+    assert first.startswith('Every label is "positive"')
+    assert second == "Perhaps because 2 of 4 rows cannot be used:"
+    assert [line.strip().split(": ")[0] for line in others[:2]] == ["ragged.csv:4", "ragged.csv:5"]
+
+
 def test_bad_rows_can_be_left_out_and_the_report_says_so(start, tmp_path):
     run = start(data={"train": str(damaged(tmp_path)), "on_bad_row": "skip"})
     parts = ("training rows", "validation rows", "test rows")

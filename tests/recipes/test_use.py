@@ -140,6 +140,9 @@ def test_a_note_that_was_tampered_with_is_refused(out, change, message):
 def test_what_cannot_be_used_is_said(out, tmp_path):
     with pytest.raises(FolderError, match=r"nothing is not there"):
         predicted(tmp_path / "nothing", text=["a"])
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    with pytest.raises(FolderError, match=r"rows\.csv is a file; a result of `smidgen tune` is a folder"):
+        predicted(tmp_path / "rows.csv", text=["a"])
     with pytest.raises(RecipeError, match="nothing to predict"):
         predicted(out)
     unlabelled = write_csv(tmp_path / "unlabelled.csv", [["a lovely film"], ["a bad plot"]], ["text"])

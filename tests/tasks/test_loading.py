@@ -1,10 +1,12 @@
 """How long a row may be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from smidgen.core.errors import ModelError
-from smidgen.tasks.loading import choose_max_length, load_tokenizer
+from smidgen.tasks.loading import choose_max_length, load_body, load_tokenizer
 from smidgen.tasks.models import locate
 
 CPU = torch.device("cpu")
@@ -44,3 +46,14 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     BertModel(tiny).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="tokenizer"):
         load_tokenizer(locate(str(tmp_path)))
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_model_of_another_kind_than_the_task_needs_is_refused(tmp_path, quantize):
+    from transformers import BertConfig, BertModel
+
+    tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=20)
+    BertModel(tiny).save_pretrained(tmp_path)
+    located = replace(locate(str(tmp_path)), quantize=quantize)
+    with pytest.raises(ModelError, match=r"is of type bert, and AutoModelForSeq2SeqLM of transformers has none"):
+        load_body(located, kind="AutoModelForSeq2SeqLM")

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def in_top(method: Method, body: nn.Module, layers: int | None) -> Method:
     """The method at those of its places that are in the last blocks of the model, where a number of them is said.
 
-    Raises RecipeError if none is there, or no blocks are recognised.
+    Raises RecipeError if none is there, if the model has fewer blocks, or if none is recognised.
     """
     if layers is None:
         return method
@@ -47,6 +47,8 @@ def in_top(method: Method, body: nn.Module, layers: int | None) -> Method:
     paths, sites = blocks(body), method.resolve(body).sites
     if not paths:
         raise not_recognised(body, "block", "method.targets instead of train.top_layers")
+    if layers > len(paths):
+        raise RecipeError(f"train.top_layers is {layers}, and the model has {len(paths)} blocks; leave it out for all")
     top = [site for site in sites if any(f"{site.path}.".startswith(f"{path}.") for path in paths[-layers:])]
     if not top:
         raise RecipeError(

@@ -88,7 +88,14 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
     with reading(recipe.data.in_memory):
         given, problems = _read(recipe.data, kind, settings)
     _say_what_is_lazy(given, recipe.data.in_memory, plan)
-    task = kind.understand(given, settings, asked)
+    unreadable = len(problems)
+    try:
+        task = kind.understand(given, settings, asked)
+    except DataError as error:
+        if not problems or recipe.data.on_bad_row != "fail":
+            raise
+        found = bad_rows_message(problems, unreadable + sum(map(len, given.values())))
+        raise DataError(f"{error}\nPerhaps because {found}") from error
     plan.decide("metric", asked.metric, task.metric, "usual for this kind; picks the best step, and is compared")
     notes: list[str] = []
     checked: dict[str, Table] = {}
@@ -98,7 +105,7 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
         checked[name] = table.select([i for i in range(len(table)) if i not in bad]) if bad else table
     if problems:
         if recipe.data.on_bad_row == "fail":
-            raise DataError(bad_rows_message(problems, sum(map(len, given.values()))))
+            raise DataError(bad_rows_message(problems, unreadable + sum(map(len, given.values()))))
         notes.append(
             f"{len(problems)} bad rows were left out: "
             + "; ".join(map(str, problems[:3]))
@@ -237,7 +244,7 @@ def digest_rows(digest: "hashlib._Hash", examples: Examples) -> None:
 
 
 def bad_rows_message(problems: list[Problem], rows: int) -> str:
-    """All bad rows in one message, the first of them named."""
+    """All bad rows in one message, the first of them named.   rows: good and bad."""
     shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
     more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     advice = "Mend them, or leave them out with --on-bad-row skip"

@@ -163,7 +163,8 @@ def _missing(folder: Path) -> list[str]:
 
 def _extra(folder: Path) -> Mapping[str, Any]:
     if not folder.is_dir():
-        raise FolderError(f"{folder} is not there; a result of `smidgen tune` is a folder")
+        what = "is a file" if folder.exists() else "is not there"
+        raise FolderError(f"{folder} {what}; a result of `smidgen tune` is a folder")
     if missing := _missing(folder):
         raise FolderError(
             f"{folder} is no result of `smidgen tune`: it has no {' and no '.join(missing)}. "

@@ -124,8 +124,9 @@ def _judged(tuned: Tuned, examples: Examples, *, labelled: bool) -> Judged:
 def _rows(tuned: Tuned, data: str, *, labelled: bool) -> Table:
     """The rows of a file, whose columns may have other names than those that the adapter was trained with."""
     table, problems = read_one(type(tuned.task), data, tuned.settings)
+    rows = len(table) + len(problems)
     tuned.task.rows_for(table, labelled=labelled)
     problems += [Problem(table.where(i), what) for i, what in tuned.task.check(table).items()]
     if problems:
-        raise DataError(bad_rows_message(problems, len(table)))
+        raise DataError(bad_rows_message(problems, rows))
     return table

@@ -27,9 +27,7 @@ def load_tokenizer(located: Located, revision: str | None = None) -> "PreTrained
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise MissingDependency(
-            f'transformers is needed to read {located.name}: pip install "smidgen[text]"'
-        ) from error
+        raise _no_transformers(located) from error
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(located.source, revision=revision or "main")
     except Exception as error:
@@ -61,9 +59,7 @@ def load_body(
         import transformers
         from transformers.utils import logging
     except ImportError as error:
-        raise MissingDependency(
-            f'transformers is needed to load {located.name}: pip install "smidgen[text]"'
-        ) from error
+        raise _no_transformers(located) from error
     # what it says about heads that are not loaded is as it should be
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -85,6 +81,8 @@ def load_body(
     except SmidgenError:
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and "Unrecognized configuration class" in str(error):
+            raise _other_kind(located, revision, str(kind)) from error
         raise ModelError(f"{located.name} cannot be loaded: {first_line(error)}") from error
     if whole and loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])
@@ -217,6 +215,17 @@ def pooling_for(config: Any) -> Literal["mean", "last"]:
 def first_line(error: Exception) -> str:
     """What a library's error says, in one line with its type."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+
+
+def _other_kind(located: Located, revision: str | None, kind: str) -> ModelError:
+    """For a model of which transformers has no class of this kind, such as a BERT where a seq2seq model is needed."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(located.source, revision=revision or "main")
+    return ModelError(
+        f"{located.name} is of type {config.model_type}, and {kind} of transformers has none of that type: this task "
+        "needs another kind of model, or this model another --task"
+    )
 
 
 def _no_transformers(located: Located) -> MissingDependency:
