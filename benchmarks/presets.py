@@ -26,6 +26,7 @@ from torch import Tensor
 from smidgen.adapters import AdapterSet
 from smidgen.auto.plan import Plan, evaluation_interval
 from smidgen.auto.presets import Preset, preset
+from smidgen.core.attention_backward import short_attention_backward_in_fp32
 from smidgen.core.errors import SmidgenError
 from smidgen.core.method import methods
 from smidgen.evaluate.report import Row
@@ -129,7 +130,8 @@ def train(bench: Bench, name: str, rates: Preset, *, at_the_end: bool = False) -
         groups = adapt.groups_of(adapters, model, plan)
     loop = Loop(model, work.task, groups, work.train, work.valid, adapt.settings_of(plan, ""), bench.accelerator, None)
     started = time.process_time()
-    loop.run(Progress(None, name, bench.steps))
+    with short_attention_backward_in_fp32():  # as `smidgen tune` has it
+        loop.run(Progress(None, name, bench.steps))
     seconds = time.process_time() - started
     return Trained(work, adapters, sum(p.numel() for p in loop.trained.values()), loop, seconds)
 

@@ -19,6 +19,7 @@ import torch
 from .. import __version__
 from ..auto.plan import Plan
 from ..auto.preflight import preflight
+from ..core.attention_backward import short_attention_backward_in_fp32
 from ..core.errors import CheckpointError, RecipeError
 from ..core.files import remove_directory
 from ..core.fingerprint import fingerprint
@@ -53,7 +54,7 @@ def tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console") -> Pa
     resume: continue from the newest whole checkpoint, or start where there is none.   fresh: start anew, replacing.
     Raises SmidgenError subclasses; what was saved before stays.
     """
-    with ExitStack() as held:
+    with ExitStack() as held, short_attention_backward_in_fp32():
         return _tune(recipe, resume=resume, fresh=fresh, console=console, held=held)
 
 
