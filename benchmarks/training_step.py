@@ -4,7 +4,7 @@ LoRA and DoRA of rank 16, in BERT 8, on every linear layer of the body; forward 
 variant also computes the gradient to the inputs, so what is above 1 is what adapting costs. Smidgen, HF PEFT and full
 fine-tuning in one process. "lean" is `adapters.lean()`, as `smidgen tune` has it: frozen norms and feed-forwards keep
 less than the floor's own. "oneDNN": products with frozen weights are made by it and not by MKL, as `smidgen tune` does
-where it measures that to be faster.
+where it measures that to be faster. "compiled": block by block, as `train.compile: true` has it.
 
     python benchmarks/training_step.py [--rounds 9] [--only bert-fp32]
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen.core import lean
+from smidgen.core.blocks import blocks
 from smidgen.core.products import products_by
 
 RANK, DROPOUT = 16, 0.05
@@ -30,6 +31,7 @@ OURS, LEAN = "**smidgen**", "**smidgen**, lean"
 ELEMENTS, FEATURES = (f", dropout {DROPOUT} on {what}" for what in ("elements", "features"))
 DORA = "DoRA, "
 ONEDNN = ", oneDNN"
+COMPILED = ", compiled"
 # which figure, of which model and variant, may be how much
 CLAIMS: tuple[tuple[str, str, str, float], ...] = (
     ("time", "llama-bf16", LEAN, 1.10),
@@ -126,6 +128,8 @@ def variants_of(base: nn.Module, rank: int) -> dict[str, nn.Module]:
     variants[f"{DORA}HF PEFT as it comes"] = hf_peft(copy.deepcopy(base), rank, dora=True)
     for name, is_lean in dresses.items():
         variants[DORA + name] = ours(copy.deepcopy(base), rank, dora=True, is_lean=is_lean)
+    for name in (FLOOR, OURS):
+        variants[name + COMPILED] = copy.deepcopy(variants[name])
     return variants
 
 
@@ -161,10 +165,13 @@ def measure(key: str, rounds: int) -> tuple[dict[str, Spread], dict[str, float]]
     base = case.build().train()
     x = torch.randn(case.shape, dtype=next(base.parameters()).dtype, requires_grad=True)
     models = variants_of(base, case.rank)
+    for name, model in models.items():
+        for path in blocks(model) if COMPILED in name else ():
+            model.get_submodule(path).compile(dynamic=True)
     kept = {name: kept_for_backward(model, functools.partial(loss_of, model, x)) for name, model in models.items()}
     steps = {name: step_of(model, x) for name, model in models.items()}
     if x.dtype == torch.float32:  # 16-bit products are oneDNN's in any case
-        mine = [name for name in models if OURS in name and LEAN not in name]
+        mine = [name for name in models if OURS in name and LEAN not in name and COMPILED not in name]
         steps |= {name + ONEDNN: by_onednn(steps[name]) for name in mine}
         kept |= {name + ONEDNN: kept[name] for name in mine}
     return over(interleaved(steps, rounds), FLOOR), {name: size / kept[FLOOR] for name, size in kept.items()}

@@ -70,6 +70,7 @@ class Chosen:
     replay_dtype: str = ""  # what is kept is rounded to it; "" keeps it as computed
     optimizer: Optimizer = "adamw"
     recompute: Level = "off"
+    compile: bool = False  # blocks
     offload: Offload = "off"
     split: int = 1  # in how many parts a batch is run, where it does not fit in memory
     steps: int = 0
@@ -138,6 +139,7 @@ def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) ->
         lora_plus=said.lora_plus and plan.decide("lora_plus", said.lora_plus, said.lora_plus, ""),
         optimizer=plan.decide("optimizer", said.optimizer, said.optimizer, "") if said.optimizer else "adamw",
         offload=plan.decide("offload", said.offload, said.offload, "") if said.offload else "off",
+        compile=bool(said.compile and plan.decide("compile", said.compile, True, "")),
     )
 
 

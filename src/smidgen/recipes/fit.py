@@ -21,6 +21,7 @@ from ..core.errors import RecipeError
 from ..core.free_memory import free_memory
 from ..core.recompute import LEVELS, Level, blocks_of, recompute
 from ..tasks.base import on_device
+from ..training.compiling import refuse_compiling
 from ..training.memory import fitting, is_out_of_memory, kept_for_backward
 from ..training.optim import STATE_BYTES, optimizer_class
 from .choose import Chosen
@@ -48,6 +49,8 @@ def refuse_impossible(said: TrainPart, work: Work) -> None:
         raise RecipeError(
             f"train.offload: cpu moves what a GPU keeps to the host; this run is on {device.type}. Leave it out"
         )
+    if said.compile:
+        refuse_compiling(work.model.body, device)
     optimizer_class(said.optimizer or "adamw")
 
 
@@ -79,6 +82,9 @@ def choose_memory(
         "all": "else it does not fit: every block runs once more in the backward",
     }
     plan.decide("recompute", said.recompute, chosen.recompute, why[chosen.recompute])
+    if chosen.compile and chosen.recompute != "off":
+        chosen.compile = False
+        plan.replace("compile", False, "memory is short: blocks that recompute are not compiled")
     if chosen.split > split:
         _say_split(plan, chosen, "more does not fit in memory")
     needed = weights + fixed + chosen.rows * per_row

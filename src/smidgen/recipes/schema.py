@@ -100,6 +100,7 @@ class TrainPart(Part):
     clip: Above0 | None = None  # of the gradients' norm
     optimizer: Literal["adamw", "adamw8bit"] | None = None
     recompute: Literal["off", "cheap", "all"] | None = None  # what blocks compute once more instead of keeping it
+    compile: bool | None = None  # blocks, by torch.compile
     offload: Literal["off", "cpu"] | None = None  # where the kept inputs of blocks wait, with recompute: all
     patience: Count | None = None
     evaluate_every: Count | None = None
@@ -115,6 +116,15 @@ class TrainPart(Part):
     def _offloads_what_is_kept(self) -> Self:
         if self.offload == "cpu" and self.recompute != "all":
             raise mistake(("offload",), "cpu moves the kept inputs of blocks; say recompute: all with it")
+        return self
+
+    @model_validator(mode="after")
+    def _compiles_what_runs_once(self) -> Self:
+        if self.compile and self.recompute not in (None, "off"):
+            what = f"blocks that recompute ({self.recompute}) are not compiled; leave one of the two out"
+            raise mistake(("compile",), what)
+        if self.compile and self.shard:
+            raise mistake(("compile",), "blocks in shards are not compiled; leave compile or shard out")
         return self
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from ..core.recompute import Level, Offload, recompute
 from ..data.batches import LengthBucketedBatches
 from ..tasks.base import Batch, Examples, Task, on_device
 from . import checkpoint
+from .compiling import as_written, blocks_beside, compiled
 from .distributed import same_everywhere, sum_gradients
 from .guard import Guard, Stopper
 from .memory import fitting, rows_at_once
@@ -41,7 +42,7 @@ class Settings:
     """How to train.   batch: rows per micro-batch and process; a step sees batch x accumulate x processes.
 
     split: in how many parts each micro-batch is run, where it does not fit in memory as a whole.
-    recompute, offload: what blocks keep for backward, and where (`core/recompute.py`).
+    recompute, offload: what blocks keep for backward, and where (`core/recompute.py`).   compile: them, while training.
     warmup: share of the steps over which the learning rate rises; it then falls in a line to zero.
     patience: evaluations without a better metric or a lower loss before stopping; None trains to the end.
     fingerprint: of recipe, data and model; a checkpoint with another is refused.
@@ -52,6 +53,7 @@ class Settings:
     accumulate: int = 1
     split: int = 1
     recompute: Level = "off"
+    compile: bool = False
     offload: Offload = "off"
     optimizer: Optimizer = "adamw"
     warmup: float = 0.06
@@ -130,7 +132,12 @@ class Loop:
             adapters.follow(self.optimizer, settings.steps, done=self.step)
         started, before = time.monotonic(), self.history["seconds"]
         batches = self._batches()
-        with Stopper() as stopper, recompute(self.model, settings.recompute, offload=settings.offload):
+        paths = blocks_beside(self.model, self._replayed()) if settings.compile else []
+        with (
+            Stopper() as stopper,
+            recompute(self.model, settings.recompute, offload=settings.offload),
+            compiled(self.model, paths),
+        ):
             if self.history["best_step"] is None:
                 self._evaluate(progress)  # the start counts: a run that only makes it worse ends where it began
                 self._save()
@@ -226,7 +233,11 @@ class Loop:
 
     def _judge(self) -> "Judged":
         rows = rows_at_once(2 * self.settings.batch, self.history["split"])
-        return predict(self.model, self.task, self.valid_set, self.accelerator, rows, replay=self.replay)
+        with as_written(self.settings.compile):
+            return predict(self.model, self.task, self.valid_set, self.accelerator, rows, replay=self.replay)
+
+    def _replayed(self) -> list[str]:
+        return [unit.path for unit in self.replay.units] if self.replay else []
 
     def _save(self) -> None:
         if self.folder is None or not self.accelerator.is_main_process:
