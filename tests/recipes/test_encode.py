@@ -17,6 +17,7 @@ from smidgen.data.table import Table
 from smidgen.recipes import encode as encode_module
 from smidgen.recipes.encode import Encoder, tokenizer_sha256
 from smidgen.tasks.base import Examples
+from smidgen.tasks.row_roles import RowRoles
 from smidgen.tasks.text_classification import TextClassification
 
 from ..tiny import reviews
@@ -32,7 +33,7 @@ def task_of(bert: Path, *, max_length: int = 12, kind: type[TextClassification] 
     columns = Columns(text="text", label="label", **more)
     labels = Labels(kind="binary", names=("negative", "positive"))
     task = kind(AutoTokenizer.from_pretrained(bert), columns, labels, max_length)
-    task.row_columns = {"weight": "weight"}
+    task.beside = RowRoles({"weight": "weight"})
     task.learn_from(table_of())
     return task
 

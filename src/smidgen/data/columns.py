@@ -6,7 +6,7 @@ well nothing is guessed: the error shows every column with an example, and the f
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from smidgen.core.errors import DataError, nearest
@@ -68,6 +68,13 @@ class Columns:
     text_pair: str | None = None
     label: str | None = None
     reasons: dict[str, str] = field(default_factory=dict)
+
+    def fitting(self, table: Table, *, labelled: bool) -> "Columns":
+        """The columns of another file, which may have other names; without a label where nothing is judged."""
+        columns, wanted = self, (self.text, self.text_pair, self.label if labelled else None)
+        if any(name is not None and name not in table.columns for name in wanted):
+            columns = guess_columns(table, allow_unlabelled=not labelled)
+        return columns if labelled else replace(columns, label=None)
 
 
 def guess_columns(

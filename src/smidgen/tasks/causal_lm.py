@@ -8,13 +8,12 @@ share a row of fixed length, each with positions of its own, and none sees anoth
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from torch import Tensor
 
 from ..core.checks import require_one_of, require_whole
-from ..core.errors import DataError, RecipeError
+from ..core.errors import DataError
 from ..data.conversations import ROLES, Kind, Shape, recognise
 from ..data.split import duplicate_groups
 from ..data.table import Table
@@ -25,13 +24,10 @@ from .language.chat_template import ensure_template
 from .language.language_model import LanguageModel, Packing, decide_packing
 from .language.likelihood import METRICS, LikelihoodTask
 from .language.token_rows import as_batch, as_examples, learns, pieces
-from .loading import choose_max_length, load_body, load_tokenizer, settle_length
+from .loading import Tokenizer, choose_max_length, length_within, load_body, load_tokenizer, positions_of, settle_length
 from .registry import task
-from .row_roles import GROUP_AND_WEIGHT, groups_of, mean_weight, row_columns, weights_of, without, wrong_roles
+from .row_roles import GROUP_AND_WEIGHT, RowRoles, apart
 from .text.rows import said_rows, some_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +60,7 @@ class CausalLM(LikelihoodTask):
     largest_batch = 8
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", shape: Shape, settings: CausalLMSettings, metric: str | None = None
+        self, tokenizer: Tokenizer, shape: Shape, settings: CausalLMSettings, metric: str | None = None
     ) -> None:
         self.tokenizer, self.settings, self.notes = tokenizer, settings, []
         self.read_as(shape)
@@ -81,29 +77,23 @@ class CausalLM(LikelihoodTask):
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
-        beside = row_columns(tables["train"], asked, GROUP_AND_WEIGHT)
-        said = {role: name for role, name in asked.columns.items() if role not in beside}
-        shape = recognise(without(tables["train"], beside), said)
+        beside = RowRoles.said(tables["train"], asked, GROUP_AND_WEIGHT)
+        shape = recognise(*apart(tables["train"], asked, GROUP_AND_WEIGHT))
         tokenizer = load_tokenizer(asked.model, asked.revision)
         made = cls(tokenizer, shape, settings, asked.metric)
         asked.plan.decide("rows", None, in_words(shape), shape.reason)
         if shape.kind != "text":
             asked.plan.decide("chat template", None, *ensure_template(tokenizer))
-        made.row_columns = beside
-        if "group" in beside:
-            made.split_words = f'seeded, rows of one "{beside["group"]}" kept together'
+        made.beside, made.split_words = beside, beside.split_words(cls.split_words)
         why = "a text has no answers" if shape.kind == "text" else "as task.loss_on says; what is asked is given"
         asked.plan.decide("learned tokens", None, "all" if made.rows.learns_all else "answers", why)
         return made
 
-    row_columns: Mapping[str, str] = MappingProxyType({})  # role of GROUP_AND_WEIGHT -> column
-    mean_weight: float | None = None  # of the training rows
-
     def check(self, table: Table) -> dict[int, str]:
-        return wrong_roles(table, self.row_columns) | self.rows.check(table)
+        return self.beside.check(table) | self.rows.check(table)
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        return groups_of(table, self.row_columns) or duplicate_groups(self.rows.asked(table))
+        return self.beside.groups(table) or duplicate_groups(self.rows.asked(table))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
         what = "texts" if self.shape.kind == "text" else "prompts"
@@ -119,13 +109,12 @@ class CausalLM(LikelihoodTask):
         model = cast(LanguageModel, model)
         model.eval().check()
         self.packs = self._decide_packing(model, asked)
-        self.mean_weight = mean_weight(train, self.row_columns)
+        self.beside = self.beside.learned(train)
         if self.packs:
-            limit = getattr(model.body.config, "max_position_embeddings", None) or 1 << 20
+            limit = positions_of(model.body)
             size, _ = choose_max_length([limit], limit, asked.device)
-            self.max_length = asked.plan.decide("max_length", self.settings.max_length, size, "the size of a block")
-            if self.max_length > limit:
-                raise RecipeError(f"task.max_length is {self.max_length}, and {asked.model.name} has {limit} positions")
+            choice = (size, "the size of a block")
+            self.max_length = length_within(limit, "max_length", self.settings.max_length, choice, asked)
             return
         tokens = self.rows.tokens(some_of(train, asked.seed))
         lengths = [len(ids) for ids, _ in tokens]
@@ -138,14 +127,13 @@ class CausalLM(LikelihoodTask):
 
     def _decide_packing(self, model: LanguageModel, asked: Asked) -> bool:
         why_not = "its prompt stands in front of the first document alone" if asked.reserved else None
-        if "weight" in self.row_columns:
+        if "weight" in self.beside.columns:
             why_not = "each has a weight of its own"
         packs, why = decide_packing(self.settings.packing, self.shape.kind, model, why_not)
         return asked.plan.decide("packing", None if self.settings.packing == "auto" else packs, packs, why)
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def encoding(self) -> Encoding:
-        names = (*self.shape.columns.values(), self.row_columns.get("weight"))
         settings = {
             "columns": dict(self.shape.columns),
             "kind": self.shape.kind,
@@ -153,16 +141,15 @@ class CausalLM(LikelihoodTask):
             "packs": self.packs,
             "keeps_rows": self.keeps_rows,
             "max_length": self.max_length,
-            "mean_weight": self.mean_weight,
         }
-        return Encoding(columns=list(filter(None, names)), settings=settings)
+        return self.beside.encoding([*self.shape.columns.values()], settings)
 
     def encode(self, table: Table) -> Examples:
         assert self.max_length is not None
         rows = self.rows.tokens(table)
         if self.packs and self.shape.kind == "text":
             rows = [piece for row in rows for piece in pieces(row, self.max_length)]
-        weights = weights_of(table, self.row_columns, self.mean_weight)
+        weights = self.beside.weights(table)
         return as_examples(rows, self.max_length, weights, packed=self.packs, keep_all=self.keeps_rows)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:

@@ -12,8 +12,7 @@ losses of batches of different size cannot be compared.
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from torch import Tensor, nn
 
@@ -22,18 +21,15 @@ from ..core.errors import DataError
 from ..data.table import Table
 from .base import Asked, Batch, Encoding, Example, Examples, Task, TaskModel
 from .judging import counted, seen_before
-from .loading import load_body, load_tokenizer, settle_length
+from .loading import Tokenizer, load_body, load_tokenizer, settle_length
 from .registry import task
-from .row_roles import groups_of, row_columns, without, wrong_roles
+from .row_roles import RowRoles, apart
 from .text.objectives import Finding, Likeness, Objective, cosines
 from .text.pair_columns import ROLES, SIDES, PairColumns, pair_columns, score_range
 from .text.rows import said_rows, some_of
 from .text.sentence_pooling import Embedder, Pooling, as_trained, save_trained
 from .text.sides import Sides
 from .text.similarity import connected
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Loss = Literal["contrastive", "cosent", "cosine"]
 
@@ -74,16 +70,16 @@ class Embeddings(Task):
     roles = (*ROLES, "group")
     split_words = "seeded, rows that share a text kept together"
     largest_batch = 64
+    beside = RowRoles()  # what is said of groups
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: Tokenizer,
         columns: Mapping[str, str],
         settings: EmbeddingsSettings,
         scores: tuple[float, float] = (0.0, 1.0),
         metric: str | None = None,
     ) -> None:
-        """scores: those that stand for the cosines 0 and 1."""
         self.tokenizer, self.columns, self.settings, self.scores = tokenizer, PairColumns(columns), settings, scores
         self.sides = Sides(tokenizer, settings.query_prompt or "", settings.document_prompt or "")
         self.max_length = settings.max_length
@@ -102,9 +98,8 @@ class Embeddings(Task):
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         scored = None if settings.loss is None else settings.loss != "contrastive"
-        beside = row_columns(tables["train"], asked, ("group",))
-        said = {role: name for role, name in asked.columns.items() if role not in beside}
-        columns, reasons = pair_columns(without(tables["train"], beside), said, scored=scored)
+        beside = RowRoles.said(tables["train"], asked, ("group",))
+        columns, reasons = pair_columns(*apart(tables["train"], asked, ("group",)), scored=scored)
         asked.decide_columns(columns, reasons)
         found: Loss = "cosent" if "score" in columns else "contrastive"
         why = "the pairs have scores" if "score" in columns else "no scores are given"
@@ -114,28 +109,22 @@ class Embeddings(Task):
         settings = replace(settings, loss=loss, **as_trained(asked, settings.pooling, prompts))
         scores = score_range(tables["train"].column(columns["score"])) if "score" in columns else (0.0, 1.0)
         made = cls(tokenizer, columns, settings, scores, asked.metric)
-        made.row_columns = beside
-        if "group" in beside:
-            made.split_words = f'seeded, rows of one "{beside["group"]}" kept together'
+        made.beside, made.split_words = beside, beside.split_words(cls.split_words)
         if made.finds:
             made.notes.append("queries are ranked among the different documents of the rows that judge, and no others")
         return made
 
     def check(self, table: Table) -> dict[int, str]:
-        return wrong_roles(table, self.row_columns) | self.columns.check(table, differ=self.finds and self._is_judged)
+        return self.beside.check(table) | self.columns.check(table, differ=self.finds and self._is_judged)
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
         """What the column "group" says; else rows that share a text, whichever side it is on, and rows that share one
         with those.
         """
-        if "group" in self.row_columns:
-            return groups_of(table, self.row_columns)
-        return connected([row[:2] for row in self.columns.numbers(table).tolist()])
+        return self.beside.groups(table) or connected([row[:2] for row in self.columns.numbers(table).tolist()])
 
     def strata(self, table: Table) -> Sequence[Any] | None:
         return None if self.finds else self.columns.scores(table).tolist()
-
-    row_columns: Mapping[str, str] = MappingProxyType({})  # "group" -> column
 
     def remarks(self, train: Table, test: Table) -> list[str]:
         trained, judged = ([*self.columns.texts(some).values()][:2] for some in (train, test))

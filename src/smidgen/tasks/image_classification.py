@@ -31,7 +31,7 @@ from .images.image_input import Seen, with_said
 from .images.image_models import ImageClassifier, load_image_model
 from .images.pixels import Pixels
 from .judging import seen_before
-from .labelled import ROW_ROLES, LabelledTask, with_targets
+from .labelled import ROW_ROLES, LabelledTask, labels_in, with_targets
 from .registry import task
 
 Augment = Literal["crop", "shift", "off"]
@@ -89,19 +89,16 @@ class ImageClassification(LabelledTask):
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
-        train = tables["train"]
-        image = asked.plan.decide("image column", asked.columns.get("image"), *image_column(train, asked.columns))
-        label = asked.plan.decide(
-            "label column", asked.columns.get("label"), *label_column(train, image, asked.columns)
-        )
+        train, said, decide = tables["train"], asked.columns, asked.plan.decide
+        image = decide("image column", said.get("image"), *image_column(train, said))
+        label = decide("label column", said.get("label"), *label_column(train, image, said))
         values = train.column(label)
         kind = settings.kind
         if kind is None and label == FOLDER:  # the names of folders are classes, also where they are numbers
             kind = "binary" if len(set(values)) == 2 else "multiclass"
         labels = understand_labels(values, kind=kind)
-        asked.plan.decide("kind", settings.kind, labels.kind, labels.reason)
+        decide("kind", settings.kind, labels.kind, labels.reason)
         made = cls(image, label, labels, settings, asked.metric)
-        made._understood = train
         made.take_rows(train, asked, settings.balance)
         return made
 
@@ -112,7 +109,7 @@ class ImageClassification(LabelledTask):
         return labels | {i: f"{what}; {labels[i]}" if i in labels else what for i, what in problems.items()}
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        return self.said_groups(table) or self._contents(table)
+        return self.beside.groups(table) or self._contents(table)
 
     def _contents(self, table: Table) -> list[Hashable]:
         return in_threads(content_key, table.column(self.image_column))
@@ -153,7 +150,7 @@ class ImageClassification(LabelledTask):
     # -- batches ----------------------------------------------------------------------------------------------------
     def encode(self, table: Table) -> Examples:
         inputs = self.pixels.inputs(table.column(self.image_column), table.origins, self._seen.fit)
-        return Examples(inputs, self.targets_of(table), [1] * len(table), 0, self.weights_of(table))
+        return Examples(inputs, self.targets_of(table), [1] * len(table), 0, self.beside.weights(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         pixels = self.pixels.batch([examples.inputs[i] for i in indices], self._seen.fit)
@@ -187,9 +184,9 @@ class ImageClassification(LabelledTask):
     @classmethod
     def from_description(cls, description: Mapping[str, Any], asked: Asked) -> Self:
         columns, seen = description["columns"], description["seen"]
-        labels = Labels(kind=description["kind"], names=tuple(description["labels"]))
-        made = cls(str(columns["image"]), columns.get("label"), labels, cls.Settings())
-        made.take_labels(description)
+        image, labels = str(columns["image"]), labels_in(description)
+        made = cls(image, columns.get("label"), labels, cls.Settings(), description["metric"])
+        made.take_scale(description)
         numbers = {name: tuple(map(float, seen[name])) for name in ("mean", "std")}
         made.seen = Seen(fit=Fit(**seen["fit"]), **numbers, why="as it was trained")
         return made

@@ -5,11 +5,10 @@ The model gives outputs (N, K), K = classes, or 1 for a number; they are the ans
     loss = sum over rows of  w_row w_class l(outputs, target)       w_row: the column "weight", 1 on average
                                                                      w_class: N / (K N_class) with `balance`, else 1
 
-A column "group" keeps rows of one user or document on one side of a split; a column "time" lets the latest rows judge.
+What other columns say of rows, groups, times and weights: row_roles.py.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
 import torch
@@ -19,10 +18,9 @@ from torch import Tensor
 from ..core.errors import DataError, RecipeError
 from ..data.labels import Kind, Labels
 from ..data.table import Table
-from ..data.values import number
-from .base import Asked, Batch, Example, Examples, Task
+from .base import Asked, Batch, Encoding, Example, Examples, Task
 from .judging import contrasted, counted
-from .row_roles import groups_of, mean_weight, row_columns, weights_of, wrong_roles
+from .row_roles import RowRoles
 
 _METRICS = {"regression": ("spearman", "r2", "mae"), "multilabel": ("macro_f1", "micro_f1", "exact_match")}
 ROW_ROLES = ("group", "time", "weight")
@@ -42,8 +40,7 @@ class LabelledTask(Task):
 
     labels: Labels
     label_column: str | None
-    row_columns: Mapping[str, str] = MappingProxyType({})  # role of ROW_ROLES -> column
-    mean_weight: float | None = None  # of the training rows
+    beside = RowRoles()
     balance: bool = False
     class_weights: Tensor | None = None
     centre: float = 0.0
@@ -70,39 +67,20 @@ class LabelledTask(Task):
 
     def take_rows(self, train: Table, asked: Asked, balance: bool) -> None:
         """Take what is said of rows beside their labels.  Raises DataError or RecipeError."""
-        self.row_columns = row_columns(train, asked, ROW_ROLES)
-        if "weight" in self.row_columns:
-            self.notes.append(f'Rows count by "{self.row_columns["weight"]}" in the loss; the figures count each once.')
-        if "time" in self.row_columns:
-            self.split_words = f'as the latest by "{self.row_columns["time"]}"'
-        elif "group" in self.row_columns:
-            self.split_words = f'by class, seeded, rows of one "{self.row_columns["group"]}" kept together'
+        self._understood, self.beside = train, RowRoles.said(train, asked, ROW_ROLES)
+        if weight := self.beside.columns.get("weight"):
+            self.notes.append(f'Rows count by "{weight}" in the loss; the figures count each once.')
+        self.split_words = self.beside.split_words(self.split_words)
         if balance and self.labels.kind not in ("binary", "multiclass"):
             raise RecipeError(f"task.balance is for rows of one class each, and the labels are {self.labels.kind}")
         self.balance = balance
 
     def hold_out(self, table: Table, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-        if "time" not in self.row_columns:
-            return super().hold_out(table, fraction, seed)
-        times = table.column(self.row_columns["time"])
-        order = sorted(range(len(table)), key=lambda i: (number(times[i]) or 0.0, str(times[i])))
-        kept = len(order) - max(1, round(fraction * len(order)))
-        return sorted(order[:kept]), sorted(order[kept:])
-
-    def said_groups(self, table: Table) -> Sequence[Hashable] | None:
-        """The column "group", if there is one."""
-        return groups_of(table, self.row_columns)
+        return self.beside.latest(table, fraction) or super().hold_out(table, fraction, seed)
 
     def check_rows(self, table: Table) -> dict[int, str]:
-        """What is wrong with the labels, times and weights of rows."""
-        problems: dict[int, str] = {}
-        if "time" in self.row_columns:
-            name, times = self.row_columns["time"], table.column(self.row_columns["time"])
-            numbers = number(next((time for time in times if time not in (None, "")), None)) is not None
-            for i, time in enumerate(times):
-                if time in (None, "") or (number(time) is not None) != numbers:
-                    problems[i] = f'column "{name}": {time!r:.40} is no {"number as the others" if numbers else "time"}'
-        problems |= wrong_roles(table, self.row_columns)
+        """What is wrong with the labels of rows, and with their times, groups and weights."""
+        problems = self.beside.check(table)
         if self.label_column is not None:
             for i, value in enumerate(table.column(self.label_column)):
                 try:
@@ -135,13 +113,9 @@ class LabelledTask(Task):
         dtype = torch.float32 if self.labels.kind in ("regression", "multilabel") else torch.int64
         return torch.tensor(values, dtype=dtype)
 
-    def weights_of(self, table: Table) -> Tensor | None:
-        """(N,), 1 on average of the training rows; None where no column says them."""
-        return weights_of(table, self.row_columns, self.mean_weight)
-
     def learn_from(self, train: Table) -> None:
         """Let the head of a regression predict in units of the training targets, and let rare classes weigh more."""
-        self.mean_weight = mean_weight(train, self.row_columns)
+        self.beside = self.beside.learned(train)
         targets = self.targets_of(train)
         if self.balance:
             counts = torch.bincount(targets, minlength=len(self.labels.names))
@@ -250,9 +224,10 @@ class LabelledTask(Task):
             lines.append(line)
         return lines
 
-    def encoding_of_labels(self) -> dict[str, Any]:
-        """The part of `encoding` that is about labels and weights."""
-        return {"kind": self.labels.kind, "labels": self.labels.names, "mean_weight": self.mean_weight}
+    def encoding_with_labels(self, columns: Sequence[str | None], settings: Mapping[str, Any]) -> Encoding:
+        """`encoding` by these columns, None for none, and settings, and by the labels and weights of rows."""
+        about = {"kind": self.labels.kind, "labels": self.labels.names}
+        return self.beside.encoding((*columns, self.label_column), {**settings, **about})
 
     def describe_labels(self) -> dict[str, Any]:
         """The part of `describe` that is about labels."""
@@ -265,13 +240,16 @@ class LabelledTask(Task):
             "spread": self.spread,
         }
 
-    def take_labels(self, description: Mapping[str, Any]) -> None:
-        """The other way of `describe_labels`.  Raises as `from_description`."""
-        if description["kind"] not in get_args(Kind):
-            raise ValueError(f"there is no kind {description['kind']!r}")
-        names = tuple(map(str, description["labels"]))
-        self.set_labels(Labels(kind=cast(Kind, description["kind"]), names=names), description["metric"])
+    def take_scale(self, description: Mapping[str, Any]) -> None:
+        """The numbers of `describe_labels`, the other way."""
         self.centre, self.spread = float(description["centre"]), float(description["spread"])
+
+
+def labels_in(description: Mapping[str, Any]) -> Labels:
+    """The labels of `describe_labels`, the other way.  Raises as `from_description`."""
+    if description["kind"] not in get_args(Kind):
+        raise ValueError(f"there is no kind {description['kind']!r}")
+    return Labels(kind=cast(Kind, description["kind"]), names=tuple(map(str, description["labels"])))
 
 
 def with_targets(batch: Batch, examples: Examples, indices: Sequence[int]) -> Batch:

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -18,18 +18,19 @@ from .models import Located
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"  # of transformers, which only those import who load something
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _LONGEST_ON_CPU, _LONGEST = 128, 512
 
 
-def load_tokenizer(located: Located, revision: str | None = None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(located: Located, revision: str | None = None) -> Tokenizer:
     """The model's own tokenizer, with a padding token.  Raises ModelError."""
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise _no_transformers(located) from error
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(located.source, revision=revision or "main")
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(located.source, revision=revision or "main")
     except Exception as error:
         raise ModelError(f"the tokenizer of {located.name} cannot be loaded: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
@@ -153,7 +154,7 @@ def settle_length(
     said: int | None,
     lengths: Sequence[int],
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     asked: Asked,
     *,
     whole: bool = False,
@@ -163,15 +164,28 @@ def settle_length(
     lengths: of training rows, uncut.   whole: cut none that the limits let through.
     Raises RecipeError where more is asked than the model has positions.
     """
-    config: Any = model.config
-    limit = min(getattr(config, "max_position_embeddings", 1 << 20) or 1 << 20, tokenizer.model_max_length)
-    limit = int(limit) - asked.reserved
-    chosen, why = choose_max_length(lengths, limit, asked.device, whole=whole)
-    length = asked.plan.decide("max_length", said, chosen, why)
+    limit = int(min(positions_of(model), tokenizer.model_max_length)) - asked.reserved
+    choice = choose_max_length(lengths, limit, asked.device, whole=whole)
+    taken = f" beside a prompt of {asked.reserved}" if asked.reserved else ""
+    return length_within(limit, "max_length", said, choice, asked, taken)
+
+
+def length_within(
+    limit: int, name: str, said: int | None, choice: tuple[int, str], asked: Asked, taken: str = ""
+) -> int:
+    """A length in tokens, as said or as chosen for a reason, entered in the plan.
+
+    Raises RecipeError where more is said than the model has positions.   taken: what some of these are for, in words.
+    """
+    length = asked.plan.decide(name, said, *choice)
     if length > limit:
-        taken = f" beside a prompt of {asked.reserved}" if asked.reserved else ""
-        raise RecipeError(f"task.max_length is {length}, and {asked.model.name} has {limit} positions{taken}")
+        raise RecipeError(f"task.{name} is {length}, and {asked.model.name} has {limit} positions{taken}")
     return length
+
+
+def positions_of(model: nn.Module) -> int:
+    """How many positions a body of transformers has; a million where it does not say."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 1 << 20)
 
 
 def choose_max_length(

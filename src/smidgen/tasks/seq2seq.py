@@ -9,14 +9,12 @@ token, when it is judged, to a bounded number of rows.
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
 from ..core.checks import require_whole
-from ..core.errors import RecipeError
 from ..data.split import duplicate_groups
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Encoding, Examples, TaskModel
@@ -26,13 +24,10 @@ from .language.pair_tokens import PairTokens
 from .language.seq2seq_model import Seq2SeqModel
 from .language.source_target import SourceTarget, by_language, source_and_target
 from .language.writing import RATIOS, SUMS, sums_of, written
-from .loading import choose_max_length, load_body, load_tokenizer, settle_length
+from .loading import Tokenizer, choose_max_length, length_within, load_body, load_tokenizer, positions_of, settle_length
 from .registry import task
-from .row_roles import GROUP_AND_WEIGHT, groups_of, mean_weight, row_columns, weights_of, without, wrong_roles
+from .row_roles import GROUP_AND_WEIGHT, RowRoles, apart
 from .text.rows import said_rows, some_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _AT_ONCE = 8  # rows written to at a time
 _OWN = 3  # numbers of an answer before those of what is written
@@ -71,11 +66,7 @@ class Seq2Seq(LikelihoodTask):
     metrics_below = frozenset({*LikelihoodTask.metrics_below, "cer", "wer"})
 
     def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        columns: SourceTarget,
-        settings: Seq2SeqSettings,
-        metric: str | None = None,
+        self, tokenizer: Tokenizer, columns: SourceTarget, settings: Seq2SeqSettings, metric: str | None = None
     ) -> None:
         self.tokens = PairTokens(tokenizer, settings.prefix, (settings.source_language, settings.target_language))
         self.tokenizer, self.columns, self.settings, self.notes = tokenizer, columns, settings, []
@@ -93,25 +84,19 @@ class Seq2Seq(LikelihoodTask):
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
-        beside = row_columns(tables["train"], asked, GROUP_AND_WEIGHT)
-        said = {role: name for role, name in asked.columns.items() if role not in beside}
-        source, target, why = source_and_target(without(tables["train"], beside), said)
+        beside = RowRoles.said(tables["train"], asked, GROUP_AND_WEIGHT)
+        source, target, why = source_and_target(*apart(tables["train"], asked, GROUP_AND_WEIGHT))
         asked.decide_columns({"source": source, "target": target}, {"source": why, "target": why})
         tokenizer = load_tokenizer(asked.model, asked.revision)
         made = cls(tokenizer, SourceTarget(source, target), settings, asked.metric)
-        made.row_columns = beside
-        if "group" in beside:
-            made.split_words = f'seeded, rows of one "{beside["group"]}" kept together'
+        made.beside, made.split_words = beside, beside.split_words(cls.split_words)
         return made
 
-    row_columns: Mapping[str, str] = MappingProxyType({})  # role of GROUP_AND_WEIGHT -> column
-    mean_weight: float | None = None  # of the training rows
-
     def check(self, table: Table) -> dict[int, str]:
-        return wrong_roles(table, self.row_columns) | self.columns.check(table)
+        return self.beside.check(table) | self.columns.check(table)
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        return groups_of(table, self.row_columns) or duplicate_groups(self.columns.sources(table))
+        return self.beside.groups(table) or duplicate_groups(self.columns.sources(table))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
         return seen_before(self.columns.sources(train), self.columns.sources(test), "sources")
@@ -126,19 +111,14 @@ class Seq2Seq(LikelihoodTask):
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
         model = cast(Seq2SeqModel, model)
-        self.mean_weight = mean_weight(train, self.row_columns)
+        self.beside = self.beside.learned(train)
         some = some_of(train, asked.seed)
         sources, targets = self._tokens(some)
         lengths = [len(ids) for ids in sources]
         self.max_length = settle_length(self.settings.max_length, lengths, model.body, self.tokenizer, asked)
-        limit = int(getattr(model.body.config, "max_position_embeddings", None) or 1 << 20)
-        chosen, why = choose_max_length([len(ids) for ids in targets], limit, asked.device)
-        said = self.settings.max_target_length
-        self.max_target_length = asked.plan.decide("max_target_length", said, chosen, why)
-        if self.max_target_length > limit:
-            raise RecipeError(
-                f"task.max_target_length is {self.max_target_length}, and {asked.model.name} has {limit} positions"
-            )
+        limit, said = positions_of(model.body), self.settings.max_target_length
+        choice = choose_max_length([len(ids) for ids in targets], limit, asked.device)
+        self.max_target_length = length_within(limit, "max_target_length", said, choice, asked)
         model.says = self.max_target_length
         model.eval().check_logits(self.collate(self.encode(some.select([0])), [0]))
 
@@ -147,21 +127,19 @@ class Seq2Seq(LikelihoodTask):
         return self.tokens.of(self.columns.sources(table), self.columns.targets(table))
 
     def encoding(self) -> Encoding:
-        names = (self.columns.source, self.columns.target, self.row_columns.get("weight"))
         settings = {
             "prefix": self.settings.prefix,
             "languages": [self.settings.source_language, self.settings.target_language],
             "max_length": self.max_length,
             "max_target_length": self.max_target_length,
-            "mean_weight": self.mean_weight,
         }
-        return Encoding(columns=list(filter(None, names)), settings=settings)
+        return self.beside.encoding((self.columns.source, self.columns.target), settings)
 
     def encode(self, table: Table) -> Examples:
         assert self.max_length is not None
         assert self.max_target_length is not None
-        weights = weights_of(table, self.row_columns, self.mean_weight)
-        return self.tokens.examples(*self._tokens(table), self.max_length, self.max_target_length, weights)
+        sizes = (self.max_length, self.max_target_length)
+        return self.tokens.examples(*self._tokens(table), *sizes, self.beside.weights(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         return self.tokens.batch(examples, indices, self.settings.written if self.writes else 0)

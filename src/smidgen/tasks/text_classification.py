@@ -12,8 +12,8 @@ fine-tuning: Kumar et al. 2022, arXiv:2202.10054).
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Self, cast
+from dataclasses import asdict, dataclass
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -26,16 +26,13 @@ from ..data.split import duplicate_groups
 from ..data.table import Table
 from .base import Asked, Batch, Encoding, Examples, TaskModel
 from .judging import seen_before
-from .labelled import ROW_ROLES, LabelledTask, with_targets
-from .loading import load_body, load_tokenizer, settle_length
+from .labelled import ROW_ROLES, LabelledTask, labels_in, with_targets
+from .loading import Tokenizer, load_body, load_tokenizer, settle_length
 from .registry import task
-from .row_roles import without
+from .row_roles import apart
 from .text.classifiers import TextClassifier
 from .text.padding import padded
 from .text.rows import said_rows, some_of, wrong_texts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +59,9 @@ class TextClassification(LabelledTask):
     roles = ("text", "text_pair", "label", *ROW_ROLES)
 
     def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        columns: Columns,
-        labels: Labels,
-        max_length: int,
-        metric: str | None = None,
+        self, tokenizer: Tokenizer, columns: Columns, labels: Labels, max_length: int | None, metric: str | None = None
     ) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length = tokenizer, max_length  # None until it is settled
         self.use_columns(columns)
         self.set_labels(labels, metric)
         self.notes = list(labels.notes)
@@ -80,26 +72,22 @@ class TextClassification(LabelledTask):
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
-        said = {role: name for role, name in asked.columns.items() if role not in ROW_ROLES}
-        beside = {role: name for role, name in asked.columns.items() if role in ROW_ROLES}
-        columns = guess_columns(without(tables["train"], beside), **cast(Any, said))
+        rest, said = apart(tables["train"], asked, ROW_ROLES)
+        columns = guess_columns(rest, **cast(Any, said))
         asked.decide_columns(vars(columns), columns.reasons)
         assert columns.label is not None
         labels = understand_labels(tables["train"].column(columns.label), kind=settings.kind)
         asked.plan.decide("kind", None, labels.kind, labels.reason)
         tokenizer = load_tokenizer(asked.model, asked.revision)
-        made = cls(tokenizer, columns, labels, 0, asked.metric)
-        made._said_length, made._understood = settings.max_length, tables["train"]
+        made = cls(tokenizer, columns, labels, settings.max_length, asked.metric)
         made.take_rows(tables["train"], asked, settings.balance)
         return made
-
-    _said_length: int | None = None
 
     def check(self, table: Table) -> dict[int, str]:
         return {**wrong_texts(table, (self.columns.text, self.columns.text_pair)), **self.check_rows(table)}
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        return self.said_groups(table) or duplicate_groups(table.column(self.columns.text))
+        return self.beside.groups(table) or duplicate_groups(table.column(self.columns.text))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
         if self.columns.text_pair is not None:
@@ -114,7 +102,7 @@ class TextClassification(LabelledTask):
         encode: Any = self.tokenizer
         ids = encode(*self._texts(some_of(train, asked.seed)), verbose=False)["input_ids"]
         lengths = [len(row) for row in ids]
-        self.max_length = settle_length(self._said_length, lengths, model.body, self.tokenizer, asked)
+        self.max_length = settle_length(self.max_length, lengths, model.body, self.tokenizer, asked)
         self.learn_from(train)
 
     def _texts(self, table: Table) -> tuple[list[str], list[str] | None]:
@@ -122,10 +110,7 @@ class TextClassification(LabelledTask):
         return list(table.column(self.columns.text)), pairs
 
     def encoding(self) -> Encoding:
-        names = (self.columns.text, self.columns.text_pair, self.label_column, self.row_columns.get("weight"))
-        return Encoding(
-            columns=list(filter(None, names)), settings={"max_length": self.max_length, **self.encoding_of_labels()}
-        )
+        return self.encoding_with_labels((self.columns.text, self.columns.text_pair), {"max_length": self.max_length})
 
     def encode(self, table: Table) -> Examples:
         texts, pairs = self._texts(table)
@@ -136,7 +121,7 @@ class TextClassification(LabelledTask):
         inputs = [{name: encoded[name][i] for name in names} for i in range(len(table))]
         lengths = [len(row["input_ids"]) for row in inputs]
         cut = sum(bool(row.overflowing) for row in encoded.encodings or ())
-        return Examples(inputs, self.targets_of(table), lengths, cut, self.weights_of(table))
+        return Examples(inputs, self.targets_of(table), lengths, cut, self.beside.weights(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         batch = padded(examples, indices, {"input_ids": cast(int, self.tokenizer.pad_token_id or 0)})
@@ -164,9 +149,9 @@ class TextClassification(LabelledTask):
     def from_description(cls, description: Mapping[str, Any], asked: Asked) -> Self:
         tokenizer = load_tokenizer(asked.model, asked.revision)
         columns = Columns(**description["columns"], reasons={})
-        kind, length = description["kind"], int(description["max_length"])
-        made = cls(tokenizer, columns, Labels(kind=kind, names=tuple(description["labels"])), length)
-        made.take_labels(description)
+        length, metric = int(description["max_length"]), description["metric"]
+        made = cls(tokenizer, columns, labels_in(description), length, metric)
+        made.take_scale(description)
         return made
 
     def table_of(self, inputs: Sequence[str]) -> Table:
@@ -176,9 +161,4 @@ class TextClassification(LabelledTask):
         return said_rows(self.columns.text, inputs)
 
     def rows_for(self, table: Table, *, labelled: bool) -> None:
-        label = self.columns.label if labelled else None
-        wanted = filter(None, (self.columns.text, self.columns.text_pair, label))
-        if any(name not in table.columns for name in wanted):
-            self.use_columns(guess_columns(table, allow_unlabelled=not labelled))
-        if not labelled:
-            self.use_columns(replace(self.columns, label=None))
+        self.use_columns(self.columns.fitting(table, labelled=labelled))

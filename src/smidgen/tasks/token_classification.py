@@ -9,7 +9,7 @@ Words that a maximal length cuts off get no tag, and count as wrong.  Entities a
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +22,13 @@ from ..data.split import duplicate_groups
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Encoding, Example, Examples, Task, TaskModel
 from .judging import contrasted, seen_before
-from .loading import load_body, load_tokenizer, settle_length
+from .loading import Tokenizer, load_body, load_tokenizer, settle_length
 from .registry import task
 from .text.classifiers import TokenClassifier
 from .text.rows import said_rows, some_of
 from .text.spans import NO_TAG, SCHEMES, Scheme, Tags, understand_tags
 from .text.word_columns import WordColumns, guess_word_columns
 from .text.words import SubWords, split_words
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,23 +57,16 @@ class TokenClassification(Task):
     probed = True
     smooths = True
 
-    max_length: int
+    max_length: int  # 0 until it is settled
 
     def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        columns: WordColumns,
-        tags: Tags,
-        max_length: int,
-        metric: str | None = None,
+        self, tokenizer: Tokenizer, columns: WordColumns, tags: Tags, max_length: int, metric: str | None = None
     ) -> None:
         self.tokenizer, self.columns, self.tags, self.max_length = tokenizer, columns, tags, max_length
         self.sub_words = SubWords(tokenizer)
         self.metrics = tags.metrics
         self.judge_by(metric)
         self.notes = []
-
-    _said_length: int | None = None
 
     @classmethod
     def read(cls, where: str, settings: Any) -> tuple[dict[str, Table], list[Problem]]:
@@ -90,9 +80,7 @@ class TokenClassification(Task):
         asked.decide_columns(vars(columns), reasons)
         tags, why = understand_tags(columns.tag_rows(train) or [], settings.scheme)
         asked.plan.decide("scheme", settings.scheme, tags.scheme, why)
-        made = cls(load_tokenizer(asked.model, asked.revision), columns, tags, 0, asked.metric)
-        made._said_length = settings.max_length
-        return made
+        return cls(load_tokenizer(asked.model, asked.revision), columns, tags, settings.max_length or 0, asked.metric)
 
     def check(self, table: Table) -> dict[int, str]:
         return self.columns.check(table, self.tags)
@@ -114,7 +102,7 @@ class TokenClassification(Task):
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
         lengths = self.sub_words.lengths(self.columns.words(some_of(train, asked.seed)))
-        self.max_length = settle_length(self._said_length, lengths, model.body, self.tokenizer, asked, whole=True)
+        self.max_length = settle_length(self.max_length or None, lengths, model.body, self.tokenizer, asked, whole=True)
 
     def encoding(self) -> Encoding:
         names = (self.columns.tokens, self.columns.tags)

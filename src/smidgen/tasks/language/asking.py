@@ -5,7 +5,7 @@ Of prompts and chats the answers are learned and what ends them, or all; of plai
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -13,12 +13,10 @@ from ...core.errors import DataError
 from ...data.conversations import Shape, before_answer
 from ...data.lazy import Lazy
 from ...data.table import Table
+from ..loading import Tokenizer
 from .chat_template import answers_in, encoded, rendered
 from .saying import opening, question, say
 from .token_rows import IGNORED, Tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _OPENING, _GOES_ON = 60, 200  # characters of a text that is to go on, and of how it does
 _SAID = 48  # tokens of a sample
@@ -28,7 +26,7 @@ _SAID = 48  # tokens of a sample
 class AskingRows:
     """Rows of one shape, read with a tokenizer and its chat template.   learns_all: prompts are learned too."""
 
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: Tokenizer
     shape: Shape
     learns_all: bool
 

@@ -18,15 +18,12 @@ Where a tokenizer has no template, turns are written plainly, each answer closed
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from ...core.errors import DataError, ModelError
 from ...data.conversations import Turn
-from ..loading import first_line
+from ..loading import Tokenizer, first_line
 from .token_rows import IGNORED, Tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _PLAIN = (
     "{% for m in messages %}{{ '### ' + (m.role | capitalize) + ':\n' + m.content }}"
@@ -35,7 +32,7 @@ _PLAIN = (
 )
 
 
-def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
+def ensure_template(tokenizer: Tokenizer) -> tuple[str, str]:
     """Give a tokenizer that has no template the plain one.  Returns which it has now, and why."""
     if tokenizer.chat_template:
         return "the model's own", "its tokenizer has one"
@@ -44,7 +41,7 @@ def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     return "plain", 'its tokenizer has none: "### User:", "### Assistant:" and the end token'
 
 
-def rendered(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], *, asks: bool) -> str:
+def rendered(tokenizer: Tokenizer, turns: Sequence[Turn], *, asks: bool) -> str:
     """The turns as text.   asks: with the start of an answer.  Raises DataError where the template refuses them."""
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
@@ -54,7 +51,7 @@ def rendered(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], *, ask
     return cast(str, text)
 
 
-def answers_in(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+def answers_in(tokenizer: Tokenizer, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
     """The turns as text, and from where to where in it, in characters, the answers are, each with what ends it.
 
     Raises DataError where the template refuses the turns, or rewrites those before an answer.
@@ -76,7 +73,7 @@ def answers_in(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> t
     return whole, spans
 
 
-def encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], spans: Sequence[Any]) -> list[Tokens]:
+def encoded(tokenizer: Tokenizer, texts: Sequence[str], spans: Sequence[Any]) -> list[Tokens]:
     """Tokens of rendered texts.   spans: of the answers in each, or None where all but the first token is learned.
 
     A token that holds any character of an answer is a part of it.   Raises ModelError.
@@ -99,7 +96,7 @@ def encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], spans: S
     return rows
 
 
-def _behind_the_end(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
+def _behind_the_end(tokenizer: Tokenizer, text: str) -> int:
     """How many characters of white space follow the special token that ends the text; 0 if none ends it.
 
     Nobody reads what a model would say behind its end.

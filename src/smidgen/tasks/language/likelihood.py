@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base import Batch, Task
+from ..row_roles import RowRoles
 
 METRICS = ("perplexity", "loss", "token_accuracy")
 
@@ -28,6 +29,7 @@ class LikelihoodTask(Task):
     """
 
     metrics_below = frozenset({"perplexity", "loss"})
+    beside = RowRoles()  # what is said of groups and weights
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         losses = outputs["loss"] * batch["weights"] if "weights" in batch else outputs["loss"]

@@ -7,7 +7,7 @@ write with that of the target: it is the first token after the start, or, in mBA
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,10 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...core.errors import RecipeError, nearest
 from ..base import Batch, Examples
+from ..loading import Tokenizer
 from .token_rows import IGNORED
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class PairTokens:
     Raises RecipeError where the tokenizer wants to be told languages and is not, or the other way round.
     """
 
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: Tokenizer
     prefix: str = ""
     languages: tuple[str | None, str | None] = (None, None)
 

@@ -1,17 +1,14 @@
 """Letting a language model say something: the likeliest token each time, so that the same is said every time."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ...data.conversations import Turn
+from ..loading import Tokenizer
 from .chat_template import rendered
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 GREEDY = {  # settings of generation, whatever the model's own are
     "do_sample": False,
@@ -24,22 +21,20 @@ GREEDY = {  # settings of generation, whatever the model's own are
 }
 
 
-def question(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> list[int]:
+def question(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
     """Tokens of turns, with the start of an answer.  Raises DataError where the chat template refuses them."""
     text = rendered(tokenizer, turns, asks=True)
     return cast("list[int]", cast(Any, tokenizer)(text, add_special_tokens=False)["input_ids"])
 
 
-def opening(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+def opening(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokens of a text that is to go on."""
     ids: list[int] = cast(Any, tokenizer)(text)["input_ids"]
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 @torch.no_grad()
-def say(
-    body: nn.Module, tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], count: int, streamer: Any = None
-) -> str:
+def say(body: nn.Module, tokenizer: Tokenizer, ids: Sequence[int], count: int, streamer: Any = None) -> str:
     """What follows these tokens, `count` tokens at most.
 
     body: of transformers, with or without adapters.   streamer: of transformers; it is told each token as it comes.

@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor
 
 from ...data.table import Table
 from ..base import Batch, Examples
+from ..loading import Tokenizer
 from .padding import padded_ids
 from .pair_columns import PairColumns, Side
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _WORTH_A_CALL = 0.25  # share of the places of a batch
 
@@ -21,7 +19,7 @@ _WORTH_A_CALL = 0.25  # share of the places of a batch
 class Sides:
     """A tokenizer, and what is put before queries ("text") and before documents, right and wrong."""
 
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: Tokenizer
     query_prompt: str = ""
     document_prompt: str = ""
 

@@ -5,17 +5,15 @@ A text that nobody has split becomes words by `split_words`: runs of letters and
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor
 
 from ...core.errors import ModelError
 from ..base import Batch, Examples
+from ..loading import Tokenizer
 from .padding import padded
 from .spans import NO_TAG
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _WORD = re.compile(r"(?:\w\.){2,}|\w+(?:[-'.]\w+)*|[^\w\s]")
 
@@ -28,7 +26,7 @@ def split_words(text: str) -> list[str]:
 class SubWords:
     """A tokenizer on rows of words.  Raises ModelError for one that does not say which sub-word is of which word."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.is_fast:
             raise ModelError(
                 f"{type(tokenizer).__name__} does not say which sub-word is of which word: it is no fast one"
