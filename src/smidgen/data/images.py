@@ -78,6 +78,11 @@ def image_problem(value: Any) -> str | None:
         return str(error)
 
 
+def image_problems(values: Sequence[Any]) -> dict[int, str]:
+    """Which of many images cannot be read: number -> what is wrong."""
+    return {i: what for i, what in enumerate(in_threads(image_problem, values)) if what is not None}
+
+
 def image_size(value: Any) -> tuple[int, int]:
     """Height and width of an image as it is seen, turned upright; from its header.  Raises DataError."""
     with _opened(value) as image:

@@ -21,12 +21,11 @@ from ..core.checks import require_whole
 from ..core.safe import write_tensors
 from ..data.image_columns import image_column, label_column
 from ..data.image_folder import FOLDER, read_images
-from ..data.images import Fit, content_key, image_name, image_problem, image_size, in_threads
+from ..data.images import Fit, content_key, image_name, image_problems, in_threads
 from ..data.labels import Kind, Labels, understand_labels
-from ..data.split import subset
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Examples, TaskModel
-from .images.augment import disturbed, flip_is_safe
+from .images.augment import disturbed, flip_is_safe, usual_place
 from .images.image_input import Seen, with_said
 from .images.image_models import ImageClassifier, load_image_model
 from .images.pixels import Pixels
@@ -35,9 +34,6 @@ from .labelled import ROW_ROLES, LabelledTask, labels_in, with_targets
 from .registry import task
 
 Augment = Literal["crop", "shift", "off"]
-
-_SAMPLE = 200  # images measured for their size
-_SMALL = 64  # pixels: images of no more are small
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +99,7 @@ class ImageClassification(LabelledTask):
         return made
 
     def check(self, table: Table) -> dict[int, str]:
-        found = in_threads(image_problem, table.column(self.image_column))
-        problems = {i: what for i, what in enumerate(found) if what is not None}
-        labels = self.check_rows(table)
+        problems, labels = image_problems(table.column(self.image_column)), self.check_rows(table)
         return labels | {i: f"{what}; {labels[i]}" if i in labels else what for i, what in problems.items()}
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
@@ -130,11 +124,7 @@ class ImageClassification(LabelledTask):
         decide("image_size", said.image_size, seen.fit.height, seen.why)
         classifier = cast(ImageClassifier, model)
         decide("features", None, str(classifier.head.in_features), classifier.where)
-        some = [train.column(self.image_column)[i] for i in subset(len(train), None, _SAMPLE, asked.seed)]
-        side = sorted(min(size) for size in in_threads(image_size, some))[len(some) // 2]
-        small = side <= _SMALL
-        why = f"images of {side} pixels are small: a crop would cut their subject" if small else "cut and made large"
-        self.augmented = decide("augment", said.augment, "shift" if small else "crop", why)
+        self.augmented = decide("augment", said.augment, *usual_place(train.column(self.image_column), asked.seed))
         flips, why = flip_is_safe(self.labels.kind, self.labels.names)
         self.flips = decide("flip", said.flip, flips, why) and self.augmented != "off"
         if norms := sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.body.modules()):

@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from ..core.checks import require_whole
-from ..core.errors import DataError, ModelError, RecipeError, require
+from ..core.errors import DataError, require
 from ..data.boxes import BOXES, IMAGE, read_boxes
-from ..data.images import content_key, image_problem, image_size, in_threads
+from ..data.images import content_key, image_problems, image_size, in_threads
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Example, Examples, Task, TaskModel
 from .images.detectors import Detector, load_detector
-from .images.disturbed import GREY, disturbed
+from .images.disturbed import disturbed
 from .images.found import Classes, answers_of, counts, rarest
-from .images.letterbox import Letterbox
-from .judging import contrasted
+from .images.letterbox import Letterbox, letterboxed
 from .registry import task
 
 _ON_CPU, _ELSEWHERE = 320, 640
@@ -64,7 +63,6 @@ class ObjectDetection(Task):
     ) -> None:
         self.classes, self.image_size, self.augments = Classes(list(names), own), image_size, augment
         self.names, self.own = self.classes.names, own
-        self.index = {name: i for i, name in reversed(list(enumerate(self.names)))}
         self.taught, self.suppress = [True] * len(self.names), True
         self.metrics = self.classes.metrics
         self.judge_by(metric)
@@ -84,12 +82,7 @@ class ObjectDetection(Task):
         names = [*detector.names, *new]
         side, why = (_ON_CPU, "half the usual") if asked.device.type == "cpu" else (_ELSEWHERE, "usual")
         side = asked.plan.decide("image_size", settings.image_size, side, f"{why} on a {asked.device.type.upper()}")
-        if side % detector.multiple:
-            near = max(1, round(side / detector.multiple)) * detector.multiple
-            raise RecipeError(
-                f"task.image_size is {side}; for {asked.model.name} it is a multiple of {detector.multiple}, "
-                f"such as {near}"
-            )
+        detector.refuse_side(side, asked.model.name)
         made = cls(names, detector.own, side, augment=settings.augment, metric=asked.metric)
         asked.plan.decide("classes", None, f"{detector.own} old, {len(new)} new", ", ".join(new) or "all are known")
         made.taught = [name in marked for name in names]
@@ -97,8 +90,7 @@ class ObjectDetection(Task):
         return made
 
     def check(self, table: Table) -> dict[int, str]:
-        found = in_threads(image_problem, table.column(IMAGE))
-        problems = {i: what for i, what in enumerate(found) if what}
+        problems = image_problems(table.column(IMAGE))
         for i, boxes in enumerate(table.column(BOXES)):
             if unknown := sorted({box.name for box in boxes} - set(self.names)):
                 problems[i] = f"{', '.join(unknown)}: no class of the model, and in no training image"
@@ -112,11 +104,7 @@ class ObjectDetection(Task):
 
     def build(self, asked: Asked) -> TaskModel:
         detector = load_detector(asked)
-        if detector.names != self.names[: self.own]:
-            raise ModelError(
-                f"{asked.model.name} has the classes {', '.join(detector.names[:5])} ...; the tuned model grew on one "
-                f"with {', '.join(self.names[: self.own][:5])} ..."
-            )
+        detector.refuse_other(self.names[: self.own], asked.model.name)
         torch.manual_seed(asked.seed)  # of the new classes
         detector.grow(self.names[self.own :])
         detector.teach(self.taught)
@@ -134,20 +122,7 @@ class ObjectDetection(Task):
         return 1.0 if method == "selective" else 0.25
 
     def encode(self, table: Table) -> Examples:
-        images, boxes = table.column(IMAGE), table.column(BOXES)
-        placed = [Letterbox.of(size, self.image_size) for size in in_threads(image_size, images)]
-        pixels = torch.full((len(table), 3, self.image_size, self.image_size), GREY, dtype=torch.uint8)
-        targets = torch.full((len(table), max(map(len, boxes), default=0), 5), -1.0)
-
-        def put(i: int) -> None:
-            try:
-                placed[i].put(images[i], pixels[i])
-            except DataError as error:
-                raise DataError(f"{table.where(i)}: {error}") from None
-            for j, box in enumerate(boxes[i]):
-                targets[i, j] = torch.tensor([self.index[box.name], *placed[i].placed(box)])
-
-        in_threads(put, range(len(table)))
+        pixels, targets = letterboxed(table, self.image_size, self.names)
         return Examples([{IMAGE: image} for image in pixels], targets, [1] * len(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
@@ -171,14 +146,7 @@ class ObjectDetection(Task):
         return self.classes.score(answers, targets)
 
     def contrasts(self, table: Table, targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
-        """Images in which one of the two finds all things and nothing else."""
-
-        def words(i: int) -> tuple[str, str, str, str]:
-            by_base, by_tuned = (self.classes.found_in_words(rows[i]) for rows in (base, tuned))
-            return table.column(IMAGE)[i], self.classes.in_words(targets[i, :, 0]), by_base, by_tuned
-
-        right = [self.classes.all_right(answers, targets) for answers in (base, tuned)]
-        return contrasted(right[0], right[1], words)
+        return self.classes.contrasts(table.column(IMAGE), targets, base, tuned)
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
         return [

@@ -13,14 +13,19 @@ hundred images and steps do not pay for strong disturbance.
 import math
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...data.images import image_size, in_threads
+from ...data.split import subset
+
 Place = Literal["crop", "shift"]
 
+_SAMPLE = 200  # images measured for their size
+_SMALL = 64  # pixels: images of no more are small
 _LEAST_AREA = 0.6
 _SHAPE = 4 / 3
 _SHIFT = 1 / 8
@@ -65,6 +70,15 @@ def _coloured(pixels: Tensor) -> Tensor:
 
 def _between(low: float, high: float, *shape: int, device: torch.device) -> Tensor:
     return low + (high - low) * torch.rand(shape, device=device)
+
+
+def usual_place(images: Sequence[Any], seed: int) -> tuple[Place, str]:
+    """Whether to crop or shift images, by the size of some of them; and why."""
+    some = [images[i] for i in subset(len(images), None, _SAMPLE, seed)]
+    side = sorted(min(size) for size in in_threads(image_size, some))[len(some) // 2]
+    if side <= _SMALL:
+        return "shift", f"images of {side} pixels are small: a crop would cut their subject"
+    return "crop", "cut and made large"
 
 
 def flip_is_safe(kind: str, names: Sequence[str]) -> tuple[bool, str]:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.errors import MissingDependency, ModelError
+from ...core.errors import MissingDependency, ModelError, RecipeError
 from ..base import Asked, Batch, TaskModel
 from ..loading import first_line, load_body
 
@@ -50,6 +50,22 @@ class Detector(TaskModel):
         self.head = nn.ModuleList()  # the layers of the new classes
         self.appended: list[Appended] = []
         self.register_buffer("taught", torch.ones(len(names), dtype=torch.bool), persistent=False)
+
+    def refuse_side(self, side: int, name: str) -> None:
+        """Raise RecipeError for a side S that the body cannot take.   name: of the model, for errors."""
+        if side % self.multiple:
+            near = max(1, round(side / self.multiple)) * self.multiple
+            raise RecipeError(
+                f"task.image_size is {side}; for {name} it is a multiple of {self.multiple}, such as {near}"
+            )
+
+    def refuse_other(self, names: Sequence[str], name: str) -> None:
+        """Raise ModelError if a tuned model that grew on classes of these names did not grow on this body's."""
+        if self.names != names:
+            raise ModelError(
+                f"{name} has the classes {', '.join(self.names[:5])} ...; the tuned model grew on one "
+                f"with {', '.join(names[:5])} ..."
+            )
 
     def grow(self, names: Sequence[str]) -> None:
         """Add classes, with scores from torch's generator.  Once, before anything is attached."""

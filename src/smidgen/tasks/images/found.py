@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ...data.boxes import BOXES
 from ...data.table import Table
+from ..base import Example
+from ..judging import contrasted
 from .boxes import average_precision, detections, hits
 from .letterbox import Letterbox
 
@@ -63,6 +65,16 @@ class Classes:
         marked, shown = (targets[..., 0] >= 0).sum(1), answers[..., _SCORE] >= _SHOWN
         at_half = shown & (answers[..., _RIGHT].long() & 1).bool()
         return (at_half.sum(1) == marked) & (shown.sum(1) == marked)
+
+    def contrasts(self, images: Sequence[str], targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
+        """Images in which one of two models finds all things and nothing else."""
+
+        def words(i: int) -> tuple[str, str, str, str]:
+            by_base, by_tuned = (self.found_in_words(answers[i]) for answers in (base, tuned))
+            return images[i], self.in_words(targets[i, :, 0]), by_base, by_tuned
+
+        right = [self.all_right(answers, targets) for answers in (base, tuned)]
+        return contrasted(right[0], right[1], words)
 
     def found_in_words(self, answer: Tensor) -> str:
         """What is shown of one image: "2 cat, 1 dog"."""

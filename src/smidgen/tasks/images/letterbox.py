@@ -3,14 +3,18 @@
 A box in an image is in shares of its width and height (`data.boxes.Box`), in the square it is x1, y1, x2, y2 in pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from ...data.boxes import Box
-from ...data.images import Fit, decode
+from ...core.errors import DataError
+from ...data.boxes import BOXES, IMAGE, Box
+from ...data.images import Fit, decode, image_size, in_threads
+from ...data.table import Table
+from .disturbed import GREY
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,26 @@ class Letterbox:
         shift = torch.tensor([self.left, self.top, self.left, self.top])
         scale = torch.tensor([width / self.width, height / self.height] * 2)
         return ((corners - shift) * scale).clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+
+
+def letterboxed(table: Table, side: int, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """All images in squares, (N, 3, S, S) bytes, and their boxes, (N, G, 5) class and corners, padded with -1.
+
+    names: of the classes; of equal ones the first counts.   Raises DataError for an image that cannot be decoded.
+    """
+    images, boxes = table.column(IMAGE), table.column(BOXES)
+    index = {name: i for i, name in reversed(list(enumerate(names)))}
+    placed = [Letterbox.of(size, side) for size in in_threads(image_size, images)]
+    pixels = torch.full((len(table), 3, side, side), GREY, dtype=torch.uint8)
+    targets = torch.full((len(table), max(map(len, boxes), default=0), 5), -1.0)
+
+    def put(i: int) -> None:
+        try:
+            placed[i].put(images[i], pixels[i])
+        except DataError as error:
+            raise DataError(f"{table.where(i)}: {error}") from None
+        for j, box in enumerate(boxes[i]):
+            targets[i, j] = torch.tensor([index[box.name], *placed[i].placed(box)])
+
+    in_threads(put, range(len(table)))
+    return pixels, targets
