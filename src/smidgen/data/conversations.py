@@ -9,7 +9,7 @@ A prompt and its completion are a turn of the user and one of the assistant.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from ..core.errors import DataError, nearest
 from .labels import check_text
@@ -75,6 +75,15 @@ class Shape:
     kind: Kind
     columns: Mapping[str, str]
     reason: str = ""
+
+    @classmethod
+    def from_description(cls, kind: Any, columns: Mapping[str, Any]) -> Self:
+        """As JSON has them.  Raises KeyError or ValueError."""
+        names = {str(role): str(name) for role, name in dict(columns).items()}
+        needed = {"text": {"text"}, "completion": {"prompt", "completion"}, "chat": {"messages"}}[kind]
+        if not needed <= set(names) <= set(ROLES):
+            raise ValueError(f"columns {names} are not those of {kind}")
+        return cls(kind=kind, columns=names)
 
     def text(self, table: Table, i: int) -> str:
         """The text of row i, of kind "text".  Raises DataError saying what is wrong with it."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.checks import require_one_of, require_whole
 from ..core.errors import DataError
-from ..data.conversations import ROLES, Kind, Shape, recognise
+from ..data.conversations import ROLES, Shape, recognise
 from ..data.split import duplicate_groups
 from ..data.table import Table
 from .base import Asked, Batch, Encoding, Examples, TaskModel
@@ -63,17 +63,12 @@ class CausalLM(LikelihoodTask):
         self, tokenizer: Tokenizer, shape: Shape, settings: CausalLMSettings, metric: str | None = None
     ) -> None:
         self.tokenizer, self.settings, self.notes = tokenizer, settings, []
-        self.read_as(shape)
+        self.shape = shape
+        self.rows = AskingRows(tokenizer, shape, learns_all=settings.loss_on == "all" or shape.kind == "text")
         self.packs = False
         self.keeps_rows = False  # every row of a table, also one with nothing to judge, is a row of the examples
         self.metrics = METRICS
         self.judge_by(metric)
-
-    def read_as(self, shape: Shape) -> None:
-        """Read rows as being of this shape."""
-        self.shape = shape
-        learns_all = self.settings.loss_on == "all" or shape.kind == "text"
-        self.rows = AskingRows(self.tokenizer, shape, learns_all)
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
@@ -185,16 +180,12 @@ class CausalLM(LikelihoodTask):
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any], asked: Asked) -> Self:
-        kind = description["kind"]
-        columns = {str(role): str(name) for role, name in dict(description["columns"]).items()}
-        needed = {"text": {"text"}, "completion": {"prompt", "completion"}, "chat": {"messages"}}[kind]
-        if not needed <= set(columns) <= set(ROLES):
-            raise ValueError(f"columns {columns} are not those of {kind}")
+        shape = Shape.from_description(description["kind"], description["columns"])
         tokenizer = load_tokenizer(asked.model, asked.revision)
-        if kind != "text":
+        if shape.kind != "text":
             ensure_template(tokenizer)
         settings = CausalLMSettings(loss_on=description["loss_on"], max_length=description["max_length"])
-        made = cls(tokenizer, Shape(kind=cast(Kind, kind), columns=columns), settings, description["metric"])
+        made = cls(tokenizer, shape, settings, description["metric"])
         made.max_length, made.keeps_rows = int(description["max_length"]), True
         return made
 
@@ -204,11 +195,8 @@ class CausalLM(LikelihoodTask):
         return said_rows(self.shape.columns["text"], inputs)
 
     def rows_for(self, table: Table, *, labelled: bool) -> None:
-        if any(name not in table.columns for name in self.shape.columns.values()):
-            found = recognise(table, {})
-            if (found.kind == "text") != (self.shape.kind == "text"):
-                raise DataError(f"the rows are {in_words(found)}; this adapter learned from {in_words(self.shape)}")
-            self.read_as(found)
+        self.rows = self.rows.fitting(table)
+        self.shape = self.rows.shape
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
         return [{"prompt": self.prompt_of(table, i), **self.likelihood(row)} for i, row in enumerate(answers)]

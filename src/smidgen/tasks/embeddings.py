@@ -12,7 +12,7 @@ losses of batches of different size cannot be compared.
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Self, cast, get_args
 
 from torch import Tensor, nn
 
@@ -20,18 +20,16 @@ from ..core.checks import require_above_zero, require_one_of, require_whole
 from ..core.errors import DataError
 from ..data.table import Table
 from .base import Asked, Batch, Encoding, Example, Examples, Task, TaskModel
-from .judging import counted, seen_before
+from .judging import counted
 from .loading import Tokenizer, load_body, load_tokenizer, settle_length
 from .registry import task
 from .row_roles import RowRoles, apart
-from .text.objectives import Finding, Likeness, Objective, cosines
+from .text.objectives import Loss, objective_for, shown
 from .text.pair_columns import ROLES, SIDES, PairColumns, pair_columns, score_range
 from .text.rows import said_rows, some_of
 from .text.sentence_pooling import Embedder, Pooling, as_trained, save_trained
 from .text.sides import Sides
 from .text.similarity import connected
-
-Loss = Literal["contrastive", "cosent", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +82,9 @@ class Embeddings(Task):
         self.sides = Sides(tokenizer, settings.query_prompt or "", settings.document_prompt or "")
         self.max_length = settings.max_length
         self.finds = settings.loss == "contrastive"
-        self.objective: Objective = (
-            Finding(temperature=settings.temperature, symmetric=settings.symmetric)
-            if self.finds
-            else Likeness(temperature=settings.temperature, squared=settings.loss == "cosine", scores=scores)
-        )
+        temperature, symmetric = settings.temperature, settings.symmetric
+        loss = cast(Loss, settings.loss)
+        self.objective = objective_for(loss, temperature=temperature, symmetric=symmetric, scores=scores)
         self.metrics = self.objective.metrics
         self.judge_by(metric)
         self.notes: list[str] = []
@@ -127,12 +123,7 @@ class Embeddings(Task):
         return None if self.finds else self.columns.scores(table).tolist()
 
     def remarks(self, train: Table, test: Table) -> list[str]:
-        trained, judged = ([*self.columns.texts(some).values()][:2] for some in (train, test))
-        pairs = list(zip(*judged, strict=True))
-        wanted = {text for pair in pairs for text in pair}
-        seen = {text for texts in trained for text in texts if text in wanted}
-        known = [next((text for text in pair if text in seen), None) for pair in pairs]
-        return seen_before(seen, known, "rows, by one of their texts,")
+        return self.columns.remarks(train, test)
 
     # -- the model --------------------------------------------------------------------------------------------------
     def build(self, asked: Asked) -> Embedder:
@@ -144,16 +135,14 @@ class Embeddings(Task):
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def encoding(self) -> Encoding:
-        texts = [self.columns.names[side] for side in SIDES if side in self.columns.names]
-        return Encoding(
-            columns=list(filter(None, [*texts, self.columns.names.get("score")])),
-            settings={
-                "sides": [side for side in SIDES if side in self.columns.names],
-                "prompts": [self.settings.query_prompt, self.settings.document_prompt],
-                "max_length": self.max_length,
-                "finds": self.finds,
-            },
-        )
+        names = {role: self.columns.names[role] for role in ROLES if role in self.columns.names}
+        settings = {
+            "sides": [side for side in SIDES if side in names],
+            "prompts": [self.settings.query_prompt, self.settings.document_prompt],
+            "max_length": self.max_length,
+            "finds": self.finds,
+        }
+        return Encoding(columns=list(names.values()), settings=settings)
 
     def complete(self, table: Table, examples: Examples) -> Examples:
         return replace(examples, targets=self.columns.numbers(table)) if self.finds else examples
@@ -216,12 +205,7 @@ class Embeddings(Task):
             raise DataError(f"no column of texts: {', '.join(table.names)}")
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
-        sides = self.columns.texts(table)
-        rows: list[dict[str, Any]] = [{side: texts[i] for side, texts in sides.items()} for i in range(len(table))]
-        if answers.ndim == 3 and answers.shape[1] == 1:
-            return [{**row, "embedding": vector.tolist()} for row, vector in zip(rows, answers[:, 0], strict=True)]
-        likeness = cosines(answers) if answers.ndim == 3 else answers
-        return [{**row, "similarity": round(float(c), 4)} for row, c in zip(rows, likeness, strict=True)]
+        return [row | found for row, found in zip(self.columns.rows(table), shown(answers), strict=True)]
 
     def save_body(self, body: nn.Module, folder: str) -> None:
         """So that sentence-transformers reads it too."""

@@ -9,30 +9,25 @@ Judged by the rank of the item among all items that the user has not taken while
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..core.checks import require_finite, require_one_of, require_whole
-from ..core.errors import DataError
 from ..data.interactions import ROLES, identity, interaction_columns, read_features
 from ..data.read import read
 from ..data.table import Table
 from .base import Asked, Batch, Example, Examples, Task, TaskModel
-from .judging import contrasted, seen_before
+from .judging import seen_before
 from .ranking.catalogue import Catalogue, Words
-from .ranking.figures import COUNTS, ITEM, answer, losses, metrics_at, values_of
+from .ranking.figures import COUNTS, answer, contrasts, drawn_of, losses, metrics_at, values_of
 from .ranking.growing import GrownRecommender, WarmStart, warm_start
 from .ranking.interaction_rows import InteractionRows, Split
 from .ranking.recommenders import SIDES, Recommender, Side, load_recommender, write_recommender
 from .ranking.taken import Taken
 from .registry import task
 from .text.rows import said_rows
-
-_ALL = 20_000  # items, up to which all are scored in a step
-_DRAWN = 1000  # of more items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,18 +94,11 @@ class Recommendation(Task):
         for side in SIDES:
             asked.plan.decide(f"new {side}s", None, *catalogue.what_is_new(side, found[side]))
         made = cls(catalogue, columns, settings, asked.metric)
-        made._words = words
-        ordered = "time" in columns
-        why = "each user's last interaction judges" if ordered else "there is no time to split by"
-        chosen: Split = "leave_one_out" if ordered else "random"
-        made.split = asked.plan.decide("split", settings.split, chosen, why)
-        if made.split != "random" and not ordered:
-            raise DataError(f"task.split is {made.split} and no column says the time: --column time=NAME")
+        made.split = made.columns.choose_split(settings.split, asked)
         return made
 
     split: Split = "leave_one_out"
     negatives: int | None = None
-    _words: Words = MappingProxyType({})  # of the files of features
     _train: Table | None = None
     _start: Mapping[str, Tensor] = {}  # the new rows, before any training
 
@@ -146,12 +134,10 @@ class Recommendation(Task):
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
         assert isinstance(model, GrownRecommender)
         count, said, self._train = len(self.catalogue.rows["item"]), self.settings.warm_start, train
-        chosen, why = (None, f"all {count:,} items are scored") if count <= _ALL else (_DRAWN, "there are many items")
-        self.negatives = asked.plan.decide("negatives", self.settings.negatives, chosen, why)
+        self.negatives = asked.plan.decide("negatives", self.settings.negatives, *drawn_of(count))
         pairs, times = self.columns.pairs(train, self.catalogue), self.columns.times(train, in_order=True)
         self.taken = Taken(self.catalogue, pairs, times)
-        words = {side: [self._words[side].get(name, []) for name in self.catalogue.names[side]] for side in SIDES}
-        why = warm_start(model, said, self.taken.pairs(), words)
+        why = warm_start(model, said, self.taken.pairs(), self.catalogue.words)
         if model.grown:
             asked.plan.decide("warm start", None, said, why)
         self._start = {name: value.detach().clone() for name, value in model.head.state_dict().items()}
@@ -176,15 +162,8 @@ class Recommendation(Task):
         return "popularity", torch.zeros(count, 1 + min(self.settings.k, len(self.catalogue.rows["item"])))
 
     def contrasts(self, table: Table, targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
-        users, names, k = table.column(self.columns.names["user"]), self.catalogue.names["item"], self.settings.k
-
-        def words(i: int) -> tuple[str, str, str, str]:
-            by_base, by_tuned = (
-                f"{names[int(line[1])]} first; the right one on place {line[0]:g}" for line in (base[i], tuned[i])
-            )
-            return f"user {users[i]}", names[int(targets[i, ITEM])], by_base, by_tuned
-
-        return contrasted(base[:, 0] <= k, tuned[:, 0] <= k, words)
+        users, items = table.column(self.columns.names["user"]), self.catalogue.names["item"]
+        return contrasts(users, items, targets, base, tuned, self.settings.k)
 
     def remarks(self, train: Table, test: Table) -> list[str]:
         known = map(tuple, self.catalogue.known.interactions.tolist())

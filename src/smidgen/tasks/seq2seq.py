@@ -11,7 +11,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self, cast
 
-import torch
 from torch import Tensor
 
 from ..core.checks import require_whole
@@ -19,18 +18,16 @@ from ..data.split import duplicate_groups
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Encoding, Examples, TaskModel
 from .judging import seen_before
-from .language.likelihood import METRICS, LikelihoodTask
 from .language.pair_tokens import PairTokens
 from .language.seq2seq_model import Seq2SeqModel
 from .language.source_target import SourceTarget, by_language, source_and_target
-from .language.writing import RATIOS, SUMS, sums_of, written
+from .language.writing import WritingTask
 from .loading import Tokenizer, choose_max_length, length_within, load_body, load_tokenizer, positions_of, settle_length
 from .registry import task
 from .row_roles import GROUP_AND_WEIGHT, RowRoles, apart
 from .text.rows import said_rows, some_of
 
 _AT_ONCE = 8  # rows written to at a time
-_OWN = 3  # numbers of an answer before those of what is written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +51,7 @@ class Seq2SeqSettings:
 
 
 @task("seq2seq")
-class Seq2Seq(LikelihoodTask):
+class Seq2Seq(WritingTask):
     """Sequence to sequence with a given tokenizer and columns."""
 
     summary = "a text written to a text: summaries, translations"
@@ -63,7 +60,6 @@ class Seq2Seq(LikelihoodTask):
     roles = ("source", "target", *GROUP_AND_WEIGHT)
     peft_task_type = "SEQ_2_SEQ_LM"
     largest_batch = 8
-    metrics_below = frozenset({*LikelihoodTask.metrics_below, "cer", "wer"})
 
     def __init__(
         self, tokenizer: Tokenizer, columns: SourceTarget, settings: Seq2SeqSettings, metric: str | None = None
@@ -71,11 +67,7 @@ class Seq2Seq(LikelihoodTask):
         self.tokens = PairTokens(tokenizer, settings.prefix, (settings.source_language, settings.target_language))
         self.tokenizer, self.columns, self.settings, self.notes = tokenizer, columns, settings, []
         self.max_length, self.max_target_length = settings.max_length, settings.max_target_length
-        self.metrics = (*METRICS, *RATIOS)
         self.judge_by(metric)
-        self.writes = self.metric in RATIOS
-        if not self.writes:
-            self.metrics = METRICS  # writing takes long; it is done where it was asked for
 
     @classmethod
     def read(cls, where: str, settings: Any) -> tuple[dict[str, Table], list[Problem]]:
@@ -144,26 +136,6 @@ class Seq2Seq(LikelihoodTask):
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         return self.tokens.batch(examples, indices, self.settings.written if self.writes else 0)
 
-    # -- learning and judging ---------------------------------------------------------------------------------------
-    def answer(self, outputs: Any, batch: Batch) -> Tensor:
-        """(rows, 3), and where the model writes the sums of each row beside them, zeros where it did not."""
-        answers = super().answer(outputs, batch)
-        if not self.writes:
-            return answers
-        sums = answers.new_zeros(len(answers), SUMS)
-        if "said" in outputs:
-            said, truths = self.tokens.texts(outputs["said"]), self.tokens.texts(batch["targets"][batch["written"]])
-            sums[batch["written"]] = sums.new_tensor([*map(sums_of, said, truths)])
-        return torch.cat([answers, sums], dim=1)
-
-    def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        return super().score(answers, targets) | (written(answers[:, _OWN:]) if self.writes else {})
-
-    def parts(self, answers: Tensor, targets: Tensor) -> Tensor | None:
-        if not self.writes:
-            return super().parts(answers, targets)
-        return answers[:, [_OWN + place for place in RATIOS[self.metric]]]
-
     # -- saying something -------------------------------------------------------------------------------------------
     def samples(self, model: TaskModel, table: Table, rows: Sequence[int]) -> list[str]:
         """What the model writes to the sources of these rows: the likeliest token each time."""
@@ -171,7 +143,10 @@ class Seq2Seq(LikelihoodTask):
         model, examples = cast(Seq2SeqModel, model), self.encode(table.select(rows))
         parts = [range(start, min(start + _AT_ONCE, len(rows))) for start in range(0, len(rows), _AT_ONCE)]
         said = [model.say(self.collate(examples, some), self.max_target_length) for some in parts]
-        return [text for ids in said for text in self.tokens.texts(ids)]
+        return [text for ids in said for text in self.texts(ids)]
+
+    def texts(self, ids: Tensor) -> list[str]:
+        return self.tokens.texts(ids)
 
     def prompt_of(self, table: Table, row: int) -> str:
         return self.columns.sources(table)[row]

@@ -9,7 +9,7 @@ Words that a maximal length cuts off get no tag, and count as wrong.  Entities a
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from ..data.conll import read_conll
 from ..data.split import duplicate_groups
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Encoding, Example, Examples, Task, TaskModel
-from .judging import contrasted, seen_before
+from .judging import seen_before
 from .loading import Tokenizer, load_body, load_tokenizer, settle_length
 from .registry import task
 from .text.classifiers import TokenClassifier
@@ -125,12 +125,7 @@ class TokenClassification(Task):
         return loss, len(targets)
 
     def answer(self, outputs: Any, batch: Batch) -> Tensor:
-        """The tag of each word (rows, max_length), NO_TAG where there is no word or it was cut off."""
-        words = batch["words"]
-        rows, places = (words >= 0).nonzero(as_tuple=True)
-        answers = words.new_full((len(words), self.max_length), NO_TAG)
-        answers[rows, words[rows, places]] = outputs.argmax(1)
-        return answers
+        return self.sub_words.tags(outputs, batch, self.max_length)
 
     def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
         return self.tags.score(answers, targets)
@@ -149,15 +144,7 @@ class TokenClassification(Task):
         return "majority", torch.full((count, max(self.max_length, targets.shape[1])), usual)
 
     def contrasts(self, table: Table, targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
-        """Rows of which exactly one has all right."""
-
-        def in_words(i: int) -> tuple[str, str, str, str]:
-            words = self.columns.words(table)[i]
-            truth, by_base, by_tuned = (self.tags.in_words(words, tags[i]) for tags in (targets, base, tuned))
-            return " ".join(words), truth, by_base, by_tuned
-
-        right = [self.tags.all_right(answers, targets) for answers in (base, tuned)]
-        return contrasted(right[0], right[1], in_words)
+        return self.tags.contrasts(self.columns.words(table), targets, base, tuned)
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
         """Words with their entities, which go from word "start" to the one before "end"; or with their tags."""
@@ -176,10 +163,8 @@ class TokenClassification(Task):
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any], asked: Asked) -> Self:
-        if description["scheme"] not in SCHEMES:
-            raise ValueError(f"there is no scheme {description['scheme']!r}")
         columns = WordColumns.from_description(description["columns"])
-        tags = Tags(scheme=cast(Scheme, description["scheme"]), names=tuple(map(str, description["tags"])))
+        tags = Tags.from_description(description["scheme"], description["tags"])
         tokenizer = load_tokenizer(asked.model, asked.revision)
         return cls(tokenizer, columns, tags, int(description["max_length"]), description["metric"])
 

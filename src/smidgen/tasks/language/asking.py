@@ -4,13 +4,13 @@ Of prompts and chats the answers are learned and what ends them, or all; of plai
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
 
 from torch import nn
 
 from ...core.errors import DataError
-from ...data.conversations import Shape, before_answer
+from ...data.conversations import Shape, before_answer, recognise
 from ...data.lazy import Lazy
 from ...data.table import Table
 from ..loading import Tokenizer
@@ -29,6 +29,15 @@ class AskingRows:
     tokenizer: Tokenizer
     shape: Shape
     learns_all: bool
+
+    def fitting(self, table: Table) -> Self:
+        """Rows of another file, whose columns may have other names.  Raises DataError for rows of another kind."""
+        if all(name in table.columns for name in self.shape.columns.values()):
+            return self
+        found = recognise(table, {})
+        if (found.kind == "text") != (self.shape.kind == "text"):
+            raise DataError(f"the rows are {in_words(found)}; this adapter learned from {in_words(self.shape)}")
+        return replace(self, shape=found)
 
     def check(self, table: Table) -> dict[int, str]:
         """What is wrong with rows.  Raises DataError where a column is missing."""

@@ -15,16 +15,63 @@ number, a row in one step: Hyyrö 2003, A bit-vector algorithm for computing Lev
 """
 
 import re
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from ..base import Batch
+from .likelihood import METRICS, LikelihoodTask
 
 _WORD = re.compile(r"[^\W_]+")
 
 # sums of a row, in this order: is it written to, is it right, edits and length in characters, in words, ROUGE-L
 SUMS = 7
+_OWN = 3  # numbers of an answer before these: those of its likelihood
 RATIOS = {"exact_match": (1, 0), "cer": (2, 3), "wer": (4, 5), "rouge_l": (6, 0)}  # metric -> sum over sum
+
+
+class WritingTask(LikelihoodTask):
+    """A task that also writes when it is judged, where it is to be judged by a metric of what is written.
+
+    Its outputs then have what is "said", ids of the rows that the batch says are "written" to.
+    """
+
+    metrics_below = frozenset({*LikelihoodTask.metrics_below, "cer", "wer"})
+    writes: bool
+
+    @abstractmethod
+    def texts(self, ids: Tensor) -> list[str]:
+        """Rows of tokens as texts."""
+
+    def judge_by(self, metric: str | None) -> None:
+        self.metrics = (*METRICS, *RATIOS)
+        super().judge_by(metric)
+        self.writes = self.metric in RATIOS
+        if not self.writes:
+            self.metrics = METRICS  # writing takes long; it is done where it was asked for
+
+    def answer(self, outputs: Any, batch: Batch) -> Tensor:
+        """(rows, 3), and where the model writes the sums of each row beside them, zeros where it did not."""
+        answers = super().answer(outputs, batch)
+        if not self.writes:
+            return answers
+        sums = answers.new_zeros(len(answers), SUMS)
+        if "said" in outputs:
+            said, truths = self.texts(outputs["said"]), self.texts(batch["targets"][batch["written"]])
+            sums[batch["written"]] = sums.new_tensor([*map(sums_of, said, truths)])
+        return torch.cat([answers, sums], dim=1)
+
+    def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
+        return super().score(answers, targets) | (written(answers[:, _OWN:]) if self.writes else {})
+
+    def parts(self, answers: Tensor, targets: Tensor) -> Tensor | None:
+        if not self.writes:
+            return super().parts(answers, targets)
+        return answers[:, [_OWN + place for place in RATIOS[self.metric]]]
 
 
 def sums_of(said: str, answer: str) -> list[float]:

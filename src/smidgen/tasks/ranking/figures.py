@@ -10,13 +10,15 @@ USER_KIND, 0 for many interactions and 1 for few; POPULARITY, twice the rank tha
 An answer is the item's rank, 0 for that of popularity, and the rows of the items ranked first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..base import Example
+from ..judging import contrasted
 from .ranks import mrr_at, ndcg_at, ranks, recall_at
 from .taken import HEAD, NEW, TAIL
 
@@ -25,6 +27,8 @@ _SOME = {"head": (ITEM_KIND, HEAD), "tail": (ITEM_KIND, TAIL), "new": (ITEM_KIND
     "many": (USER_KIND, 0),
     "few": (USER_KIND, 1),
 }
+_ALL = 20_000  # items, up to which all are scored in a step
+_DRAWN = 1000  # of more items
 _METRICS = {"ndcg": ndcg_at, "recall": recall_at, "mrr": mrr_at}
 
 
@@ -43,6 +47,25 @@ def values_of(metric: str, answers: Tensor, targets: Tensor) -> Tensor:
         column, kind = _SOME[some]
         about = about & (targets[:, column] == kind)
     return torch.stack([_METRICS[name](place, int(k)) * about, about.float()], dim=1)
+
+
+def contrasts(
+    users: Sequence[str], items: Sequence[str], targets: Tensor, base: Tensor, tuned: Tensor, k: int
+) -> list[Example]:
+    """Rows whose item only one of two models has among its first `k`.   users: of the rows.   items: the names."""
+
+    def words(i: int) -> tuple[str, str, str, str]:
+        by_base, by_tuned = (
+            f"{items[int(line[1])]} first; the right one on place {line[0]:g}" for line in (base[i], tuned[i])
+        )
+        return f"user {users[i]}", items[int(targets[i, ITEM])], by_base, by_tuned
+
+    return contrasted(base[:, 0] <= k, tuned[:, 0] <= k, words)
+
+
+def drawn_of(items: int) -> tuple[int | None, str]:
+    """How many of the items are drawn for a step, None where all are scored; and why."""
+    return (None, f"all {items:,} items are scored") if items <= _ALL else (_DRAWN, "there are many items")
 
 
 def losses(kind: Literal["softmax", "bpr"], scores: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from ...core.errors import DataError
 from ...data.interactions import (
     at_random,
     check_interaction,
@@ -15,6 +16,7 @@ from ...data.interactions import (
 )
 from ...data.table import Table
 from ...data.values import number
+from ..base import Asked
 from .catalogue import Catalogue
 from .recommenders import SIDES, Side
 
@@ -40,6 +42,16 @@ class InteractionRows:
             if what:
                 problems[i] = what
         return problems
+
+    def choose_split(self, said: Split | None, asked: Asked) -> Split:
+        """How rows to judge by are held out, entered in the plan.  Raises DataError for one that needs a time."""
+        ordered = "time" in self.names
+        why = "each user's last interaction judges" if ordered else "there is no time to split by"
+        chosen: Split = "leave_one_out" if ordered else "random"
+        split = asked.plan.decide("split", said, chosen, why)
+        if split != "random" and not ordered:
+            raise DataError(f"task.split is {split} and no column says the time: --column time=NAME")
+        return split
 
     def split(self, table: Table, how: Split, fraction: float, seed: int) -> tuple[list[int], list[int]]:
         """Indices of the rows that stay and of those that judge."""

@@ -5,7 +5,7 @@ Each has the targets of rows, a loss of a batch's vectors (B, S, D), what is kep
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from ..judging import contrasted
 from ..ranking.ranks import mrr_at, recall_at
 from .pair_columns import PairColumns
 from .similarity import Search, contrastive_loss, cosent_loss
+
+Loss = Literal["contrastive", "cosent", "cosine"]
 
 
 class Objective(ABC):
@@ -123,6 +125,21 @@ class Likeness(Objective):
             "spearman": float(spearman_corrcoef(answers, targets)),
             "pearson": float(pearson_corrcoef(answers, targets)),
         }
+
+
+def objective_for(loss: Loss, *, temperature: float, symmetric: bool, scores: tuple[float, float]) -> Objective:
+    """What is learned by this loss.   symmetric: contrastive alone; scores: the others; temperature: all but cosine."""
+    if loss == "contrastive":
+        return Finding(temperature=temperature, symmetric=symmetric)
+    return Likeness(temperature=temperature, squared=loss == "cosine", scores=scores)
+
+
+def shown(answers: Tensor) -> list[dict[str, Any]]:
+    """What is shown of each answer: the vector of a text alone, else how similar the first two texts of a row are."""
+    if answers.ndim == 3 and answers.shape[1] == 1:
+        return [{"embedding": vector.tolist()} for vector in answers[:, 0]]
+    likeness = cosines(answers) if answers.ndim == 3 else answers
+    return [{"similarity": round(float(cosine), 4)} for cosine in likeness]
 
 
 def cosines(vectors: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from ...data.lazy import joined
 from ...data.split import duplicate_groups
 from ...data.table import Table
 from ...data.values import number
+from ..judging import seen_before
 from .rows import wrong_texts
 
 Side = Literal["text", "text_pair", "negative"]
@@ -38,6 +39,20 @@ class PairColumns:
 
     def texts(self, table: Table) -> dict[Side, Sequence[str]]:
         return {side: table.column(self.names[side]) for side in self.sides(table)}
+
+    def rows(self, table: Table) -> list[dict[str, Any]]:
+        """The texts of each row by side, as they are shown."""
+        sides = self.texts(table)
+        return [{side: texts[i] for side, texts in sides.items()} for i in range(len(table))]
+
+    def remarks(self, train: Table, test: Table) -> list[str]:
+        """`Task.remarks`: how many test rows have a text, or its pair, that stands in a training row too."""
+        trained, judged = ([*self.texts(some).values()][:2] for some in (train, test))
+        pairs = list(zip(*judged, strict=True))
+        wanted = {text for pair in pairs for text in pair}
+        seen = {text for texts in trained for text in texts if text in wanted}
+        known = [next((text for text in pair if text in seen), None) for pair in pairs]
+        return seen_before(seen, known, "rows, by one of their texts,")
 
     def numbers(self, table: Table) -> Tensor:
         """The number of each text, (N, S)."""

@@ -20,12 +20,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor
 
 from ...core.errors import DataError
+from ..base import Example
+from ..judging import contrasted
 
 Scheme = Literal["iob2", "iob1", "bioes", "bilou", "plain"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
@@ -43,6 +45,13 @@ class Tags:
 
     scheme: Scheme
     names: tuple[str, ...]
+
+    @classmethod
+    def from_description(cls, scheme: str, names: Sequence[str]) -> Self:
+        """As JSON has them.  Raises ValueError."""
+        if scheme not in SCHEMES:
+            raise ValueError(f"there is no scheme {scheme!r}")
+        return cls(scheme=cast(Scheme, scheme), names=tuple(map(str, names)))
 
     @cached_property
     def types(self) -> tuple[str, ...]:
@@ -154,6 +163,16 @@ class Tags:
         """(N,) bool: which rows have every entity right, and no other."""
         right, said, there = self.counts(answers, targets).sum(1).unbind(-1)
         return (right == said) & (right == there)
+
+    def contrasts(self, rows: Sequence[Sequence[str]], targets: Tensor, base: Tensor, tuned: Tensor) -> list[Example]:
+        """Rows, given by their words, of which only one of two models has all right."""
+
+        def in_words(i: int) -> tuple[str, str, str, str]:
+            truth, by_base, by_tuned = (self.in_words(rows[i], tags[i]) for tags in (targets, base, tuned))
+            return " ".join(rows[i]), truth, by_base, by_tuned
+
+        right = [self.all_right(answers, targets) for answers in (base, tuned)]
+        return contrasted(right[0], right[1], in_words)
 
     def faults(self, tags: Sequence[str]) -> list[tuple[int, str]]:
         """Transitions that the scheme does not allow in a row of tags: index of the word, what is wrong."""

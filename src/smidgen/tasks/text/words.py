@@ -65,3 +65,15 @@ class SubWords:
         batch = padded(examples, indices, {"input_ids": self.tokenizer.pad_token_id or 0, "words": -1, "firsts": -1})
         tags = examples.targets[list(indices)].gather(1, batch["words"].clamp_min(0))
         return {**batch, "targets": tags.where(batch["words"] >= 0, NO_TAG)}
+
+    @staticmethod
+    def tags(outputs: Tensor, batch: Batch, width: int) -> Tensor:
+        """The likeliest tag of each word (rows, width), NO_TAG where there is no word or it was cut off.
+
+        outputs: (M, K), a line for each word of the batch.
+        """
+        words = batch["words"]
+        rows, places = (words >= 0).nonzero(as_tuple=True)
+        tags = words.new_full((len(words), width), NO_TAG)
+        tags[rows, words[rows, places]] = outputs.argmax(1)
+        return tags
