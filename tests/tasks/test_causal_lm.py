@@ -14,7 +14,7 @@ from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
 from smidgen.tasks.causal_lm import CausalLM, CausalLMSettings
-from smidgen.tasks.language.language_model import LanguageModel
+from smidgen.tasks.language.language_model import LanguageModel, decide_packing
 from smidgen.tasks.language.token_rows import IGNORED, best_fit, blocks, pieces
 from smidgen.tasks.models import locate
 
@@ -190,11 +190,11 @@ def test_a_model_that_sees_across_documents_is_not_packed(llama):
     task = CausalLM.understand({"train": TEXTS}, CausalLMSettings(), asked)
     model = Leaky(task.build(asked).body)
     assert "looks across" in model.why_not_packed()
-    assert not task._decide_packing(model, asked)
+    assert not decide_packing(task.settings.packing, task.shape.kind, model, asked)
     assert ("packing", "False", model.why_not_packed()) in asked.plan.entries
     wanted = CausalLM.understand({"train": TEXTS}, CausalLMSettings(packing="on"), asked)
     with pytest.raises(RecipeError, match="packing is on, but rows cannot share a block: the model looks across"):
-        wanted._decide_packing(model, asked)
+        decide_packing(wanted.settings.packing, wanted.shape.kind, model, asked)
 
 
 def test_a_prompt_in_front_rules_packing_out(llama):

@@ -59,6 +59,11 @@ class Examples:
         inputs = inputs.select(some) if isinstance(inputs, FlatRows) else [inputs[i] for i in some]
         return Examples(inputs, self.targets[some], [self.lengths[i] for i in some], 0, weights)
 
+    def targets_at(self, indices: Sequence[int]) -> Batch:
+        """The "targets" of the rows at these indices, and their "weights" where there are some, for a batch."""
+        some = list(indices)
+        return {"targets": self.targets[some]} | ({} if self.weights is None else {"weights": self.weights[some]})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:

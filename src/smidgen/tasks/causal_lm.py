@@ -103,7 +103,8 @@ class CausalLM(LikelihoodTask):
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
         model = cast(LanguageModel, model)
         model.eval().check()
-        self.packs = self._decide_packing(model, asked)
+        packing, kind, weighted = self.settings.packing, self.shape.kind, "weight" in self.beside.columns
+        self.packs = decide_packing(packing, kind, model, asked, weighted=weighted)
         self.beside = self.beside.learned(train)
         if self.packs:
             limit = positions_of(model.body)
@@ -119,13 +120,6 @@ class CausalLM(LikelihoodTask):
                 raise DataError(f"no row has an answer within {self.max_length} tokens: raise task.max_length")
             share = f"{lost / len(tokens):.1%} of the training rows"
             asked.plan.decide("left out", None, share, f"no answer begins within {self.max_length} tokens")
-
-    def _decide_packing(self, model: LanguageModel, asked: Asked) -> bool:
-        why_not = "its prompt stands in front of the first document alone" if asked.reserved else None
-        if "weight" in self.beside.columns:
-            why_not = "each has a weight of its own"
-        packs, why = decide_packing(self.settings.packing, self.shape.kind, model, why_not)
-        return asked.plan.decide("packing", None if self.settings.packing == "auto" else packs, packs, why)
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def encoding(self) -> Encoding:

@@ -185,13 +185,10 @@ class Embeddings(Task):
     @classmethod
     def from_description(cls, description: Mapping[str, Any], asked: Asked) -> Self:
         low, high = map(float, description["scores"])
-        return cls(
-            load_tokenizer(asked.model, asked.revision),
-            {str(role): str(name) for role, name in description["columns"].items()},
-            EmbeddingsSettings(**description["settings"]),
-            (low, high),
-            description["metric"],
-        )
+        tokenizer = load_tokenizer(asked.model, asked.revision)
+        columns = {str(role): str(name) for role, name in description["columns"].items()}
+        settings = EmbeddingsSettings(**description["settings"])
+        return cls(tokenizer, columns, settings, (low, high), description["metric"])
 
     def table_of(self, inputs: Sequence[str]) -> Table:
         return said_rows(next(iter(self.columns.names.values())), inputs)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.checks import require_whole
 from ..core.safe import write_tensors
@@ -30,7 +30,7 @@ from .images.image_input import Seen, with_said
 from .images.image_models import ImageClassifier, load_image_model
 from .images.pixels import Pixels
 from .judging import seen_before
-from .labelled import ROW_ROLES, LabelledTask, labels_in, with_targets
+from .labelled import ROW_ROLES, LabelledTask, labels_in
 from .registry import task
 
 Augment = Literal["crop", "shift", "off"]
@@ -144,7 +144,7 @@ class ImageClassification(LabelledTask):
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         pixels = self.pixels.batch([examples.inputs[i] for i in indices], self._seen.fit)
-        return with_targets({"pixels": pixels}, examples, indices)
+        return {"pixels": pixels, **examples.targets_at(indices)}
 
     def augment(self, batch: Batch) -> Batch:
         if self.augmented == "off":
@@ -155,10 +155,6 @@ class ImageClassification(LabelledTask):
     # -- using a result ---------------------------------------------------------------------------------------------
     def shown_input(self, table: Table, i: int) -> str:
         return image_name(table.column(self.image_column)[i])
-
-    def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
-        lines = super().predicted(table, answers)
-        return [{"image": self.shown_input(table, i), **line} for i, line in enumerate(lines)]
 
     def resolved_settings(self) -> dict[str, Any]:
         side = self._seen.fit.height if self._seen.fit.height == self._seen.fit.width else None

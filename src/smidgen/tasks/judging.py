@@ -1,6 +1,7 @@
 """What tasks have in common where they judge: means over rows, rows that one of two has right, rows seen before."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +23,8 @@ def contrasted(base: Tensor, tuned: Tensor, words: Callable[[int], tuple[str, st
     found = []
     for i in (base != tuned).nonzero()[:, 0].tolist():
         text, truth, by_base, by_tuned = words(i)
-        if tuned[i]:
-            found.append(Example(text=text, truth=truth, base=by_base, tuned=by_tuned, better="tuned"))
-        else:
-            found.append(Example(text=text, truth=truth, base=by_base, tuned=by_tuned, better="base"))
+        better: Literal["base", "tuned"] = "tuned" if tuned[i] else "base"
+        found.append(Example(text=text, truth=truth, base=by_base, tuned=by_tuned, better=better))
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.errors import DataError, RecipeError
 from ..data.labels import Kind, Labels
 from ..data.table import Table
-from .base import Asked, Batch, Encoding, Example, Examples, Task
+from .base import Asked, Encoding, Example, Task
 from .judging import contrasted, counted
 from .row_roles import RowRoles
 
@@ -28,7 +28,7 @@ _METRICS_OF_CLASSES = ("accuracy", "macro_f1", "mcc")
 
 
 class LabelledTask(Task):
-    """A task whose rows have one label each, of any kind.
+    """A task whose rows have one label each, of any kind.   roles: the first is what a row is shown by.
 
     label_column: None where rows are only to be predicted.   centre, spread: of the training targets of a regression,
     whose head predicts (target - centre) / spread.
@@ -79,7 +79,10 @@ class LabelledTask(Task):
         return self.beside.latest(table, fraction) or super().hold_out(table, fraction, seed)
 
     def check_rows(self, table: Table) -> dict[int, str]:
-        """What is wrong with the labels of rows, and with their times, groups and weights."""
+        """What is wrong with the labels of rows, and with their times, groups and weights.
+
+        Of the very rows that the labels were understood from, those are wrong too whose label is unlike the others.
+        """
         problems = self.beside.check(table)
         if self.label_column is not None:
             for i, value in enumerate(table.column(self.label_column)):
@@ -87,13 +90,8 @@ class LabelledTask(Task):
                     self.labels.encode(value)
                 except DataError as error:
                     problems[i] = f'column "{self.label_column}": {error}'
-        return {**self.outliers(table), **problems}
-
-    def outliers(self, table: Table) -> dict[int, str]:
-        """Rows of the very values that the labels were understood from, whose label is unlike the others."""
-        if self.label_column is None or table is not self._understood:
-            return {}
-        return {i: f'column "{self.label_column}": {what}' for i, what in self.labels.problems.items()}
+        outliers = self.labels.problems if self.label_column is not None and table is self._understood else {}
+        return {**{i: f'column "{self.label_column}": {what}' for i, what in outliers.items()}, **problems}
 
     _understood: Table | None = None  # the table that the labels were understood from
 
@@ -218,7 +216,7 @@ class LabelledTask(Task):
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
         lines = []
         for i, prediction in enumerate(self.predictions(answers)):
-            line: dict[str, Any] = {"prediction": self.named(prediction)}
+            line: dict[str, Any] = {self.roles[0]: self.shown_input(table, i), "prediction": self.named(prediction)}
             if self.labels.kind in ("binary", "multiclass"):
                 line["probability"] = round(float(answers[i].softmax(0).max()), 4)
             lines.append(line)
@@ -250,15 +248,6 @@ def labels_in(description: Mapping[str, Any]) -> Labels:
     if description["kind"] not in get_args(Kind):
         raise ValueError(f"there is no kind {description['kind']!r}")
     return Labels(kind=cast(Kind, description["kind"]), names=tuple(map(str, description["labels"])))
-
-
-def with_targets(batch: Batch, examples: Examples, indices: Sequence[int]) -> Batch:
-    """The batch with the targets of these rows, and their weights where there are some."""
-    some = list(indices)
-    batch["targets"] = examples.targets[some]
-    if examples.weights is not None:
-        batch["weights"] = examples.weights[some]
-    return batch
 
 
 def _equal(predictions: Tensor, targets: Tensor) -> Tensor:

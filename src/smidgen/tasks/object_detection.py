@@ -127,7 +127,7 @@ class ObjectDetection(Task):
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         images = torch.stack([examples.inputs[i][IMAGE] for i in indices])
-        return {IMAGE: images.float() / 255, "targets": examples.targets[list(indices)]}
+        return {IMAGE: images.float() / 255, **examples.targets_at(indices)}
 
     def augment(self, batch: Batch) -> Batch:
         if not self.augments:

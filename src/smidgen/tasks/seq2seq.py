@@ -143,10 +143,7 @@ class Seq2Seq(WritingTask):
         model, examples = cast(Seq2SeqModel, model), self.encode(table.select(rows))
         parts = [range(start, min(start + _AT_ONCE, len(rows))) for start in range(0, len(rows), _AT_ONCE)]
         said = [model.say(self.collate(examples, some), self.max_target_length) for some in parts]
-        return [text for ids in said for text in self.texts(ids)]
-
-    def texts(self, ids: Tensor) -> list[str]:
-        return self.tokens.texts(ids)
+        return [text for ids in said for text in self.tokens.texts(ids)]
 
     def prompt_of(self, table: Table, row: int) -> str:
         return self.columns.sources(table)[row]

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor
 
 from ..core.checks import require_whole
 from ..core.errors import DataError
@@ -26,7 +25,7 @@ from ..data.split import duplicate_groups
 from ..data.table import Table
 from .base import Asked, Batch, Encoding, Examples, TaskModel
 from .judging import seen_before
-from .labelled import ROW_ROLES, LabelledTask, labels_in, with_targets
+from .labelled import ROW_ROLES, LabelledTask, labels_in
 from .loading import Tokenizer, load_body, load_tokenizer, settle_length
 from .registry import task
 from .row_roles import apart
@@ -62,13 +61,9 @@ class TextClassification(LabelledTask):
         self, tokenizer: Tokenizer, columns: Columns, labels: Labels, max_length: int | None, metric: str | None = None
     ) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length  # None until it is settled
-        self.use_columns(columns)
+        self.columns, self.label_column = columns, columns.label
         self.set_labels(labels, metric)
         self.notes = list(labels.notes)
-
-    def use_columns(self, columns: Columns) -> None:
-        """Read rows by these columns."""
-        self.columns, self.label_column = columns, columns.label
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
@@ -124,16 +119,11 @@ class TextClassification(LabelledTask):
         return Examples(inputs, self.targets_of(table), lengths, cut, self.beside.weights(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        batch = padded(examples, indices, {"input_ids": cast(int, self.tokenizer.pad_token_id or 0)})
-        return with_targets(batch, examples, indices)
+        fillers = {"input_ids": cast(int, self.tokenizer.pad_token_id or 0)}
+        return padded(examples, indices, fillers) | examples.targets_at(indices)
 
     def shown_input(self, table: Table, i: int) -> str:
         return str(table.column(self.columns.text)[i])
-
-    def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
-        texts = table.column(self.columns.text)
-        lines = super().predicted(table, answers)
-        return [{"text": text, **line} for text, line in zip(texts, lines, strict=True)]
 
     def resolved_settings(self) -> dict[str, Any]:
         return {**super().resolved_settings(), "kind": self.labels.kind}
@@ -161,4 +151,5 @@ class TextClassification(LabelledTask):
         return said_rows(self.columns.text, inputs)
 
     def rows_for(self, table: Table, *, labelled: bool) -> None:
-        self.use_columns(self.columns.fitting(table, labelled=labelled))
+        self.columns = self.columns.fitting(table, labelled=labelled)
+        self.label_column = self.columns.label

@@ -8,7 +8,8 @@ and what would have gone in is taken from there.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ...core.errors import ModelError, RecipeError
 from ...core.linear_cross_entropy import linear_cross_entropy_rows
 from ...data.conversations import Kind
-from ..base import Batch, TaskModel
+from ..base import Asked, Batch, TaskModel
 from .token_rows import IGNORED
 
 Packing = Literal["auto", "on", "off"]
@@ -49,12 +50,53 @@ class Shaping:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
+@contextmanager
+def given_to(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """What a layer is given meanwhile, (rows, T, D); it is called with no place of it, so that it has nothing to do."""
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        caught.append(args[0])
+        return (args[0][:, :0],)
+
+    handle = layer.register_forward_pre_hook(catch)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def likelihoods(
+    hidden: Tensor, targets: Tensor, layer: nn.Module, bias: Tensor | None, shaping: Shaping
+) -> dict[str, Tensor]:
+    """Per row, each (rows,): "loss" summed, how many "tokens" are to be learned, how many of those are "right".
+
+    hidden: what goes into the output layer, (rows, T, D), or more places, which are not looked at.
+    targets: of each of these places, (rows, T).   bias: of the logits, (V,), beside the layer's own.
+    """
+    rows, places = (targets != IGNORED).nonzero(as_tuple=True)
+    hidden = hidden[rows, places]  # (M, D)
+    losses, right = linear_cross_entropy_rows(
+        hidden,
+        layer,
+        bias,
+        targets[rows, places],
+        scale=shaping.scale,
+        softcap=shaping.softcap,
+    )
+    counts = torch.zeros(len(targets), dtype=torch.int64, device=rows.device)
+    return {
+        "loss": losses.new_zeros(len(targets)).index_add(0, rows, losses),
+        "tokens": counts.index_add(0, rows, torch.ones_like(rows)),
+        "right": counts.index_add(0, rows, right.long()),
+    }
+
+
 class LanguageModel(TaskModel):
     """A pre-trained causal language model; it has all it needs, so there is no head of the task's.
 
-    forward(batch) -> per row, each (rows,): "loss" summed, how many "tokens" were to be learned, how many of those were
-    "right", the likeliest.   batch: "input_ids" and "targets" (rows, T), and "attention_mask", or "position_ids" that
-    begin at 0 with each document of a packed row.
+    forward(batch) -> `likelihoods`.   batch: "input_ids" and "targets" (rows, T), and "attention_mask", or
+    "position_ids" that begin at 0 with each document of a packed row.
     """
 
     def __init__(self, body: nn.Module) -> None:
@@ -75,37 +117,13 @@ class LanguageModel(TaskModel):
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What goes into the output layer, (rows, T, D), in the dtype it goes in with."""
-        caught: list[Tensor] = []
-
-        def catch(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            caught.append(args[0])
-            return (args[0][:, :0],)
-
-        handle = self.output_layer().register_forward_pre_hook(catch)
-        try:
-            given = {name: value for name, value in batch.items() if name not in ("targets", "weights")}
+        given = {name: value for name, value in batch.items() if name not in ("targets", "weights")}
+        with given_to(self.output_layer()) as caught:
             self.body(**given, **self.call)
-        finally:
-            handle.remove()
         return caught[0][:, -batch["input_ids"].shape[1] :]  # a prompt in front has places too
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        hidden, targets = self.hidden(batch), batch["targets"][:, 1:]
-        rows, places = (targets != IGNORED).nonzero(as_tuple=True)
-        losses, right = linear_cross_entropy_rows(
-            hidden[rows, places],  # (M, D)
-            self.output_layer(),
-            None,
-            targets[rows, places],
-            scale=self.shaping.scale,
-            softcap=self.shaping.softcap,
-        )
-        counts = torch.zeros(len(targets), dtype=torch.int64, device=rows.device)
-        return {
-            "loss": losses.new_zeros(len(targets)).index_add(0, rows, losses),
-            "tokens": counts.index_add(0, rows, torch.ones_like(rows)),
-            "right": counts.index_add(0, rows, right.long()),
-        }
+        return likelihoods(self.hidden(batch), batch["targets"][:, 1:], self.output_layer(), None, self.shaping)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -143,14 +161,19 @@ class LanguageModel(TaskModel):
         return (ids % int(vocabulary))[None]
 
 
-def decide_packing(said: Packing, kind: Kind, model: LanguageModel, why_not: str | None) -> tuple[bool, str]:
-    """Whether rows of a kind share blocks, and why.   why_not: if rows or method cannot.  Raises RecipeError."""
+def decide_packing(said: Packing, kind: Kind, model: LanguageModel, asked: Asked, *, weighted: bool = False) -> bool:
+    """Whether rows of a kind share blocks, entered in the plan.   weighted: rows count differently in the loss.
+
+    Raises RecipeError where they are to and cannot.
+    """
+    why_not = "its prompt stands in front of the first document alone" if asked.reserved else None
+    why_not = "each has a weight of its own" if weighted else why_not
     if said == "off" or (said == "auto" and kind != "text"):
-        return False, "batches are of rows of like length, so little is padded; a mask for each block would cost more"
-    why_not = why_not or model.why_not_packed()
-    if said == "on" and why_not:
+        why_not = "batches are of rows of like length, so little is padded; a mask for each block would cost more"
+    elif (why_not := why_not or model.why_not_packed()) and said == "on":
         raise RecipeError(f"task.packing is on, but rows cannot share a block: {why_not}")
-    return why_not is None, why_not or "documents share blocks and do not see each other; checked on this model"
+    why = why_not or "documents share blocks and do not see each other; checked on this model"
+    return asked.plan.decide("packing", None if said == "auto" else not why_not, not why_not, why)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import ModelError
-from ...core.linear_cross_entropy import linear_cross_entropy_rows
 from ..base import Batch, TaskModel
-from .language_model import Shaping
+from .language_model import Shaping, given_to, likelihoods
 from .saying import GREEDY
 from .token_rows import IGNORED
 
+_SOURCE = ("input_ids", "attention_mask")  # of a batch
 _SAME = 1e-3  # of the largest logit: fp32 in another order, not another computation
 _KEPT = (  # of the model's own settings for writing; its beams and penalties are left out
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"),
@@ -31,8 +31,8 @@ _KEPT = (  # of the model's own settings for writing; its beams and penalties ar
 class Seq2SeqModel(TaskModel):
     """A pre-trained encoder-decoder; it has all it needs, so there is no head of the task's.
 
-    forward(batch) -> per row (rows, 3): summed loss, how many tokens are to be learned, how many of those have the
-    largest logit; where no gradient is asked for, in eval mode, also what it says to the rows "written", (W, T') ids.
+    forward(batch) -> `likelihoods`; where no gradient is asked for, in eval mode, also what it has "said" to the rows
+    "written", (W, T') ids.
     batch: "input_ids" and "attention_mask" (rows, S), "targets" (rows, T), and perhaps "written" (rows,) bool.
     """
 
@@ -48,47 +48,18 @@ class Seq2SeqModel(TaskModel):
             raise ModelError(f"{type(body).__name__} is no encoder-decoder that writes text (T5, BART, Marian ...)")
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        targets = batch["targets"]
-        rows, places = (targets != IGNORED).nonzero(as_tuple=True)
-        losses, right = linear_cross_entropy_rows(
-            self.hidden(batch)[rows, places],  # (M, D)
-            cast(Any, self.body).get_output_embeddings(),
-            self.bias(),
-            targets[rows, places],
-            scale=self.shaping.scale,
-            softcap=self.shaping.softcap,
-        )
-        counts = torch.zeros(len(targets), dtype=torch.int64, device=rows.device)
-        outputs = {
-            "loss": losses.new_zeros(len(targets)).index_add(0, rows, losses),
-            "tokens": counts.index_add(0, rows, torch.ones_like(rows)),
-            "right": counts.index_add(0, rows, right.long()),
-        }
+        layer = cast(Any, self.body).get_output_embeddings()
+        outputs = likelihoods(self.hidden(batch), batch["targets"], layer, self.bias(), self.shaping)
         judged = not self.training and not torch.is_grad_enabled()
         if judged and self.says is not None and "written" in batch and batch["written"].any():
-            rows_written = {name: batch[name][batch["written"]] for name in ("input_ids", "attention_mask")}
-            outputs["said"] = self.say(rows_written, self.says)
+            outputs["said"] = self.say({name: batch[name][batch["written"]] for name in _SOURCE}, self.says)
         return outputs
 
     def hidden(self, batch: Batch) -> Tensor:
         """What goes into the output layer at each place of the targets, (rows, T, D)."""
-        caught: list[Tensor] = []
-
-        def catch(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            caught.append(args[0])
-            return (args[0][:, :0],)  # no logits
-
-        starts = self.decoder_inputs(batch["targets"])
-        handle = cast(Any, self.body).get_output_embeddings().register_forward_pre_hook(catch)
-        try:
-            self.body(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                decoder_input_ids=starts,
-                use_cache=False,
-            )
-        finally:
-            handle.remove()
+        source, starts = {name: batch[name] for name in _SOURCE}, self.decoder_inputs(batch["targets"])
+        with given_to(cast(Any, self.body).get_output_embeddings()) as caught:
+            self.body(**source, decoder_input_ids=starts, use_cache=False)
         return caught[0]
 
     def decoder_inputs(self, targets: Tensor) -> Tensor:
@@ -108,12 +79,8 @@ class Seq2SeqModel(TaskModel):
     @torch.no_grad()
     def check_logits(self, batch: Batch) -> None:
         """Raise ModelError where the model makes its logits in a way that is not known here."""
-        own = self.body(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=batch["targets"],
-            use_cache=False,
-        ).logits
+        source = {name: batch[name] for name in _SOURCE}
+        own = self.body(**source, labels=batch["targets"], use_cache=False).logits
         u = cast(Any, self.body).get_output_embeddings()(self.hidden(batch))
         bias = self.bias()
         ours = self.shaping(u if bias is None else u + bias)
@@ -132,5 +99,5 @@ class Seq2SeqModel(TaskModel):
         body = cast(Any, self.body)
         kept = {name: getattr(body.generation_config, name, None) for name in _KEPT}
         how = cast(Any, GenerationConfig)(**{**kept, **self.begins}, **GREEDY, max_new_tokens=count)
-        given = {name: batch[name].to(body.device) for name in ("input_ids", "attention_mask")}
+        given = {name: batch[name].to(body.device) for name in _SOURCE}
         return cast(Tensor, body.generate(**given, generation_config=how))

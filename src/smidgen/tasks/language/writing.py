@@ -1,4 +1,4 @@
-"""How near what a model wrote is to what the data answer.  Sums are over the rows that were written to.
+"""How near what a model wrote is to what the data answer, and tasks judged so.  Sums are over the rows written to.
 
     exact_match = rows written right / rows            cer = edits of characters / characters of the answers
     rouge_l     = mean F of ROUGE-L                    wer = edits of words / words of the answers
@@ -15,7 +15,6 @@ number, a row in one step: Hyyrö 2003, A bit-vector algorithm for computing Lev
 """
 
 import re
-from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ..base import Batch
 from .likelihood import METRICS, LikelihoodTask
+from .pair_tokens import PairTokens
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -41,11 +41,8 @@ class WritingTask(LikelihoodTask):
     """
 
     metrics_below = frozenset({*LikelihoodTask.metrics_below, "cer", "wer"})
+    tokens: PairTokens
     writes: bool
-
-    @abstractmethod
-    def texts(self, ids: Tensor) -> list[str]:
-        """Rows of tokens as texts."""
 
     def judge_by(self, metric: str | None) -> None:
         self.metrics = (*METRICS, *RATIOS)
@@ -61,7 +58,7 @@ class WritingTask(LikelihoodTask):
             return answers
         sums = answers.new_zeros(len(answers), SUMS)
         if "said" in outputs:
-            said, truths = self.texts(outputs["said"]), self.texts(batch["targets"][batch["written"]])
+            said, truths = map(self.tokens.texts, (outputs["said"], batch["targets"][batch["written"]]))
             sums[batch["written"]] = sums.new_tensor([*map(sums_of, said, truths)])
         return torch.cat([answers, sums], dim=1)
 

@@ -1,7 +1,6 @@
 """Who the users and items are: the rows of a recommender, the new ones behind them, and the features of these."""
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -15,21 +14,18 @@ Words = Mapping[Side, Mapping[str, Sequence[str]]]  # of each side and name, its
 class Catalogue:
     """Names and row numbers of all users and items.   new: the names behind the base's.
 
-    features: of each new row, which of the base's columns of features are 1.   words: of each row, as far as said.
-    Raises ValueError for a name twice.
+    features: of each new row, which of the base's columns of features are 1.   words: the features of every row, where
+    it was `grown` by them.   Raises ValueError for a name twice.
     """
 
+    words: Mapping[Side, Sequence[Sequence[str]]]
+
     def __init__(
-        self,
-        known: Known,
-        new: Mapping[Side, Sequence[str]],
-        features: Mapping[Side, Sequence[Sequence[int]]],
-        words: Words = MappingProxyType({}),
+        self, known: Known, new: Mapping[Side, Sequence[str]], features: Mapping[Side, Sequence[Sequence[int]]]
     ) -> None:
         self.known, self.new = known, {side: list(new[side]) for side in SIDES}
         self.features = {side: [list(some) for some in features[side]] for side in SIDES}
         self.names = {side: [*known.names(side), *new[side]] for side in SIDES}
-        self.words = {side: [words.get(side, {}).get(name, ()) for name in self.names[side]] for side in SIDES}
         self.rows = {side: {name: i for i, name in enumerate(self.names[side])} for side in SIDES}
         if any(len(self.rows[side]) < len(self.names[side]) for side in SIDES):
             raise ValueError("a new user or item is named twice, or is not new")
@@ -44,7 +40,9 @@ class Catalogue:
             features[side] = [
                 sorted({place[word] for word in words[side].get(name, ()) if word in place}) for name in new[side]
             ]
-        return cls(known, new, features, words)
+        made = cls(known, new, features)
+        made.words = {side: [words[side].get(name, ()) for name in made.names[side]] for side in SIDES}
+        return made
 
     def what_is_new(self, side: Side, found: Sequence[str]) -> tuple[str, str]:
         """How many users or items are new, and among how many.   found: those of the training rows."""

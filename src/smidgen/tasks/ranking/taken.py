@@ -71,7 +71,7 @@ class Taken:
             "users": torch.tensor([row["user"] for row in some]),
             "history": _padded(before, at_end=False),
             "taken": _padded(taken, at_end=True),
-            "targets": examples.targets[list(indices)],
+            **examples.targets_at(indices),
         }
 
     def describe(self) -> dict[str, str]:

@@ -44,8 +44,7 @@ class Sides:
     def batch(self, examples: Examples, indices: Sequence[int]) -> Batch:
         """The rows at these indices as `Embedder` takes them."""
         rows = {side: [examples.inputs[i][side] for i in indices] for side in examples.inputs[indices[0]]}
-        batch = sides_as_batch(rows, cast(int, self.tokenizer.pad_token_id or 0))
-        return {**batch, "targets": examples.targets[list(indices)]}
+        return sides_as_batch(rows, cast(int, self.tokenizer.pad_token_id or 0)) | examples.targets_at(indices)
 
 
 def sides_as_batch(sides: Mapping[str, Sequence[Sequence[int]]], filler: int) -> Batch:

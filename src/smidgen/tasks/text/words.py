@@ -68,10 +68,7 @@ class SubWords:
 
     @staticmethod
     def tags(outputs: Tensor, batch: Batch, width: int) -> Tensor:
-        """The likeliest tag of each word (rows, width), NO_TAG where there is no word or it was cut off.
-
-        outputs: (M, K), a line for each word of the batch.
-        """
+        """The likeliest tag of each word (rows, width), NO_TAG where it was cut off.   outputs: (M, K), by word."""
         words = batch["words"]
         rows, places = (words >= 0).nonzero(as_tuple=True)
         tags = words.new_full((len(words), width), NO_TAG)
