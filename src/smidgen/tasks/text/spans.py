@@ -168,8 +168,9 @@ class Tags:
         """Rows, given by their words, of which only one of two models has all right."""
 
         def in_words(i: int) -> tuple[str, str, str, str]:
-            truth, by_base, by_tuned = (self.in_words(rows[i], tags[i]) for tags in (targets, base, tuned))
-            return " ".join(rows[i]), truth, by_base, by_tuned
+            words = rows[i]
+            truth, by_base, by_tuned = (self.in_words(words, tags[i]) for tags in (targets, base, tuned))
+            return " ".join(words), truth, by_base, by_tuned
 
         right = [self.all_right(answers, targets) for answers in (base, tuned)]
         return contrasted(right[0], right[1], in_words)
