@@ -101,7 +101,8 @@ def test_rows_of_one_group_stay_on_one_side(models, name):
     users = rows.column("user")
     assert {users[i] for i in kept}.isdisjoint({users[i] for i in held})
     assert len(held) == 10
-    assert task.split_words.endswith('rows of one "user" kept together')
+    share = "by class, " if name == "text_classification" else ""
+    assert task.split_words == f'{share}seeded, rows of one "user" kept together'
     with pytest.raises(DataError, match='no column "usr"'):
         ready(models, name, group="usr")
     wrong = rows_of(**{key: values for key, values in rows.columns.items() if key not in ("user", "counts")})

@@ -70,7 +70,7 @@ class LabelledTask(Task):
         self._understood, self.beside = train, RowRoles.said(train, asked, ROW_ROLES)
         if weight := self.beside.columns.get("weight"):
             self.notes.append(f'Rows count by "{weight}" in the loss; the figures count each once.')
-        self.split_words = self.beside.split_words(self.split_words)
+        self.split_words = self.beside.split_words(self.split_words, by_class=True)
         if balance and self.labels.kind not in ("binary", "multiclass"):
             raise RecipeError(f"task.balance is for rows of one class each, and the labels are {self.labels.kind}")
         self.balance = balance

@@ -42,12 +42,13 @@ class RowRoles:
             asked.plan.decide(f"{role} column", name, name, "")
         return cls(columns)
 
-    def split_words(self, usual: str) -> str:
-        """How rows are held out, in words.   usual: without these roles, "seeded, equal texts kept together"."""
+    def split_words(self, usual: str, *, by_class: bool = False) -> str:
+        """How rows are held out, in words.   usual: without these roles.   by_class: each class keeps its share."""
         if "time" in self.columns:
             return f'as the latest by "{self.columns["time"]}"'
         if "group" in self.columns:
-            return f'{usual.rpartition(", ")[0]}, rows of one "{self.columns["group"]}" kept together'
+            share = "by class, " if by_class else ""
+            return f'{share}seeded, rows of one "{self.columns["group"]}" kept together'
         return usual
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
