@@ -230,7 +230,7 @@ def test_a_box_that_is_moved_out_of_the_picture_goes() -> None:
     assert (boxes[there][..., 1:] >= 0).all()
 
 
-@pytest.mark.parametrize(("method", "rate"), [(None, "0.001"), ("lora", "0.0005")])
+@pytest.mark.parametrize(("method", "rate"), [(None, "0.0005"), ("lora", "0.0005")])
 def test_a_detector_is_tuned_by_its_most_important_weights_where_nobody_names_a_method(
     tmp_path: Path, method: str | None, rate: str
 ) -> None:

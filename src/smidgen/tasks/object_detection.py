@@ -119,7 +119,7 @@ class ObjectDetection(Task):
         return settings, "a twentieth of the weights, in neck and head"
 
     def rate_factor(self, method: str) -> float:
-        return 1.0 if method == "selective" else 0.25
+        return 0.5 if method == "selective" else 0.25
 
     def encode(self, table: Table) -> Examples:
         pixels, targets = letterboxed(table, self.image_size, self.names)
