@@ -42,17 +42,18 @@ def fit_probe(
     )
     centre = (shares * features).sum(0)
     spread = (shares * (features - centre).square()).sum(0).sqrt().clamp_min(1e-6)
-    z = (features - centre) / spread
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    z = features[order].sub_(centre).div_(spread)  # in this order once and for all: parts of it are then no copies
+    targets, weights = targets[order], None if weights is None else weights[order]
 
-    def mean_loss(W: Tensor, c: Tensor, rows: Tensor | slice) -> Tensor:
+    def mean_loss(W: Tensor, c: Tensor, rows: slice) -> Tensor:
         some = None if weights is None else weights[rows] / weights[rows].mean().clamp_min(1e-12)
         return loss(z[rows] @ W.T + c, targets[rows], some)
 
     W, c = torch.zeros(outputs, z.shape[1]), torch.zeros(outputs)
     penalty = _PENALTIES[0]
     if len(z) >= _FEW:
-        order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))
-        held, rest = order[: len(z) // 5], order[len(z) // 5 :]
+        held, rest = slice(len(z) // 5), slice(len(z) // 5, None)
         best = math.inf
         for candidate in _PENALTIES:
             W, c = _fit(partial(mean_loss, rows=rest), W, c, candidate)
