@@ -60,6 +60,7 @@ class Seq2Seq(WritingTask):
     roles = ("source", "target", *GROUP_AND_WEIGHT)
     peft_task_type = "SEQ_2_SEQ_LM"
     largest_batch = 8
+    split_words = "seeded, equal sources kept together"
 
     def __init__(
         self, tokenizer: Tokenizer, columns: SourceTarget, settings: Seq2SeqSettings, metric: str | None = None
