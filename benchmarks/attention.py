@@ -34,11 +34,9 @@ SHAPES = (  # rows, heads, tokens, features of a head
 )
 
 
-def step_of(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, context: Callable[[], AbstractContextManager[Any]]
-) -> Callable[[], None]:
+def step_of(shape: tuple[int, int, int, int], context: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
     rows, heads, tokens, features = shape
-    q, k, v = (torch.randn(rows, tokens, heads, features, dtype=dtype).transpose(1, 2) for _ in range(3))
+    q, k, v = (torch.randn(rows, tokens, heads, features, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     sees = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)
     sees[::2, :, :, -2:] = False
@@ -63,7 +61,7 @@ def main() -> None:
     }
     rows = []
     for shape in SHAPES:
-        steps = {name: step_of(shape, torch.bfloat16, context) for name, context in contexts.items()}
+        steps = {name: step_of(shape, context) for name, context in contexts.items()}
         seconds = interleaved(steps, asked.rounds)
         found = over(seconds, USUAL)
         line = "{} rows, {} heads, {} tokens, {} features".format(*shape)

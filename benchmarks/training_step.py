@@ -13,6 +13,7 @@ import argparse
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ import smidgen
 from smidgen.core import lean
 from smidgen.core.blocks import blocks
 from smidgen.core.products import products_by
+from smidgen.training.compiling import compiled
 
 RANK, DROPOUT = 16, 0.05
 FLOOR = "frozen (floor)"
@@ -159,15 +161,15 @@ def by_onednn(step: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def measure(key: str, rounds: int) -> tuple[dict[str, Spread], dict[str, float]]:
-    """Time and memory kept for backward of every variant, over the floor's."""
+def measure(key: str, rounds: int, held: ExitStack) -> tuple[dict[str, Spread], dict[str, float]]:
+    """Time and memory kept for backward of every variant, over the floor's.   held: what lasts meanwhile."""
     case = CASES[key]
     base = case.build().train()
     x = torch.randn(case.shape, dtype=next(base.parameters()).dtype, requires_grad=True)
     models = variants_of(base, case.rank)
     for name, model in models.items():
-        for path in blocks(model) if COMPILED in name else ():
-            model.get_submodule(path).compile(dynamic=True)
+        if COMPILED in name:
+            held.enter_context(compiled(model, blocks(model)))
     kept = {name: kept_for_backward(model, functools.partial(loss_of, model, x)) for name, model in models.items()}
     steps = {name: step_of(model, x) for name, model in models.items()}
     if x.dtype == torch.float32:  # 16-bit products are oneDNN's in any case
@@ -186,7 +188,8 @@ def main() -> None:
     tables: list[dict[str, Any]] = []
     claims: list[dict[str, Any]] = []
     for key in [asked.only] if asked.only else CASES:
-        seconds, kept = measure(key, asked.rounds)
+        with ExitStack() as held:
+            seconds, kept = measure(key, asked.rounds, held)
         print(CASES[key].title)
         for name, spread in seconds.items():
             print(f"  {name:52s} {spread.median:5.2f} ({spread.low:.2f} to {spread.high:.2f})  kept {kept[name]:5.2f}")

@@ -5,6 +5,7 @@ rows of 32 tokens it needs 21 ms, and its fp32 twin 5, casts included 6 (`benchm
 MiniLM's shape that was a third of a training step.  The gradients are those of the same formula, rounded once less.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,6 @@ from torch import Tensor
 LONGEST = 256  # tokens; with more the bfloat16 kernel is the faster one
 _NAME = "_scaled_dot_product_flash_attention_for_cpu_backward"
 _is_on = False
-_registered: list[Any] = []  # the library that holds `_backward`, once it is needed
 
 
 @contextmanager
@@ -24,15 +24,20 @@ def short_attention_backward_in_fp32() -> Iterator[None]:
     ran in bfloat16 on a CPU.  What is kept between forward and backward stays the same.
     """
     global _is_on
-    if not _registered:
-        library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-        library.impl(_NAME, _backward, "AutogradCPU")
-        _registered.append(library)
+    _register()
     before, _is_on = _is_on, True
     try:
         yield
     finally:
         _is_on = before
+
+
+@functools.cache
+def _register() -> Any:
+    """The library that puts `_backward` in the operator's place, for as long as somebody holds it."""
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    library.impl(_NAME, _backward, "AutogradCPU")
+    return library
 
 
 def _backward(

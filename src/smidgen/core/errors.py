@@ -88,6 +88,11 @@ def require(condition: bool, message: str, error: type[SmidgenError] = ConfigErr
         raise error(message)
 
 
+def reason(error: Exception) -> str:
+    """The first line of what a library's error says; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The known names most like `word`, best first; empty if none is near."""
     import difflib  # here: only a message needs it

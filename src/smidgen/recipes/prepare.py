@@ -88,13 +88,13 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
     with reading(recipe.data.in_memory):
         given, problems = _read(recipe.data, kind, settings)
     _say_what_is_lazy(given, recipe.data.in_memory, plan)
-    unreadable = len(problems)
+    rows = len(problems) + sum(map(len, given.values()))
     try:
         task = kind.understand(given, settings, asked)
     except DataError as error:
         if not problems or recipe.data.on_bad_row != "fail":
             raise
-        found = bad_rows_message(problems, unreadable + sum(map(len, given.values())))
+        found = bad_rows_message(problems, rows)
         raise DataError(f"{error}\nPerhaps because {found}") from error
     plan.decide("metric", asked.metric, task.metric, "usual for this kind; picks the best step, and is compared")
     notes: list[str] = []
@@ -105,7 +105,7 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
         checked[name] = table.select([i for i in range(len(table)) if i not in bad]) if bad else table
     if problems:
         if recipe.data.on_bad_row == "fail":
-            raise DataError(bad_rows_message(problems, unreadable + sum(map(len, given.values()))))
+            raise DataError(bad_rows_message(problems, rows))
         notes.append(
             f"{len(problems)} bad rows were left out: "
             + "; ".join(map(str, problems[:3]))

@@ -66,7 +66,7 @@ def load_body(
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         if kind is None:
-            config = transformers.AutoConfig.from_pretrained(located.source, revision=revision or "main")
+            config = _config(located, revision)
             kind = (config.architectures or ["AutoModel"])[0]
         if located.quantize is not None:
             streamed = _read_quantised(located, located.quantize, dtype, revision, getattr(transformers, kind))
@@ -108,9 +108,8 @@ def _read_quantised(
     None where its files name their tensors otherwise than its class does, which only transformers can translate.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(located.source, revision=revision or "main")
+    config = _config(located, revision)
     wanted = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype or "float32")
     with init_empty_weights(include_buffers=False):
         build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
@@ -231,13 +230,17 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
 
 
-def _other_kind(located: Located, revision: str | None, kind: str) -> ModelError:
-    """For a model of which transformers has no class of this kind, such as a BERT where a seq2seq model is needed."""
+def _config(located: Located, revision: str | None) -> Any:
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(located.source, revision=revision or "main")
+    return AutoConfig.from_pretrained(located.source, revision=revision or "main")
+
+
+def _other_kind(located: Located, revision: str | None, kind: str) -> ModelError:
+    """For a model of which transformers has no class of this kind, such as a BERT where a seq2seq model is needed."""
+    found = _config(located, revision).model_type
     return ModelError(
-        f"{located.name} is of type {config.model_type}, and {kind} of transformers has none of that type: this task "
+        f"{located.name} is of type {found}, and {kind} of transformers has none of that type: this task "
         "needs another kind of model, or this model another --task"
     )
 

@@ -21,7 +21,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..core.errors import FolderError, MissingDependency, ModelError, nearest
+from ..core.errors import FolderError, MissingDependency, ModelError, nearest, reason
 from ..core.safe import read_json
 from .own.python_file import names_file, object_in_file
 
@@ -111,9 +111,8 @@ def empty_body(located: Located, revision: str | None = None) -> nn.Module:
             model = AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
             return cast(nn.Module, model)
     except Exception as error:  # whatever a library makes of a config that a stranger wrote
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         hint = "" if located.is_local else ". Is the name right, and is there a network or a cached copy?"
-        raise ModelError(f"{located.name} cannot be built: {reason.rstrip('.')}{hint}") from error
+        raise ModelError(f"{located.name} cannot be built: {reason(error).rstrip('.')}{hint}") from error
 
 
 def _in_package(name: str) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..core.blocks import blocks
-from ..core.errors import RecipeError
+from ..core.errors import RecipeError, reason
 
 
 def refuse_compiling(model: nn.Module, device: torch.device) -> None:
@@ -23,8 +23,8 @@ def refuse_compiling(model: nn.Module, device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise RecipeError(f"train.compile: true: PyTorch cannot compile here: {reason:.300}. Leave it out") from error
+        why = reason(error)
+        raise RecipeError(f"train.compile: true: PyTorch cannot compile here: {why:.300}. Leave it out") from error
 
 
 @contextmanager

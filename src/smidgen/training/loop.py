@@ -132,7 +132,8 @@ class Loop:
             adapters.follow(self.optimizer, settings.steps, done=self.step)
         started, before = time.monotonic(), self.history["seconds"]
         batches = self._batches()
-        paths = blocks_beside(self.model, self._replayed()) if settings.compile else []
+        replayed_paths = [unit.path for unit in self.replay.units] if self.replay else []
+        paths = blocks_beside(self.model, replayed_paths) if settings.compile else []
         with (
             Stopper() as stopper,
             recompute(self.model, settings.recompute, offload=settings.offload),
@@ -235,9 +236,6 @@ class Loop:
         rows = rows_at_once(2 * self.settings.batch, self.history["split"])
         with as_written(self.settings.compile):
             return predict(self.model, self.task, self.valid_set, self.accelerator, rows, replay=self.replay)
-
-    def _replayed(self) -> list[str]:
-        return [unit.path for unit in self.replay.units] if self.replay else []
 
     def _save(self) -> None:
         if self.folder is None or not self.accelerator.is_main_process:
