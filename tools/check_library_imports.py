@@ -1,4 +1,4 @@
-"""The library part imports torch, safetensors and the standard library when it is imported, and nothing else.
+"""The library part imports torch, zlib-ng and the standard library when it is imported, and nothing else.
 
 Looked at: `smidgen/__init__.py`, `adapters.py`, `conversion.py`, `core/`, `methods/` and `formats/`. An import inside a
 function costs nothing until it is called, and one under `if TYPE_CHECKING` costs nothing at all: both are allowed.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "smidgen"
 LIBRARY = ("__init__.py", "adapters.py", "conversion.py", "core", "methods", "formats")
-ALLOWED = {"torch", "safetensors", "smidgen"} | sys.stdlib_module_names
+ALLOWED = {"torch", "zlib_ng", "smidgen"} | sys.stdlib_module_names
 
 
 def run_on_import(node: ast.AST) -> Iterator[ast.AST]:
@@ -50,7 +50,7 @@ def main() -> None:
     parts = [PACKAGE / part for part in LIBRARY]
     files = [file for part in parts for file in (sorted(part.rglob("*.py")) if part.is_dir() else [part])]
     problems = [problem for file in files for problem in foreign_imports(file)]
-    print("\n".join(problems) or f"{len(files)} files of the library import torch, safetensors and Python's own")
+    print("\n".join(problems) or f"{len(files)} files of the library import torch, zlib-ng and Python's own")
     sys.exit(bool(problems))
 
 

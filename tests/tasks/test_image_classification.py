@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
 
 from smidgen import attach
 from smidgen.auto.plan import Plan
@@ -13,6 +15,8 @@ from smidgen.core.errors import DataError
 from smidgen.data.table import Table
 from smidgen.methods.batchnorm_tuning import BatchNormTuning
 from smidgen.methods.lora import LoRA
+from smidgen.recipes.run import tune
+from smidgen.recipes.schema import Recipe
 from smidgen.tasks.base import Asked
 from smidgen.tasks.image_classification import ImageClassification, ImageClassificationSettings
 from smidgen.tasks.images.image_models import ImageClassifier
@@ -162,6 +166,27 @@ def test_statistics_are_frozen_unless_the_method_keeps_its_own(asked):
         model.eval()
         model(task.collate(task.encode(table), range(8)))
         assert all(torch.equal(own[name], b) for name, b in after.items())
+
+
+def test_trials_before_a_run_leave_statistics_alone(tmp_path):
+    (tmp_path / "model.py").write_text(MODEL)
+    for number in range(24):
+        folder = tmp_path / "images" / ("dark" if number % 2 else "light")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(png(5 * number + 100 * (number % 2)))
+    recipe = {
+        "model": f"{tmp_path / 'model.py'}:make",
+        "data": {"train": str(tmp_path / "images")},
+        "task": "image_classification",
+        "method": {"name": "batchnorm_tuning", "statistics": "adapted"},
+        "train": {"steps": 3, "batch": 4},
+        "out": str(tmp_path / "out"),
+    }
+    said = io.StringIO()
+    out = tune(Recipe.model_validate(recipe), resume=False, fresh=False, console=Console(file=said))
+    assert "leaves the output as it was" in said.getvalue()
+    saved = load_file(out / "adapter_model.safetensors")
+    assert saved["base_model.model.1.num_batches_tracked"] <= 3  # the best step's: no trial is counted
 
 
 def test_equal_images_stay_on_one_side_and_are_told_of(asked):

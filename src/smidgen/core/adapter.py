@@ -58,6 +58,12 @@ class Adapter(nn.Module):
     def filled(self) -> None:
         """A saved adapter's tensors are filled in: compute what follows from these.  Most have nothing."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is None or isinstance(value, Tensor | nn.Module) or name in self.__dict__.get("_parameters", ()):
+            super().__setattr__(name, value)
+        else:  # nn.Module would look at all that it could be: half of the time that building an adapter takes
+            object.__setattr__(self, name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "followed"}  # a copy follows nothing
 
@@ -103,8 +109,26 @@ class AdditiveAdapter(Adapter):
             f"{type(self).__name__} at {self.site.name} changes activations, not weights. Keep it attached."
         )
 
+    def bias_delta(self, rows: slice) -> Tensor | None:
+        """What is added to these rows of the bias: (rows,).  Asked for where there is a bias."""
+        return None
+
+    def add_weight_delta(self, W: Tensor, rows: slice) -> None:
+        """Add `weight_delta` to W (rows, I), the caller's own copy, in its place."""
+        W.add_(self.weight_delta(rows).to(W.dtype))
+
     def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
-        return W + self.weight_delta(rows).to(W.dtype), b
+        return W + self.weight_delta(rows).to(W.dtype), self.merged_bias(b, rows)
+
+    def merged_bias(self, b: Tensor | None, rows: slice) -> Tensor | None:
+        """The bias (rows,) with this adapter in it."""
+        change = None if b is None else self.bias_delta(rows)
+        return b if b is None or change is None else b + change.to(b.dtype)
+
+    @property
+    def merges_by_adding(self) -> bool:
+        """True if `weight_delta` and `bias_delta` are all of `merged`."""
+        return type(self).merged is AdditiveAdapter.merged
 
 
 class ByName(Adapter):

@@ -111,6 +111,13 @@ class LowRankAdapter(AdditiveAdapter):
         per_expert = torch.bmm(B.view(E, -1, R), A.view(E, R, -1))  # (E, O, I)
         return self.scale * per_expert.flatten(0, 1)[rows]
 
+    def add_weight_delta(self, W: Tensor, rows: slice) -> None:
+        if self.site.linear.stack > 1 or type(self).weight_delta is not LowRankAdapter.weight_delta:
+            super().add_weight_delta(W, rows)
+        else:
+            A, B = self.factors()
+            W.addmm_(self.scale * B[rows].to(W.dtype), A.to(W.dtype))  # the product stands nowhere by itself
+
     def _drawn(self, x: Tensor) -> Tensor:
         """What dropout drops of x: a mask, or the places where these are few beside its entries."""
         size = x.numel()
@@ -121,9 +128,6 @@ class LowRankAdapter(AdditiveAdapter):
         # K places, each any of the M: an entry is none of them with probability (1 - 1/M)^K = 1 - dropout
         count = round(-math.log1p(-self.dropout) * size)
         return torch.randint(size, (count,), device=x.device)
-
-    def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
-        return self.weight_delta(rows).to(W.dtype).add_(W), b  # the product is nobody else's
 
     def _mask(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """1 where dropout keeps, 0 where it drops; uint8."""

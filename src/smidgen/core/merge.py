@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import attach as mechanism
-from .adapter import Adapter
+from .adapter import Adapter, AdditiveAdapter
 from .composition import Expression, merged, names_in, plan_for
 from .errors import MergeError, NotMergeable
 from .quantised_linear import QuantisedLinear
-from .quantised_merge import requantised
+from .quantised_merge import Blocks, requantised
 from .site import Site
 
 _BLOCK_ELEMENTS = 1 << 18  # of the weight, per block: 1 MB in fp32, which a processor's cache holds
@@ -70,8 +70,8 @@ def _find(site: Site, name: str) -> Adapter | None:
     return mechanism.held(site.layer).get(mechanism.key_of(name, site.parameter))
 
 
-def _blocks(site: Site, expression: Expression) -> "Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]":
-    """Blocks of rows: (rows, old, new, new bias), old and new (rows, I) in fp32 or better; old is a copy."""
+def _own_blocks(site: Site, expression: Expression) -> Blocks:
+    """Blocks of rows as they are: (rows, W (rows, I) in its own dtype, bias in fp32 or better)."""
     stored, bias = site.storage.read(site.stored), site.bias
     height, width = site.linear.stack * site.fan_out, site.fan_in
     found = [_find(site, name) for name in names_in(expression)]
@@ -79,11 +79,44 @@ def _blocks(site: Site, expression: Expression) -> "Iterator[tuple[slice, Tensor
     step = max(1, _BLOCK_ELEMENTS // max(width, 1)) if in_blocks else height
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
-        old = site.linear.read_rows(stored, rows)
-        old = old.to(torch.promote_types(old.dtype, torch.float32), copy=True)
-        b = None if bias is None else bias.detach().flatten()[rows].to(old.dtype)
-        new, b = merged(expression, lambda name: _find(site, name), old, b, rows)
-        yield rows, old, new, b
+        W = site.linear.read_rows(stored, rows)
+        yield rows, W, None if bias is None else bias.detach().flatten()[rows].to(_wide(W.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _adding(site: Site, expression: Expression) -> AdditiveAdapter | None:
+    """The one adapter that is to be merged here, if it does no more than add to the weight and the bias."""
+    adapter = _find(site, expression) if isinstance(expression, str) else None
+    return adapter if isinstance(adapter, AdditiveAdapter) and adapter.merges_by_adding else None
+
+
+def _blocks(site: Site, expression: Expression) -> Blocks:
+    """Blocks of rows: (rows, new, new bias), new (rows, I) in fp32 or better."""
+    adding = _adding(site, expression)
+    for rows, own, b in _own_blocks(site, expression):
+        W = own.to(_wide(own.dtype), copy=True)
+        if adding is None:
+            yield rows, *merged(expression, lambda name: _find(site, name), W, b, rows)
+        else:
+            adding.add_weight_delta(W, rows)
+            yield rows, W, adding.merged_bias(b, rows)
+
+
+def _measured_blocks(site: Site, expression: Expression) -> Iterator[tuple[float, Tensor, Tensor | None]]:
+    """The same blocks: (sum of the squares of what is added to the weight, new, new bias)."""
+    adding, room = _adding(site, expression), None  # memory that is new takes longer to get than to fill
+    for rows, own, b in _own_blocks(site, expression):
+        if adding is None:
+            W = own.to(_wide(own.dtype), copy=True)
+            new, b = merged(expression, lambda name: _find(site, name), W, b, rows)
+            yield _squares(new - own), new, b
+        else:
+            update = adding.weight_delta(rows).to(_wide(own.dtype))
+            room = torch.empty_like(update) if room is None else room[: len(update)]
+            yield _squares(update), torch.add(update, own, out=room), adding.merged_bias(b, rows)
 
 
 @torch.no_grad()
@@ -91,14 +124,14 @@ def _error(site: Site, expression: Expression) -> float:
     """norm(round(W + update) - (W + update)) / norm(update); infinite if a merged value is not finite."""
     if (layer := _quantised(site)) is not None:
         return requantised(layer, lambda: _blocks(site, expression))[1]
-    lost = update = 0.0
+    lost, update, room = 0.0, 0.0, None
     dtype = site.storage.writable(site.stored).dtype
-    for _, old, new, b in _blocks(site, expression):
+    for squares, new, b in _measured_blocks(site, expression):
         if b is not None and not torch.isfinite(b.to(cast(Tensor, site.bias).dtype)).all():
             return float("inf")
-        difference = new - old if _share_memory(new, old) else old.sub_(new)  # in its place: memory takes the time here
-        update += _squares(difference)
-        lost += _squares(difference.copy_(new.to(dtype)).sub_(new))
+        room = torch.empty_like(new) if room is None else room[: len(new)]
+        update += squares
+        lost += _squares(torch.sub(new, new.to(dtype), out=room))
     if not math.isfinite(lost):  # one value that is not finite makes the norm so
         return float("inf")
     return (lost / update) ** 0.5 if update else 0.0
@@ -107,10 +140,6 @@ def _error(site: Site, expression: Expression) -> float:
 def _quantised(site: Site) -> QuantisedLinear | None:
     """The layer whose weight is the site and is held in few bits; its bias is an ordinary tensor."""
     return site.layer if site.parameter is None and isinstance(site.layer, QuantisedLinear) else None
-
-
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _squares(x: Tensor) -> float:
@@ -131,7 +160,7 @@ def _write(site: Site, expression: Expression) -> None:
 @torch.no_grad()
 def _write_into(weight: Tensor | None, bias: Tensor | None, site: Site, expression: Expression) -> None:
     """Write the merged weight, in its stored shape, and the merged bias."""
-    for rows, _, new, b in _blocks(site, expression):
+    for rows, new, b in _blocks(site, expression):
         if weight is not None:
             site.linear.write_rows(weight, rows, new)
         if bias is not None and b is not None:

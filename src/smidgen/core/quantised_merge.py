@@ -19,16 +19,16 @@ from .quantised_linear import QuantisedLinear
 from .storage import Bits4Storage, OpaqueStorage, TorchaoStorage, storage_of
 from .targets import modules_of
 
-Blocks = Callable[[], Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]]  # rows, old, new, new bias
+Blocks = Iterator[tuple[slice, Tensor, Tensor | None]]  # rows, new, new bias
 
 
 @torch.no_grad()
-def requantised(layer: QuantisedLinear, blocks: Blocks) -> tuple[Pieces, float]:
+def requantised(layer: QuantisedLinear, blocks: Callable[[], Blocks]) -> tuple[Pieces, float]:
     """The pieces of the merged weight, and norm(rounding) / norm(update); infinite if a value is not finite."""
     shape = (layer.out_features, layer.in_features)
-    pieces = layer.format.quantised(shape, ((rows, new) for rows, _, new, _ in blocks()), layer.packed.device)
+    pieces = layer.format.quantised(shape, ((rows, new) for rows, new, _ in blocks()), layer.packed.device)
     read, lost, update = layer.format.reader(shape, pieces), 0.0, 0.0
-    for rows, _, new, b in blocks():  # what was there may have been changed in place
+    for rows, new, b in blocks():
         if not torch.isfinite(new).all() or (b is not None and not torch.isfinite(b.to(layer.bias.dtype)).all()):
             return pieces, float("inf")
         lost += float(torch.linalg.vector_norm(read(rows, slice(None)) - new)) ** 2

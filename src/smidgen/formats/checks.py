@@ -1,6 +1,6 @@
 """Does an opened adapter fit this model, agree with itself, and hold numbers?  Each check says all that it finds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -94,15 +94,20 @@ def check_base(opened: Opened, heads: Sequence[Site]) -> None:
         )
 
 
-def check_values(opened: Opened, read: Mapping[str, Tensor]) -> None:
-    """Raise FolderError if a tensor is not the one that was written, or not finite."""
+def read_checked(opened: Opened, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read these tensors.  Raises FolderError if one is not the one that was written, or not finite."""
     problems = []
-    if opened.note is not None:
-        sums = opened.note.tensors
-        problems = [f"{key} is damaged" for key, tensor in read.items() if not is_intact(tensor, sums.get(key))]
-    problems += [f"{key} holds NaN or infinity" for key, tensor in read.items() if not finite(tensor)]
+
+    def look(name: str, tensor: Tensor) -> None:
+        if opened.note is not None and not is_intact(tensor, opened.note.tensors.get(name)):
+            problems.append(f"{name} is damaged")
+        elif not finite(tensor):
+            problems.append(f"{name} holds NaN or infinity")
+
+    read = read_tensors(opened.weights, opened.header, names, look)
     if problems:
         raise FolderError(f"{opened.weights}: {len(problems)} of {len(read)} tensors: {'; '.join(problems[:8])}")
+    return read
 
 
 def check_copies(opened: Opened, copies: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from ..core.site import Site
 from ..core.targets import Targets
 from ..methods.trainable_tokens import with_tied
 from .layout import PREFIX, Modules, canonical, clean, site_key
-from .note import NOTE, Note, Place, Several, read_note
+from .note import NOTE, Note, Place, Several
 from .translation import PeftTranslation, in_order, plain
 from .translations import peft_method, translation_of
 from .write import CONFIG, WEIGHTS
@@ -55,9 +55,9 @@ class Opened:
         return f"It was trained on {str(name or 'a model')[:200]} ({str(of_class)[:80]})."
 
 
-def open_folder(folder: Path, modules: Modules) -> Opened:
-    """Read all but the tensors of the folder of one adapter.  Raises FolderError."""
-    config, header, note = read_json(folder / CONFIG), read_header(folder / WEIGHTS), read_note(folder)
+def open_folder(folder: Path, modules: Modules, note: Note | Several | None) -> Opened:
+    """Read all but the tensors of the folder of one adapter, whose note is known.  Raises FolderError."""
+    config, header = read_json(folder / CONFIG), read_header(folder / WEIGHTS)
     if isinstance(note, Several):
         raise FolderError(f"{folder / NOTE} says that adapters are in sub-folders, but {CONFIG} is beside it")
     keys: dict[str, str] = {}

@@ -13,10 +13,9 @@ from ..core.composition import Expression, Stack, names_in
 from ..core.errors import FolderError, SmidgenError
 from ..core.files import recover
 from ..core.method import Method
-from ..core.safe import read_tensors
 from ..core.site import Site
 from ..core.targets import Resolution
-from .checks import check_agreement, check_base, check_copies, check_places, check_shapes, check_values
+from .checks import check_agreement, check_base, check_copies, check_places, check_shapes, read_checked
 from .imported import Imported
 from .layout import Modules, canonical, is_all_of, parts_without_memory, tensors_of
 from .note import NOTE, Note, Several, composition, read_note
@@ -90,7 +89,7 @@ def read_folder(
     for called, path in places:
         first, *rest = (
             _read(opened, called, head_sites, with_base=check_base)
-            for opened in with_tokens_apart(open_folder(path, modules))
+            for opened in with_tokens_apart(open_folder(path, modules, note if path == folder else read_note(path)))
         )
         beside = [_renamed(tokens, f"{first.name}_tokens", number) for number, tokens in enumerate(rest)]
         if beside and len(places) == 1:
@@ -202,8 +201,7 @@ def _checked(opened: Opened, name: str | None, head_sites: HeadSites, *, with_ba
     if with_base:
         check_base(opened, [*heads, *sites] if method.name == "head" else heads)
     raw = {entry.key: opened.keys[canonical(entry.key)] for entry in stored}
-    read = read_tensors(opened.weights, opened.header, raw.values())
-    check_values(opened, read)
+    read = read_checked(opened, raw.values())
     check_copies(opened, copies)
     method = with_tensors(method, sites, raw, lambda key: read[raw[key]])
     tensors = {}

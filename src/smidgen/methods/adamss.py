@@ -182,7 +182,6 @@ class AdaMSSAdapter(LowRankAdapter):
         return A[:, : self.site.fan_in], B
 
     def bias_delta(self, rows: slice) -> Tensor:
-        """What is added to the bias: (rows,)."""
         A, B = self._both()
         return B[rows] @ A[:, -1]
 
@@ -194,7 +193,3 @@ class AdaMSSAdapter(LowRankAdapter):
             )
         y = super().forward(call, x, *args, **kwargs)
         return torch.add(y, self.site.channels(self.bias_delta(slice(None)), y)) if self.with_bias else y
-
-    def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
-        W = W + self.weight_delta(rows).to(W.dtype)
-        return W, None if b is None else b + self.bias_delta(rows).to(b.dtype)

@@ -238,12 +238,8 @@ class LoRAAdapter(LowRankAdapter):
         change = super().delta(x)
         return change if self.bias is None else change + self.site.channels(self.scale * self.bias, change)
 
-    def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
-        W, b = super().merged(W, b, rows)
-        if self.bias is not None:
-            assert b is not None  # else it is not mergeable
-            b = b + self.scale * self.bias[rows].to(b.dtype)
-        return W, b
+    def bias_delta(self, rows: slice) -> Tensor | None:
+        return None if self.bias is None else self.scale * self.bias[rows]
 
 
 def beside(one: Tensor, other: Tensor, stack: int) -> Tensor:

@@ -23,9 +23,10 @@ from ..methods.head import head_sites
 from ..methods.selective import Selective
 from ..tasks.base import Examples
 from ..training.memory import rows_at_once
-from ..training.replay import Replay, as_if_trained, find_replay, size_of
+from ..training.replay import Replay, find_replay, size_of
 from ..training.replay_cut import Unit
 from ..training.replay_store import Store, room_in_memory, room_on_disk
+from ..training.trials import as_if_trained
 from .choose import Chosen, Speed, agreed, measure, measure_replay
 from .prepare import Work, digest_rows
 from .schema import TrainPart

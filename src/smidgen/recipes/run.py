@@ -31,6 +31,7 @@ from ..training.distributed import shard_blocks
 from ..training.loop import Loop
 from ..training.memory import peak_memory
 from ..training.progress import Progress
+from ..training.trials import undone
 from . import judge
 from .adapt import adapter_parameters, attach_used, full_row, groups_of, head_parameters, in_top, settings_of
 from .choose import Chosen, agreed, choose, choose_steps_for, method_of, trial_batches
@@ -118,7 +119,8 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
     share = f"{parameters / work.total_parameters:.2%} of the model's {work.total_parameters:,}"
     plan.decide("trained", None, f"{parameters:,} parameters", share)
     if saved is None:
-        choose_memory(recipe.train, chosen, work, parameters, accelerator, plan)
+        with undone(work.model):
+            choose_memory(recipe.train, chosen, work, parameters, accelerator, plan)
     place: Place | None = None
     with recompute(work.model, chosen.recompute, offload=chosen.offload):
 
@@ -136,7 +138,8 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
 
         checks = within_memory(check, chosen, plan)
         if saved is None:
-            place = within_memory(measure, chosen, plan)
+            with undone(work.model):
+                place = within_memory(measure, chosen, plan)
     if saved is None:
         chosen = agreed(chosen)
     else:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import HELD
 from ..data.batches import LengthBucketedBatches
 from ..tasks.base import Batch, Examples, Task, on_device
 from .replay_cut import Call, Unit, find_units, forwards, taken_apart
 from .replay_store import Store
+from .trials import undone
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -140,7 +140,7 @@ def find_replay(model: nn.Module, task: Task, examples: Examples, accelerator: "
     training = model.training
     why = "what is trained begins at the bottom of the model"
     try:
-        with _undone(model):
+        with undone(model):
             for units in find_units(model.eval(), loss, (batches[0], batches[1]), (_FEW, _MORE)):
                 try:
                     why = _difference(model, task, units, examples, (few, more), accelerator)
@@ -207,31 +207,3 @@ def _is_drawn(task: Task, examples: Examples, rows: Sequence[int]) -> bool:
             if not all(name in drawn and torch.equal(tensor, drawn[name]) for name, tensor in plain.items()):
                 return True
     return False
-
-
-@contextmanager
-def _undone(model: nn.Module) -> Iterator[None]:
-    """What trials draw and what statistics they leave in adapters is as before when the context ends."""
-    statistics = {name: b for name, b in model.named_buffers() if HELD in name.split(".")}
-    before = {name: b.detach().clone() for name, b in statistics.items()}
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in statistics.items():
-                buffer.copy_(before[name])
-
-
-@contextmanager
-def as_if_trained(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """While the context lasts these parameters of the model, and no others, require a gradient."""
-    before, trained = [(p, p.requires_grad) for p in model.parameters()], {id(p) for p in parameters}
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in trained and parameter.is_floating_point())
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
