@@ -1,7 +1,8 @@
 # One command each, from a fresh clone with Python 3.11 or newer and pip:
 #
 #   make demo     tune a small model on real reviews and show what it learned
-#   make example NAME=chat   one of examples/: fetch its model and data, tune, and show what it learned
+#   make example NAME=chat   one of examples/: fetch its model and data, tune, and show what it learned; RECIPE=...
+#                 where the folder has another recipe beside recipe.yaml
 #   make test     all tests, two processes
 #   make check    formatter, linter, types, import directions, links and code in the docs
 #   make fix      format, and mend what the linter can mend
@@ -14,6 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
+RECIPE := recipe
 SENTENCES := .cache/vaderSentiment-3.3.2.tar.gz
 
 .PHONY: demo example test check fix bench
@@ -22,10 +24,10 @@ demo: $(VENV)/.stamp-text $(SENTENCES)
 	$(BIN)/python -m smidgen demo
 
 example: $(VENV)/.stamp-text
-	@test -f 'examples/$(NAME)/recipe.yaml' || { echo "Say which: make example NAME=..., one of: $$(ls examples | tr '\n' ' ')"; exit 2; }
+	@test -f 'examples/$(NAME)/$(RECIPE).yaml' || { echo "Say which: make example NAME=..., one of: $$(ls examples | tr '\n' ' ')"; exit 2; }
 	$(PIP) install --quiet --no-deps --requirement examples/$(NAME)/requirements.txt
 	$(BIN)/python examples/$(NAME)/prepare.py
-	$(BIN)/python -m smidgen tune examples/$(NAME)/recipe.yaml --fresh
+	$(BIN)/python -m smidgen tune examples/$(NAME)/$(RECIPE).yaml --fresh
 
 test: $(VENV)/.stamp-dev $(SENTENCES)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -1,7 +1,8 @@
 """What tuning comes to in every example: base, tuned and full fine-tuning on the same test rows, by seed.
 
-Each run is `smidgen tune examples/NAME/recipe.yaml` in a process of its own, with full fine-tuning beside it; the
-figures are those of its report.json. The packages and data must be there: make example NAME=... brings them.
+Each run is `smidgen tune examples/NAME/recipe.yaml` in a process of its own, with full fine-tuning beside it; where a
+folder has more recipes, NAME/RECIPE is another of them.  The figures are those of its report.json.  The packages and
+data must be there: make example NAME=... brings them.
 
     python benchmarks/examples.py [NAME ...] [--seeds 0 1 2] [--minutes 5]
 """
@@ -24,8 +25,9 @@ COLUMNS += ["trained", "share", "seconds", "full's seconds", "bytes"]
 def run(name: str, seed: int, minutes: float | None) -> list[Any]:
     """One line: an example with one seed."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / name
-        words = [sys.executable, "-m", "smidgen", "tune", str(EXAMPLES / name / "recipe.yaml"), "--seed", str(seed)]
+        out, (example, _, recipe) = Path(folder) / "out", name.partition("/")
+        path = EXAMPLES / example / f"{recipe or 'recipe'}.yaml"
+        words = [sys.executable, "-m", "smidgen", "tune", str(path), "--seed", str(seed)]
         words += ["--against", "full", "--out", str(out), "--fresh"]
         if minutes is not None:
             words += ["--minutes", str(minutes)]
@@ -55,7 +57,8 @@ def run(name: str, seed: int, minutes: float | None) -> list[Any]:
 
 
 def main() -> None:
-    names = sorted(path.parent.name for path in EXAMPLES.glob("*/recipe.yaml"))
+    paths = EXAMPLES.glob("*/*.yaml")
+    names = sorted(p.parent.name if p.stem == "recipe" else f"{p.parent.name}/{p.stem}" for p in paths)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*names, []], default=names)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
