@@ -129,8 +129,10 @@ def choose(said: TrainPart, rates: Preset, work: Work, plan: Plan, seed: int) ->
             "label_smoothing", said.label_smoothing, 0.0, "none: it cost accuracy or brought nothing"
         ),
         clip=plan.decide("clip", said.clip, 1.0, "of the gradient's norm"),
-        patience=plan.decide("patience", said.patience, 5, "evaluations without a better metric or a lower loss"),
-        epochs=plan.decide("epochs", said.epochs, rates.epochs, "at most"),
+        patience=plan.decide(
+            "patience", said.patience, work.task.patience, "evaluations without a better metric or a lower loss"
+        ),
+        epochs=plan.decide("epochs", said.epochs, work.task.epochs_factor * rates.epochs, "at most"),
         minutes=minutes,
         max_length=work.task.max_length,
         seed=seed,

@@ -179,6 +179,8 @@ class Task(ABC):
     # where nobody names one, and why that
     default_method: ClassVar[tuple[str, str]] = ("lora", "the best known quality for its cost, and it merges")
     head_rate_factor: ClassVar[float] = 1.0  # on the preset's learning rate of the head
+    epochs_factor: ClassVar[float] = 1.0  # on the preset's epochs
+    patience: ClassVar[int] = 5  # evaluations without a better one
     resamples: ClassVar[int] = 1000  # of the bootstrap; fewer where a score is slow
 
     # -- what it is in this run -------------------------------------------------------------------------------------
