@@ -320,6 +320,16 @@ class AdapterSet:
             self._set_plans(expression)
         self._active = expression
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within this context nothing acts: the model is the base.  What was active acts again afterwards."""
+        before = self._active
+        self.activate(None)
+        try:
+            yield
+        finally:
+            self.activate(before)
+
     def _set_plans(self, expression: Expression) -> None:
         for layer, parameters in self._places().items():
             mechanism.set_plans(layer, *mechanism.plans_at(layer, parameters, expression))

@@ -148,6 +148,15 @@ def test_an_adapter_acts_only_where_it_lives(adapters: AdapterSet):
     assert [layer._smidgen_plan is None for layer in (adapters.model[0], adapters.model[2])] == [False, True]
 
 
+def test_within_off_the_base_answers_and_afterwards_what_was_active(adapters: AdapterSet):
+    adapters.activate(Stack("style", "steer"))
+    acting = adapters.model(X)
+    with adapters.off():
+        assert torch.equal(adapters.model(X), base_output(adapters.model))
+    assert adapters.active == Stack("style", "steer")
+    assert torch.equal(adapters.model(X), acting)
+
+
 # -- removing and renaming
 
 

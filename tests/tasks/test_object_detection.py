@@ -79,6 +79,23 @@ def test_without_new_classes_there_is_no_head_and_no_old_and_new(tmp_path: Path)
     assert task.notes == []
 
 
+def test_old_classes_that_nobody_marked_are_remembered(tmp_path: Path) -> None:
+    task, _, wanted = understood(scenes(tmp_path))
+    assert wanted.plan.entries["remember"] is True  # type: ignore[attr-defined]
+    assert task.build(wanted).remembers is True
+    assert task.resolved_settings()["remember"] is True
+    task, _, wanted = understood(tmp_path, remember=False)
+    assert task.build(wanted).remembers is False
+
+
+def test_where_all_are_marked_there_is_nothing_to_remember(tmp_path: Path) -> None:
+    scenes(tmp_path, "[old 0, old 1]")
+    task, _, wanted = understood(tmp_path)
+    assert task.build(wanted).remembers is task.resolved_settings()["remember"] is False
+    with pytest.raises(RecipeError, match=r"task\.remember is true: all old classes are marked; leave it out"):
+        understood(tmp_path, remember=True)
+
+
 def test_images_are_letterboxed_and_boxes_with_them(tmp_path: Path) -> None:
     task, table, _ = understood(scenes(tmp_path))
     examples = task.encode(table)

@@ -76,12 +76,10 @@ def preflight(
 
 @torch.no_grad()
 def _starts_as_base(model: nn.Module, adapters: AdapterSet, batch: Batch) -> str:
-    active = adapters.active
     model.eval()
     with_adapter = _tensors(model(batch))
-    adapters.activate(None)
-    base = _tensors(model(batch))
-    adapters.activate(active)
+    with adapters.off():
+        base = _tensors(model(batch))
     model.train()
     if not all(torch.isfinite(tensor).all() for tensor in base):
         raise PreflightError(

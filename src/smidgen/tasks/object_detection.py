@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import require_whole
-from ..core.errors import DataError, require
+from ..core.errors import DataError, RecipeError, require
 from ..data.boxes import BOXES, IMAGE, read_boxes
 from ..data.images import content_key, image_problems, image_size, in_threads
 from ..data.table import Problem, Table
@@ -32,10 +32,12 @@ class ObjectDetectionSettings:
     """image_size: side of the square that images are fitted into, in pixels.
 
     augment: flip, scale, shift and recolour training images; say false where mirrored things are other things.
+    remember: hold the old classes that no training image marks to what the untouched detector says, which runs beside.
     """
 
     image_size: int | None = None
     augment: bool = True
+    remember: bool | None = None
 
     def __post_init__(self) -> None:
         require_whole(self, "image_size", least=32)
@@ -60,9 +62,17 @@ class ObjectDetection(Task):
     default_method = ("selective", "the detector's own weights, the most important: mAP50 .84 where lora came to .77")
 
     def __init__(
-        self, names: Sequence[str], own: int, image_size: int, *, augment: bool = True, metric: str | None = None
+        self,
+        names: Sequence[str],
+        own: int,
+        image_size: int,
+        *,
+        augment: bool = True,
+        remember: bool = False,
+        metric: str | None = None,
     ) -> None:
-        self.classes, self.image_size, self.augments = Classes(list(names), own), image_size, augment
+        self.classes, self.image_size = Classes(list(names), own), image_size
+        self.augments, self.remembers = augment, remember
         self.names, self.own = self.classes.names, own
         self.taught, self.suppress = [True] * len(self.names), True
         self.metrics = self.classes.metrics
@@ -84,8 +94,14 @@ class ObjectDetection(Task):
         side, why = (_ON_CPU, "half the usual") if asked.device.type == "cpu" else (_ELSEWHERE, "usual")
         side = asked.plan.decide("image_size", settings.image_size, side, f"{why} on a {asked.device.type.upper()}")
         detector.refuse_side(side, asked.model.name)
-        made = cls(names, detector.own, side, augment=settings.augment, metric=asked.metric)
         asked.plan.decide("classes", None, f"{detector.own} old, {len(new)} new", ", ".join(new) or "all are known")
+        unmarked, usual, why = set(detector.names) - set(marked), True, "unmarked old classes stay near what they were"
+        if not unmarked or not detector.can_remember:
+            usual, why = False, "all old classes are marked" if not unmarked else "no way known for this detector"
+            require(not settings.remember, f"task.remember is true: {why}; leave it out", RecipeError)
+        remember = asked.plan.decide("remember", settings.remember, usual, why)
+        said = {"augment": settings.augment, "remember": remember, "metric": asked.metric}
+        made = cls(names, detector.own, side, **said)
         made.taught = [name in marked for name in names]
         made.notes += made.classes.remarks(made.taught)
         return made
@@ -108,7 +124,7 @@ class ObjectDetection(Task):
         detector.refuse_other(self.names[: self.own], asked.model.name)
         torch.manual_seed(asked.seed)  # of the new classes
         detector.grow(self.names[self.own :])
-        detector.teach(self.taught)
+        detector.teach(self.taught, remember=self.remembers)
         self.suppress = detector.suppress
         return detector
 
@@ -156,7 +172,7 @@ class ObjectDetection(Task):
         ]
 
     def resolved_settings(self) -> dict[str, Any]:
-        return {"image_size": self.image_size, "augment": self.augments}
+        return {"image_size": self.image_size, "augment": self.augments, "remember": self.remembers}
 
     def describe(self) -> dict[str, Any]:
         return {

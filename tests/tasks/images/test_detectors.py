@@ -146,6 +146,62 @@ def test_classes_that_nobody_marked_get_no_gradient(make: Callable[[], nn.Module
     assert classifier.weight.grad[1].any()
 
 
+def learner(*, remember: bool) -> tuple[Detector, smidgen.AdapterSet]:
+    """A Yolo that is to learn a new class; nobody marked its first own one."""
+    torch.manual_seed(0)
+    model = detector(Yolo, "new")
+    model.teach([False, True, True], remember=remember)
+    return model, smidgen.attach(
+        model.body, LoRA(rank=2, targets=["model.0", "*.cv2.0.0", "*.cv3.0.0", "*.cv3.0.2"]), seed=0
+    )
+
+
+def given(model: Detector, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The logits of the class that is to be remembered, and what boxes are made of."""
+    raw = model.body(rows["image"])[1]
+    return raw["scores"][:, 0], raw["boxes"]
+
+
+def test_what_is_to_be_remembered_is_part_of_the_loss() -> None:
+    model, adapters = learner(remember=True)
+    plain, _ = learner(remember=False)
+    rows = batch() | {"targets": torch.tensor([[[2.0, 0, 0, 8, 8]]] * 3)}
+    assert torch.equal(model(rows)["loss"], plain(rows)["loss"])  # nothing is forgotten yet
+    before = [tensor.detach() for tensor in given(model, rows)]
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.add_(0.3)
+        unlearned = model(rows)["loss"]  # judging costs no second run
+    scores, boxes = ((now - was).square().mean() for now, was in zip(given(model, rows), before, strict=True))
+    assert scores > 0
+    assert boxes > 0
+    loss = model(rows)["loss"]
+    torch.testing.assert_close(loss - unlearned, 3 * 0.1 * (scores + boxes))
+    assert adapters.active == "default"
+    loss.backward()
+    old = model.body.model[-1].cv3[0][-1].smidgen.get("default")
+    assert old.B.grad[0].any()  # the old class's own row learns to stay
+
+
+def test_a_detector_that_remembers_forgets_less_while_it_learns() -> None:
+    drift, losses = {}, {}
+    for remember in (False, True):
+        model, adapters = learner(remember=remember)
+        rows = batch() | {"targets": torch.tensor([[[2.0, 0, 0, 8, 8]]] * 3)}
+        before = given(model, rows)[0].detach()
+        optimizer = torch.optim.Adam([*adapters.parameters(), *model.head.parameters()], lr=0.02)
+        first = float(model(rows)["loss"].detach())
+        for _ in range(40):
+            optimizer.zero_grad()
+            model(rows)["loss"].backward()
+            optimizer.step()
+        with torch.no_grad():
+            drift[remember] = float((given(model, rows)[0] - before).square().mean())
+            losses[remember] = float(model(rows)["loss"]) / first
+    assert drift[True] < 0.1 * drift[False]
+    assert losses[True] < 0.9
+
+
 @pytest.mark.parametrize("make", BODIES)
 def test_batch_statistics_rest_while_training(make: Callable[[], nn.Module]) -> None:
     model = detector(make, "new")

@@ -10,14 +10,15 @@ New classes grow behind the old ones, which keep their weights and names on disk
     s(x) = [s_old(x), V x + c]      V: (new classes, D), c: trained whole, the head of the task; s_old: as it was
 
 No box of some old class in the training rows does not mean that there is none in the images, only that nobody marked
-them.  The scores of such classes get no gradient: they are neither taught nor unlearned.
+them.  The loss has no part in the scores of such classes: they are not taught that nothing is there.  But what they are
+computed from moves; a YOLO can be held to what it gave before (images/remembered.py).
 """
 
 import copy
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from ...core.errors import MissingDependency, ModelError, RecipeError
 from ..base import Asked, Batch, TaskModel
 from ..loading import first_line, load_body
+from .remembered import forgetting
 
 _YOLO = "a .loss(batch, predictions) and a Detect head as .model[-1], with nc, stride, reg_max and cv3"
 _LAYER = 8  # more parameters than that has a layer of a transformer, and none of a stack of plain layers
@@ -37,10 +39,13 @@ class Detector(TaskModel):
 
     batch: "image" (N, 3, S, S) from 0 to 1, "targets" (N, G, 5) class and box in pixels, padded with -1.
     suppress: True if boxes of one thing have to be thinned out.   multiple: what S has to be a multiple of.
+    can_remember: there is a way to hold old classes to what they were.
     """
 
     suppress: bool = False
     multiple: int = 1
+    can_remember: ClassVar[bool] = False
+    remembers: bool = False
     head: nn.ModuleList
     taught: Tensor
 
@@ -74,13 +79,13 @@ class Detector(TaskModel):
             self.taught = torch.ones(len(self.names), dtype=torch.bool)
             self.extend(len(names))
 
-    def teach(self, taught: Sequence[bool]) -> None:
-        """Which classes, old and new, get a gradient."""
-        self.taught = torch.tensor(taught)
-        for (
-            appended
-        ) in self.appended:  # then an adapter of the old classes' own layer has nothing to learn, and no place
-            appended.frozen = not (any(taught[: self.own]) or appended.behind)
+    def teach(self, taught: Sequence[bool], *, remember: bool = False) -> None:
+        """Which classes, old and new, the loss is about.   remember: hold the other old ones to what they were."""
+        self.taught, self.remembers = torch.tensor(taught), remember
+        # else an adapter of the old classes' own layer has nothing to learn, and no place
+        learns = any(taught[: self.own]) or remember
+        for appended in self.appended:
+            appended.frozen = not (learns or appended.behind)
 
     @abstractmethod
     def last_stage(self) -> list[str]:
@@ -97,6 +102,8 @@ class Detector(TaskModel):
 
 class YoloDetector(Detector):
     """A DetectionModel of ultralytics 8.4 (YOLOv8 to YOLO26), or what looks like one."""
+
+    can_remember = True
 
     def __init__(self, body: nn.Module) -> None:
         detect: Any = cast(Any, body).model[-1]
@@ -141,9 +148,14 @@ class YoloDetector(Detector):
         side = images.shape[-1]
         centred = torch.cat([marked[:, 1:3] + marked[:, 3:5], 2 * (marked[:, 3:5] - marked[:, 1:3])], 1) / (2 * side)
         said = {"img": images, "batch_idx": there.nonzero()[:, 0].float(), "cls": marked[:, :1], "bboxes": centred}
-        loss, _ = cast(Any, self.body).loss(said, (decoded, self._taught_alone(raw)))
+        losses, _ = cast(Any, self.body).loss(said, (decoded, self._taught_alone(raw)))
+        loss = losses.sum()
+        if self.remembers:
+            to_remember = ~self.taught & (torch.arange(len(self.taught)) < self.own)
+            forgotten = forgetting(self.body, images, raw, to_remember.to(images.device))
+            loss = loss if forgotten is None else loss + len(images) * forgotten
         boxes, scores = self._boxes(decoded.detach())
-        return {"loss": loss.sum(), "boxes": boxes, "scores": scores}
+        return {"loss": loss, "boxes": boxes, "scores": scores}
 
     def _taught_alone(self, raw: Any) -> Any:
         """The predictions, those of the classes that are not taught without a way back."""
