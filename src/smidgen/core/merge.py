@@ -105,18 +105,21 @@ def _blocks(site: Site, expression: Expression) -> Blocks:
             yield rows, W, adding.merged_bias(b, rows)
 
 
-def _measured_blocks(site: Site, expression: Expression) -> Iterator[tuple[float, Tensor, Tensor | None]]:
-    """The same blocks: (sum of the squares of what is added to the weight, new, new bias)."""
-    adding, room = _adding(site, expression), None  # memory that is new takes longer to get than to fill
+def _measured(site: Site, expression: Expression) -> Iterator[tuple[float, float, Tensor | None]]:
+    """Of the same blocks: the sums of squares of what is added to the weight and of what rounding loses, new bias."""
+    dtype, adding = site.storage.writable(site.stored).dtype, _adding(site, expression)
+    room: Tensor | None = None  # memory that is new takes longer to get than to fill
     for rows, own, b in _own_blocks(site, expression):
         if adding is None:
             W = own.to(_wide(own.dtype), copy=True)
             new, b = merged(expression, lambda name: _find(site, name), W, b, rows)
-            yield _squares(new - own), new, b
+            difference = new - own
+            yield _squares(difference), _squares(difference.copy_(new.to(dtype)).sub_(new)), b
         else:
             update = adding.weight_delta(rows).to(_wide(own.dtype))
             room = torch.empty_like(update) if room is None else room[: len(update)]
-            yield _squares(update), torch.add(update, own, out=room), adding.merged_bias(b, rows)
+            torch.add(update, own, out=room)
+            yield _squares(update), _squares(room.sub_(room.to(dtype))), adding.merged_bias(b, rows)
 
 
 @torch.no_grad()
@@ -124,14 +127,12 @@ def _error(site: Site, expression: Expression) -> float:
     """norm(round(W + update) - (W + update)) / norm(update); infinite if a merged value is not finite."""
     if (layer := _quantised(site)) is not None:
         return requantised(layer, lambda: _blocks(site, expression))[1]
-    lost, update, room = 0.0, 0.0, None
-    dtype = site.storage.writable(site.stored).dtype
-    for squares, new, b in _measured_blocks(site, expression):
+    update = lost = 0.0
+    for of_update, of_lost, b in _measured(site, expression):
         if b is not None and not torch.isfinite(b.to(cast(Tensor, site.bias).dtype)).all():
             return float("inf")
-        room = torch.empty_like(new) if room is None else room[: len(new)]
-        update += squares
-        lost += _squares(torch.sub(new, new.to(dtype), out=room))
+        update += of_update
+        lost += of_lost
     if not math.isfinite(lost):  # one value that is not finite makes the norm so
         return float("inf")
     return (lost / update) ** 0.5 if update else 0.0
