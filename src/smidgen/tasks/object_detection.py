@@ -41,7 +41,8 @@ class ObjectDetectionSettings:
 
     def __post_init__(self) -> None:
         require_whole(self, "image_size", least=32)
-        require(isinstance(self.augment, bool), f"augment is {self.augment}; it is true or false")
+        for name, value in {"augment": self.augment, "remember": self.remember or False}.items():
+            require(isinstance(value, bool), f"{name} is {value}; it is true or false")
 
 
 @task("object_detection")
