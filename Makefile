@@ -24,7 +24,8 @@ demo: $(VENV)/.stamp-text $(SENTENCES)
 	$(BIN)/python -m smidgen demo
 
 example: $(VENV)/.stamp-text
-	@test -f 'examples/$(NAME)/$(RECIPE).yaml' || { echo "Say which: make example NAME=..., one of: $$(ls examples | tr '\n' ' ')"; exit 2; }
+	@test -n '$(NAME)' -a -d 'examples/$(NAME)' || { echo "Say which: make example NAME=..., one of: $$(ls examples | tr '\n' ' ')"; exit 2; }
+	@test -f 'examples/$(NAME)/$(RECIPE).yaml' || { echo "RECIPE=$(RECIPE) is not there; in examples/$(NAME) are: $$(cd examples/$(NAME) && ls *.yaml | tr '\n' ' ')"; exit 2; }
 	$(PIP) install --quiet --no-deps --requirement examples/$(NAME)/requirements.txt
 	$(BIN)/python examples/$(NAME)/prepare.py
 	$(BIN)/python -m smidgen tune examples/$(NAME)/$(RECIPE).yaml --fresh

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -320,16 +320,6 @@ class AdapterSet:
             self._set_plans(expression)
         self._active = expression
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Within this context nothing acts: the model is the base.  What was active acts again afterwards."""
-        before = self._active
-        self.activate(None)
-        try:
-            yield
-        finally:
-            self.activate(before)
-
     def _set_plans(self, expression: Expression) -> None:
         for layer, parameters in self._places().items():
             mechanism.set_plans(layer, *mechanism.plans_at(layer, parameters, expression))
@@ -342,11 +332,19 @@ class AdapterSet:
             for part in self.parts(name).values()
         )
 
-    @contextmanager
-    def rows(self, parts: Sequence[Expression]) -> Iterator[None]:
+    def rows(self, parts: Sequence[Expression]) -> AbstractContextManager[None]:
         """A mixed batch: within this context row i of every batch runs with parts[i], or with the base where None."""
+        return self._acting(Rows(*parts))
+
+    def off(self) -> AbstractContextManager[None]:
+        """Within this context nothing acts: the model is the base."""
+        return self._acting(None)
+
+    @contextmanager
+    def _acting(self, expression: Expression) -> Iterator[None]:
+        """Within this context this acts, and afterwards what did before."""
         before = self._active
-        self.activate(Rows(*parts))
+        self.activate(expression)
         try:
             yield
         finally:

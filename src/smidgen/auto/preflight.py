@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterSet
-from ..core.adapter import HELD
 from ..core.errors import PreflightError
 from ..tasks.base import Batch, Task
+from ..training.trials import undone
 
 _MOVE = 1e-2  # of the second pass, in the parameter's own units
 
@@ -37,36 +37,36 @@ def preflight(
     found = [_starts_as_base(model, adapters, batch)]
     training = model.training
     model.train()
-    statistics = {name: b for name, b in model.named_buffers() if HELD in name.split(".")}
-    before = {name: tensor.detach().clone() for name, tensor in {**trained, **statistics}.items()}
+    before = {name: tensor.detach().clone() for name, tensor in trained.items()}
     try:
-        reached = _gradients(model, trained, task, batch)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in trained.values():
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
-                parameter.add_(noise, alpha=_MOVE)
-        while batch is not None and len(reached) < len(trained):
-            reached |= _gradients(model, trained, task, batch)
-            batch = next(some, None)
-        wrong = [name for name in trained if name not in reached]
-        if wrong:
-            raise PreflightError(
-                f"{len(wrong)} of {len(trained)} trained tensors get no gradient, so they would never "
-                f"learn: {_list(wrong)}. The model "
-                "reads these weights without calling the layer's forward, or the loss does not "
-                "depend on them. Leave them out of "
-                '`targets`, or reach them as parameters: Targets("*.attn").parameter("in_proj_weight")'
-            )
-        ours = {id(p) for p in trained.values()}
-        leaking = [name for name, p in model.named_parameters() if p.grad is not None and id(p) not in ours]
-        if leaking:
-            raise PreflightError(
-                f"{len(leaking)} frozen tensors got a gradient: {_list(leaking)}. Freeze them before training"
-            )
+        with undone(model):
+            reached = _gradients(model, trained, task, batch)
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in trained.values():
+                    noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
+                    parameter.add_(noise, alpha=_MOVE)
+            while batch is not None and len(reached) < len(trained):
+                reached |= _gradients(model, trained, task, batch)
+                batch = next(some, None)
+            wrong = [name for name in trained if name not in reached]
+            if wrong:
+                raise PreflightError(
+                    f"{len(wrong)} of {len(trained)} trained tensors get no gradient, so they would never "
+                    f"learn: {_list(wrong)}. The model "
+                    "reads these weights without calling the layer's forward, or the loss does not "
+                    "depend on them. Leave them out of "
+                    '`targets`, or reach them as parameters: Targets("*.attn").parameter("in_proj_weight")'
+                )
+            ours = {id(p) for p in trained.values()}
+            leaking = [name for name, p in model.named_parameters() if p.grad is not None and id(p) not in ours]
+            if leaking:
+                raise PreflightError(
+                    f"{len(leaking)} frozen tensors got a gradient: {_list(leaking)}. Freeze them before training"
+                )
     finally:
         with torch.no_grad():
-            for name, tensor in {**trained, **statistics}.items():
+            for name, tensor in trained.items():
                 tensor.copy_(before[name])
                 tensor.grad = None
         model.train(training)

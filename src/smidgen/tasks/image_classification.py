@@ -66,8 +66,8 @@ class ImageClassification(LabelledTask):
     roles = ("image", "label", *ROW_ROLES)
     unit = "images"
     head_rate_factor = 0.15  # features of CNNs are many and positive: at 2e-3 a probe of clothes was unlearned
-    # examples/image_classification, a seed on 3,000 images apart: 3 epochs .866, 5 .877, 8 .880.  With a higher
-    # rate accuracy falls below the probe's for half of the run, and 5 evaluations ended it there (.854 for .884).
+    # examples/image_classification, a seed on 3,000 images apart: 3 epochs .866, 5 .877, 8 .880.  At twice the rate it
+    # falls below the probe for half of the run, and 5 evaluations ended it there (.854; without that end .884).
     epochs_factor, patience = 2.0, 8
     split_words = "by class, seeded, equal images kept together"
 

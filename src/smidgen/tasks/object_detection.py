@@ -96,13 +96,13 @@ class ObjectDetection(Task):
         side = asked.plan.decide("image_size", settings.image_size, side, f"{why} on a {asked.device.type.upper()}")
         detector.refuse_side(side, asked.model.name)
         asked.plan.decide("classes", None, f"{detector.own} old, {len(new)} new", ", ".join(new) or "all are known")
-        unmarked, usual, why = set(detector.names) - set(marked), True, "unmarked old classes stay near what they were"
-        if not unmarked or not detector.can_remember:
-            usual, why = False, "all old classes are marked" if not unmarked else "no way known for this detector"
-            require(not settings.remember, f"task.remember is true: {why}; leave it out", RecipeError)
-        remember = asked.plan.decide("remember", settings.remember, usual, why)
-        said = {"augment": settings.augment, "remember": remember, "metric": asked.metric}
-        made = cls(names, detector.own, side, **said)
+        why_not = "" if detector.can_remember else "no way known for this detector"
+        if set(detector.names) <= set(marked):
+            why_not = "all old classes are marked"
+        require(not (settings.remember and why_not), f"task.remember is true: {why_not}; leave it out", RecipeError)
+        why = why_not or "unmarked old classes stay near what they were"
+        remember = asked.plan.decide("remember", settings.remember, not why_not, why)
+        made = cls(names, detector.own, side, augment=settings.augment, remember=remember, metric=asked.metric)
         made.taught = [name in marked for name in names]
         made.notes += made.classes.remarks(made.taught)
         return made
