@@ -132,6 +132,43 @@ def test_a_weight_of_many_rows_is_merged_in_blocks_to_the_same_bits(monkeypatch:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_rounding_cannot_spoil_is_measured_while_it_is_written(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    def merged(seed: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        torch.manual_seed(seed)
+        model, adapters = adapted(dtype)
+        errors = adapters.merge().errors
+        return bits(model), errors
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "_norm_if_it_fits", lambda site, expression, max_error: None)
+        expected, expected_errors = merged(0)
+    monkeypatch.setattr(merge, "_error", lambda site, expression: pytest.fail("measured before"))
+    written, errors = merged(0)
+    assert same(written, expected)
+    assert errors == pytest.approx(expected_errors, rel=1e-4)
+    assert (min(errors.values()) > 0) == (dtype != torch.float32)
+
+
+@torch.no_grad()
+def test_norms_never_let_through_what_measuring_would_refuse():
+    for seed in range(200):
+        torch.manual_seed(seed)
+        dtype = (torch.bfloat16, torch.float16)[seed % 2]
+        model = nn.Sequential(nn.Linear(6, 5))
+        model[0].weight.mul_(10.0 ** float(torch.empty(()).uniform_(-7, 3)))
+        model.to(dtype)
+        adapters = attach(model, LoRA(rank=2, alpha=2.0))
+        adapters.parts("default")["0"].B.normal_(std=10.0 ** float(torch.empty(()).uniform_(-9, 3)))
+        (site,) = adapters.sites("default")
+        exact = merge._error(site, "default")
+        for max_error in (1e-4, 1e-3, 1e-2, 0.05, 0.3):
+            if merge._norm_if_it_fits(site, "default", max_error) is not None:
+                assert exact <= max_error, (seed, max_error)
+
+
 # -- all or nothing
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from smidgen import Stack, Weighted
+from smidgen.core.adapter import AdditiveAdapter
 from smidgen.core.errors import MergeError, NotMergeable
 
 from .cases import Case, gap, merged_values, output_of
@@ -26,6 +27,14 @@ def test_merged_equals_running(mergeable_case: Case):
         assert [(key, id(t), t.dtype) for key, t in base_tensors(model).items()] == [
             (key, id(t), t.dtype) for key, t in before.items()
         ]
+
+
+@torch.no_grad()
+def test_the_norm_of_the_change_is_that_of_its_entries(mergeable_case: Case):
+    _, adapters = mergeable_case.attached()
+    for part in adapters.parts("a").values():
+        if isinstance(part, AdditiveAdapter) and (norm := part.weight_delta_norm()) is not None:
+            assert norm == pytest.approx(float(part.weight_delta(slice(None)).double().norm()), rel=1e-4)
 
 
 def test_what_cannot_be_merged_is_refused_and_nothing_changes(unmergeable_case: Case):

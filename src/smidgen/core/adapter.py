@@ -109,6 +109,10 @@ class AdditiveAdapter(Adapter):
             f"{type(self).__name__} at {self.site.name} changes activations, not weights. Keep it attached."
         )
 
+    def weight_delta_norm(self) -> float | None:
+        """The norm of `weight_delta` of all rows, where it is known without forming it; else None."""
+        return None
+
     def bias_delta(self, rows: slice) -> Tensor | None:
         """What is added to these rows of the bias: (rows,).  Asked for where there is a bias."""
         return None

@@ -111,12 +111,26 @@ class LowRankAdapter(AdditiveAdapter):
         per_expert = torch.bmm(B.view(E, -1, R), A.view(E, R, -1))  # (E, O, I)
         return self.scale * per_expert.flatten(0, 1)[rows]
 
+    @property
+    def _is_a_product(self) -> bool:
+        """True if `weight_delta` is s B A."""
+        return self.site.linear.stack == 1 and type(self).weight_delta is LowRankAdapter.weight_delta
+
+    def weight_delta_norm(self) -> float | None:
+        if not self._is_a_product:
+            return None
+        A, B = (factor.detach().cpu().double() for factor in self.factors())
+        of_A, of_B = A @ A.T, B.T @ B
+        square = float((of_A * of_B).sum())  # |B A|^2 = tr(A A^T B^T B)
+        lost_to_rounding = square < 1e-12 * float(of_A.trace() * of_B.trace())
+        return None if lost_to_rounding or not math.isfinite(square) else abs(self.scale) * square**0.5
+
     def add_weight_delta(self, W: Tensor, rows: slice) -> None:
-        if self.site.linear.stack > 1 or type(self).weight_delta is not LowRankAdapter.weight_delta:
+        if not self._is_a_product:
             super().add_weight_delta(W, rows)
-        else:
-            A, B = self.factors()
-            W.addmm_(self.scale * B[rows].to(W.dtype), A.to(W.dtype))  # the product stands nowhere by itself
+            return
+        A, B = self.factors()
+        W.addmm_(self.scale * B[rows].to(W.dtype), A.to(W.dtype))  # the product stands nowhere by itself
 
     def _drawn(self, x: Tensor) -> Tensor:
         """What dropout drops of x: a mask, or the places where these are few beside its entries."""

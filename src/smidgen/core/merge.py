@@ -1,11 +1,11 @@
 """Merging: write what adapters change into the base weights, in fp32, rounded once, in blocks of rows.
 
-16-bit rounding swallows small updates, so the relative error of the update is measured at every site before anything is
-written, and a merge that would lose more than allowed is refused.  One layer of every kind is also run both ways.
+16-bit rounding swallows small updates, so a merge that would lose more than allowed of the update at any site is
+refused before anything is written.  Where norms alone say that it cannot, the error is measured while writing;
+elsewhere before, in a pass of its own.  One layer of every kind is also run both ways.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +21,7 @@ from .quantised_merge import Blocks, requantised
 from .site import Site
 
 _BLOCK_ELEMENTS = 1 << 18  # of the weight, per block: 1 MB in fp32, which a processor's cache holds
+_MARGIN = 1.01  # on norms taken in 16 bits
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def merge_into_base(model: nn.Module, sites: list[Site], expression: Expression,
     sites = sorted(sites, key=lambda site: site.parameter is None)  # while running, a call sees changed parameters
     _refuse_unmergeable(sites, expression)
     _refuse_tied(model, sites)
-    errors = {site.name: _error(site, expression) for site in sites}
+    norms = {site.name: _norm_if_it_fits(site, expression, max_error) for site in sites}
+    errors = {site.name: 0.0 if norms[site.name] else _error(site, expression) for site in sites}
     bad = [name for name, error in errors.items() if not error < float("inf")]
     if bad:
         raise MergeError(f"merging would write values that are not finite at {', '.join(bad[:5])}; nothing was changed")
@@ -62,7 +64,9 @@ def merge_into_base(model: nn.Module, sites: list[Site], expression: Expression,
         )
     _compare_with_running(sites, expression)
     for site in sites:
-        _write(site, expression)
+        lost = _write(site, expression, measured=norms[site.name] is not None)
+        if norm := norms[site.name]:
+            errors[site.name] = lost / norm
     return MergeReport(errors)
 
 
@@ -93,33 +97,42 @@ def _adding(site: Site, expression: Expression) -> AdditiveAdapter | None:
     return adapter if isinstance(adapter, AdditiveAdapter) and adapter.merges_by_adding else None
 
 
+def _merged_rows(
+    site: Site, expression: Expression, own: Tensor, b: Tensor | None, rows: slice
+) -> tuple[Tensor, Tensor | None]:
+    """These rows of the weight, and of the bias, with the changes in them, in fp32 or better."""
+    W, adding = own.to(_wide(own.dtype), copy=True), _adding(site, expression)
+    if adding is None:
+        return merged(expression, lambda name: _find(site, name), W, b, rows)
+    adding.add_weight_delta(W, rows)
+    return W, adding.merged_bias(b, rows)
+
+
 def _blocks(site: Site, expression: Expression) -> Blocks:
     """Blocks of rows: (rows, new, new bias), new (rows, I) in fp32 or better."""
+    for rows, own, b in _own_blocks(site, expression):
+        yield rows, *_merged_rows(site, expression, own, b, rows)
+
+
+@torch.no_grad()
+def _norm_if_it_fits(site: Site, expression: Expression, max_error: float) -> float | None:
+    """The norm of the update if norms alone show that the merge may be written, else None.
+
+    |round(x) - x| <= eps / 2 (|x| + tiny), so rounding loses at most eps / 2 (|W| + |update| + tiny sqrt(n)).
+    """
     adding = _adding(site, expression)
-    for rows, own, b in _own_blocks(site, expression):
-        W = own.to(_wide(own.dtype), copy=True)
-        if adding is None:
-            yield rows, *merged(expression, lambda name: _find(site, name), W, b, rows)
-        else:
-            adding.add_weight_delta(W, rows)
-            yield rows, W, adding.merged_bias(b, rows)
-
-
-def _measured(site: Site, expression: Expression) -> Iterator[tuple[float, float, Tensor | None]]:
-    """Of the same blocks: the sums of squares of what is added to the weight and of what rounding loses, new bias."""
-    dtype, adding = site.storage.writable(site.stored).dtype, _adding(site, expression)
-    room: Tensor | None = None  # memory that is new takes longer to get than to fill
-    for rows, own, b in _own_blocks(site, expression):
-        if adding is None:
-            W = own.to(_wide(own.dtype), copy=True)
-            new, b = merged(expression, lambda name: _find(site, name), W, b, rows)
-            difference = new - own
-            yield _squares(difference), _squares(difference.copy_(new.to(dtype)).sub_(new)), b
-        else:
-            update = adding.weight_delta(rows).to(_wide(own.dtype))
-            room = torch.empty_like(update) if room is None else room[: len(update)]
-            torch.add(update, own, out=room)
-            yield _squares(update), _squares(room.sub_(room.to(dtype))), adding.merged_bias(b, rows)
+    if adding is None or _quantised(site) is not None or not site.storage.plain:
+        return None
+    update, W, bias = adding.weight_delta_norm(), site.storage.writable(site.stored), site.bias
+    about, wide = torch.finfo(W.dtype), _wide(W.dtype)
+    if not update or about.bits < 16:  # of 8 bits no norm is to be had
+        return None
+    norm = _MARGIN * (float(torch.linalg.vector_norm(W)) + update)
+    lost = 0.0 if W.dtype == wide else about.eps / 2 * (norm + about.tiny * W.numel() ** 0.5)
+    if not (norm < about.max and lost <= max_error * update):
+        return None
+    b = None if bias is None else adding.merged_bias(bias.detach().flatten().to(wide), slice(None))
+    return update if bias is None or b is None or bool(torch.isfinite(b.to(bias.dtype)).all()) else None
 
 
 @torch.no_grad()
@@ -127,15 +140,22 @@ def _error(site: Site, expression: Expression) -> float:
     """norm(round(W + update) - (W + update)) / norm(update); infinite if a merged value is not finite."""
     if (layer := _quantised(site)) is not None:
         return requantised(layer, lambda: _blocks(site, expression))[1]
-    update = lost = 0.0
-    for of_update, of_lost, b in _measured(site, expression):
+    dtype, adding, update, lost = site.storage.writable(site.stored).dtype, _adding(site, expression), 0.0, 0.0
+    known = None if adding is None else adding.weight_delta_norm()
+    for rows, own, b in _own_blocks(site, expression):
+        new, b = _merged_rows(site, expression, own, b, rows)
         if b is not None and not torch.isfinite(b.to(cast(Tensor, site.bias).dtype)).all():
             return float("inf")
-        update += of_update
-        lost += of_lost
+        if known is None:
+            difference = new - own
+            update += _squares(difference)
+            lost += _squares(difference.copy_(new.to(dtype)).sub_(new))
+        else:
+            lost += _squares(new.sub_(new.to(dtype)))
+    update = update**0.5 if known is None else known
     if not math.isfinite(lost):  # one value that is not finite makes the norm so
         return float("inf")
-    return (lost / update) ** 0.5 if update else 0.0
+    return lost**0.5 / update if update else 0.0
 
 
 def _quantised(site: Site) -> QuantisedLinear | None:
@@ -148,24 +168,31 @@ def _squares(x: Tensor) -> float:
     return float(torch.dot(x, x))
 
 
-def _write(site: Site, expression: Expression) -> None:
+def _write(site: Site, expression: Expression, *, measured: bool) -> float:
+    """Write what is merged into the layer.   Returns the norm of what rounding lost of the weight, if `measured`."""
     layer, bias = _quantised(site), None if site.bias is None else site.bias.data
     if layer is None:
-        _write_into(site.storage.writable(site.stored), bias, site, expression)
-        return
+        return _write_into(site.storage.writable(site.stored), bias, site, expression, measured=measured)
     pieces, _ = requantised(layer, lambda: _blocks(site, expression))
-    _write_into(None, bias, site, expression)
+    lost = _write_into(None, bias, site, expression)
     layer.take(pieces)
+    return lost
 
 
 @torch.no_grad()
-def _write_into(weight: Tensor | None, bias: Tensor | None, site: Site, expression: Expression) -> None:
+def _write_into(
+    weight: Tensor | None, bias: Tensor | None, site: Site, expression: Expression, *, measured: bool = False
+) -> float:
     """Write the merged weight, in its stored shape, and the merged bias."""
+    lost = 0.0
     for rows, new, b in _blocks(site, expression):
         if weight is not None:
             site.linear.write_rows(weight, rows, new)
+            if measured:
+                lost += _squares(new.sub_(site.linear.read_rows(weight, rows)))
         if bias is not None and b is not None:
             bias.view(-1)[rows] = b.to(bias.dtype)
+    return math.sqrt(lost)
 
 
 def _refuse_unmergeable(sites: list[Site], expression: Expression) -> None:
