@@ -17,13 +17,17 @@ from typing import Any
 
 from common import RESULTS, save
 
+from smidgen.evaluate.verdict import BEHIND
+
+SEED = 1  # where it stands in a row
 EXAMPLES = Path(__file__).parent.parent / "examples"
-COLUMNS = ["example", "task", "seed", "metric", "without", "base", "tuned", "tuned over base", "full", "method"]
-COLUMNS += ["trained", "share", "seconds", "full's seconds", "bytes"]
+COLUMNS = ["example", "seed", "task", "metric", "without", "base", "tuned", "tuned over base", "full"]
+COLUMNS += ["tuned over full", "method", "trained", "share", "seconds", "full's seconds", "bytes"]
+WHY = ["example", "seed", "why"]
 
 
-def run(name: str, seed: int, minutes: float | None) -> list[Any]:
-    """One line: an example with one seed."""
+def run(name: str, seed: int, minutes: float | None) -> tuple[list[Any], list[Any]]:
+    """An example with one seed: its line, and one that says why full fine-tuning is better, where it certainly is."""
     with tempfile.TemporaryDirectory() as folder:
         out, (example, _, recipe) = Path(folder) / "out", name.partition("/")
         path = EXAMPLES / example / f"{recipe or 'recipe'}.yaml"
@@ -36,17 +40,18 @@ def run(name: str, seed: int, minutes: float | None) -> list[Any]:
     rows = {row["name"]: row for row in report["rows"]}
     base, tuned, full = rows["base"], rows["tuned"], rows["full"]
     without = next((row["value"] for key, row in rows.items() if key not in ("base", "tuned", "full")), "")
-    gain = report["difference"]
-    return [
+    why = [note for note in report["notes"] if note.startswith(BEHIND)]
+    line = [
         name,
-        report["task"],
         seed,
+        report["task"],
         report["metric"] + ("" if report["higher_is_better"] else " (lower is better)"),
         without,
         base["value"],
         f"{tuned['value']:.3f} ({tuned['low']:.3f} to {tuned['high']:.3f})",
-        f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})",
+        difference(report["difference"]),
         full["value"],
+        difference(report["over_full"]),
         report["method"],
         tuned["trainable"],
         f"{tuned['share']:.2%}",
@@ -54,6 +59,12 @@ def run(name: str, seed: int, minutes: float | None) -> list[Any]:
         full["seconds"],
         tuned["disk_bytes"],
     ]
+    return [line], [[name, seed, note.removeprefix(BEHIND)] for note in why]
+
+
+def difference(estimate: dict[str, float]) -> str:
+    """A paired difference with its interval."""
+    return f"{estimate['value']:+.3f} ({estimate['low']:+.3f} to {estimate['high']:+.3f})"
 
 
 def main() -> None:
@@ -65,12 +76,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="for each run; the recipe's own where nobody says")
     said = parser.parse_args()
     stored = RESULTS / "examples.json"
-    old = json.loads(stored.read_text())["tables"][0]["rows"] if stored.exists() else []
-    rows = {(row[0], row[2]): row for row in old}
     for name in said.names:
         for seed in said.seeds:
-            rows[name, seed] = run(name, seed, said.minutes)
-            tables = [{"title": "examples", "columns": COLUMNS, "rows": [rows[key] for key in sorted(rows)]}]
+            found = run(name, seed, said.minutes)
+            tables = json.loads(stored.read_text())["tables"] if stored.exists() else [{"rows": []}, {"rows": []}]
+            for table, new in zip(tables, found, strict=True):
+                others = [row for row in table["rows"] if (row[0], row[SEED]) != (name, seed)]
+                table["rows"] = sorted([*others, *new], key=lambda row: (row[0], row[SEED]))
+            tables = [
+                {"title": "examples", "columns": COLUMNS, "rows": tables[0]["rows"]},
+                {"title": "Where full fine-tuning is certainly better", "columns": WHY, "rows": tables[1]["rows"]},
+            ]
             save("examples", "What tuning comes to in the examples", (__doc__ or "").split("\n\n")[1], tables, [])
 
 

@@ -2,9 +2,9 @@
 
 Weights are random and made in place, a layer at a time: nothing is downloaded. LoRA of rank 16 on every linear layer of
 the blocks, AdamW, one sequence a step, loss on every token over the whole vocabulary. Each tool as it comes and at its
-best: HF PEFT with fp32 and with bf16 adapters, Liger's kernels where they are installed, both with activation
-checkpointing; smidgen with lean blocks, its chunked loss and each level of recomputation. All in one process on the
-same base, by turns; a step that does not fit is said to be out of memory.
+best: HF PEFT without and with activation checkpointing, with fp32 and with bf16 adapters, Liger's kernels where they
+are installed; smidgen with lean blocks, its chunked loss and each level of recomputation. All in one process on the
+same base, by turns; a step that does not fit is said to be out of memory. `gpu_memory.py` counts memory without a GPU.
 
     python benchmarks/gpu.py [--shapes 1b 8b 70b-nf4] [--sequences 2048 4096 32768] [--steps 5] [--rounds 3]
     python benchmarks/gpu.py --device cpu --shapes tiny --sequences 64 --steps 1     to see that it runs
@@ -31,7 +31,8 @@ from smidgen.core.recompute import Level
 
 RANK, ALPHA = 16, 32
 OURS, HF = "smidgen", "HF PEFT"
-SPEED, MEMORY, FITS_GB = "8b", "8b", 48  # the shapes of which something is claimed
+CLAIMED, CLAIMED_TOKENS, MEMORY_OF_HF = "8b", 4096, 0.5  # of which something is claimed, beside HF PEFT
+LARGEST, FITS_GIB = "70b-nf4", 48
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,12 @@ class Found:
     """What one variant did at one length.   speed: tokens a second; both None where it is out of memory."""
 
     speed: Spread | None
-    peak_gb: float | None
+    peak_gib: float | None
 
 
-def random_llama(shape: Shape, device: torch.device, quantised_by: str | None) -> Any:
-    """The model on the device in bf16, or its blocks' linear layers in NF4, held by smidgen or by bitsandbytes."""
+def llama_without_memory(shape: Shape) -> Any:
+    """The model on the meta device, in bf16."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -87,7 +87,14 @@ def random_llama(shape: Shape, device: torch.device, quantised_by: str | None) -
     )
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
-    model.to(torch.bfloat16)
+    return model.to(torch.bfloat16).requires_grad_(False).eval()
+
+
+def random_llama(shape: Shape, device: torch.device, quantised_by: str | None) -> Any:
+    """The model on the device in bf16, or its blocks' linear layers in NF4, held by smidgen or by bitsandbytes."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    model = llama_without_memory(shape)
     for path, module in list(model.named_modules()):
         if not list(module.parameters(recurse=False)):
             continue
@@ -95,15 +102,16 @@ def random_llama(shape: Shape, device: torch.device, quantised_by: str | None) -
         with torch.no_grad():
             for parameter in module.parameters(recurse=False):
                 parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1)
-        if quantised_by and isinstance(module, nn.Linear) and path != "lm_head":
-            _replace(model, path, QUANTISED[quantised_by](module))
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
+        if quantised_by and is_quantised(path, module):
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, QUANTISED[quantised_by](module))
+    model.model.rotary_emb = LlamaRotaryEmbedding(model.config).to(device)
     return model.requires_grad_(False).eval()
 
 
-def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, layer)
+def is_quantised(path: str, module: nn.Module) -> bool:
+    """True of a linear layer of the blocks."""
+    return isinstance(module, nn.Linear) and path != "lm_head"
 
 
 def _by_bitsandbytes(layer: nn.Linear) -> nn.Module:
@@ -134,9 +142,9 @@ QUANTISED: dict[str, Callable[[nn.Linear], nn.Module]] = {HF: _by_bitsandbytes, 
 
 @contextmanager
 def hf_peft(
-    model: Any, *, bf16_adapters: bool, liger: bool = False
+    model: Any, *, checkpointing: bool = True, bf16_adapters: bool = False, liger: bool = False
 ) -> Iterator[tuple[Callable[[Tensor], Tensor], Any]]:
-    """HF PEFT's LoRA with HF's own loss, under activation checkpointing."""
+    """HF PEFT's LoRA with HF's own loss."""
     from peft import LoraConfig, get_peft_model
 
     names = sorted(
@@ -147,8 +155,9 @@ def hf_peft(
 
         apply_liger_kernel_to_llama(model=model)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=not bf16_adapters)
     wrapped.train()
     try:
@@ -158,8 +167,9 @@ def hf_peft(
         )
     finally:
         wrapped.unload()
-        model.gradient_checkpointing_disable()
-        model.disable_input_require_grads()
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()
         model.requires_grad_(False).eval()
 
 
@@ -184,10 +194,11 @@ def variants(shape: Shape) -> dict[str, tuple[str, Callable[[Any], Any]]]:
     """Name -> who quantises the base where it is, and what runs on it."""
     found: dict[str, tuple[str, Callable[[Any], Any]]] = {}
     if not shape.nf4 or importlib.util.find_spec("bitsandbytes"):
-        found[f"{HF} as it comes"] = (HF, lambda model: hf_peft(model, bf16_adapters=False))
-        found[f"{HF}, bf16 adapters"] = (HF, lambda model: hf_peft(model, bf16_adapters=True))
+        found[f"{HF} as it comes"] = (HF, lambda model: hf_peft(model, checkpointing=False))
+        found[f"{HF}, checkpointing"] = (HF, hf_peft)
+        found[f"{HF}, checkpointing, bf16 adapters"] = (HF, lambda model: hf_peft(model, bf16_adapters=True))
         if importlib.util.find_spec("liger_kernel"):
-            found[f"{HF}, bf16 adapters, Liger"] = (
+            found[f"{HF}, checkpointing, bf16 adapters, Liger"] = (
                 HF,
                 lambda model: hf_peft(model, bf16_adapters=True, liger=True),
             )
@@ -196,17 +207,23 @@ def variants(shape: Shape) -> dict[str, tuple[str, Callable[[Any], Any]]]:
     return found
 
 
+def step_of(loss_of: Callable[[Tensor], Tensor], parameters: Any, tokens: Tensor) -> Callable[[], None]:
+    """What one step of training does."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        loss_of(tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def measured(model: Any, dressed: Callable[[Any], Any], tokens: Tensor, steps: int) -> tuple[float, float]:
-    """Tokens per second of training steps, and the peak in GB; raises torch.OutOfMemoryError."""
+    """Tokens per second of training steps, and the peak in GiB; raises torch.OutOfMemoryError."""
     device = tokens.device
     with dressed(model) as (loss_of, parameters):
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-        def step() -> None:
-            loss_of(tokens).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
+        step = step_of(loss_of, parameters, tokens)
         step()  # what is made once
         _wait(device)
         if device.type == "cuda":
@@ -262,16 +279,16 @@ def compare(name: str, sequences: list[int], device: torch.device, steps: int, r
         for variant in todo:
             each = found[length, variant]
             over = each.speed.median / first.speed.median if each.speed and first and first.speed else None
-            memory = each.peak_gb / first.peak_gb if each.peak_gb and first and first.peak_gb else None
+            memory = each.peak_gib / first.peak_gib if each.peak_gib and first and first.peak_gib else None
             speed: Any = each.speed or "out of memory"
-            yield [name, f"{length:,}", variant, speed, each.peak_gb, over, memory]
+            yield [name, f"{length:,}", variant, speed, each.peak_gib, over, memory]
 
 
 def claims_of(rows: list[list[Any]]) -> list[dict[str, Any]]:
     """What is claimed of the shapes that were run."""
     claims: list[dict[str, Any]] = []
-    theirs = [r for r in rows if r[:2] == [SPEED, "4,096"] and r[2].startswith(HF) and isinstance(r[3], Spread)]
-    mine = [r for r in rows if r[:2] == [SPEED, "4,096"] and r[2].startswith(OURS) and isinstance(r[3], Spread)]
+    ran = [r for r in rows if r[:2] == [CLAIMED, f"{CLAIMED_TOKENS:,}"] and isinstance(r[3], Spread)]
+    theirs, mine = ([r for r in ran if r[2].startswith(tool)] for tool in (HF, OURS))
     if theirs and mine:
         best = max(r[3].median for r in mine)
         claims.append(
@@ -284,14 +301,14 @@ def claims_of(rows: list[list[Any]]) -> list[dict[str, Any]]:
         claims.append(
             {
                 "claim": "peak memory over HF PEFT's, 8B, 4,096 tokens, one GPU",
-                "limit": 0.5,
+                "limit": MEMORY_OF_HF,
                 "is": min(r[4] for r in mine) / theirs[0][4],
             }
         )
-    large = [r[4] for r in rows if r[0] == "70b-nf4" and r[2].startswith(OURS) and r[4]]
+    large = [r[4] for r in rows if r[0] == LARGEST and r[2].startswith(OURS) and r[4]]
     if large:
         claims.append(
-            {"claim": "70B with NF4-LoRA, peak GB on one GPU", "limit": FITS_GB, "is": min(large)},
+            {"claim": "70B with NF4-LoRA, peak GiB on one GPU", "limit": FITS_GIB, "is": min(large)},
         )
     return claims
 
@@ -319,7 +336,7 @@ def main() -> None:
             "tokens",
             "",
             "tokens a second",
-            "peak, GB",
+            "peak, GiB",
             "speed over the first",
             "memory over the first",
         ]

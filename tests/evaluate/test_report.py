@@ -13,7 +13,7 @@ from smidgen.evaluate.card import model_card
 from smidgen.evaluate.page import page
 from smidgen.evaluate.report import Estimate, Report
 from smidgen.evaluate.terminal import show
-from smidgen.evaluate.verdict import findings, verdict
+from smidgen.evaluate.verdict import BEHIND, findings, verdict
 from smidgen.tasks.base import Example, Sample
 
 
@@ -74,6 +74,52 @@ def test_a_gain_says_its_size_its_interval_and_its_cost(binary: Report) -> None:
     assert said.headline == "Tuned gains 6.2 points of accuracy over the linear probe [4.1, 8.3]."
     assert said.cost == "0.31 % of the parameters trained, 141 KB on disk, 1 min 23 s, peak memory 412 MB"
     assert said.full == "Full fine-tuning reaches 84.8 % [83.2, 86.4]: 45 MB on disk, 6 min 52 s."
+
+
+@pytest.mark.parametrize(
+    ("over_full", "said"),
+    [
+        (Estimate(-0.019, -0.036, -0.002), "better than tuned by 1.9 points [0.2, 3.6]"),
+        (Estimate(-0.007, -0.021, 0.007), "not certainly better than tuned by 0.7 points [-0.7, 2.1]"),
+        (Estimate(0.007, -0.007, 0.021), "not certainly worse than tuned by 0.7 points [-2.1, 0.7]"),
+        (Estimate(0.030, 0.010, 0.050), "worse than tuned by 3.0 points [-5.0, -1.0]"),
+    ],
+)
+def test_full_fine_tuning_is_compared_with_tuned_on_the_same_rows(binary: Report, over_full: Estimate, said: str):
+    report = replace(binary, over_full=over_full)
+    assert verdict(report).full == f"Full fine-tuning reaches 84.8 % [83.2, 86.4], {said}: 45 MB on disk, 6 min 52 s."
+    assert not [finding for finding in findings(report) if finding.startswith(BEHIND)]  # nothing shows why
+    assert report.to_json()["over_full"] == over_full._asdict()
+
+
+def test_why_full_fine_tuning_is_better_is_said_where_it_certainly_is(binary: Report) -> None:
+    behind = replace(binary, over_full=Estimate(-0.019, -0.036, -0.002), curves=curves_of(0.25), best_step=20)
+    full = Estimate(0.650, 0.636, 0.664)
+    forgets = (replace(binary.shift[0], full=full, full_difference=Estimate(-0.061, -0.075, -0.047)), binary.shift[1])
+    cases = [
+        (replace(behind, full_curves=curves_of(0.20)), "tuned fits the training rows less closely (training loss "),
+        (replace(behind, full_curves=curves_of(0.25)), "tuned fits the training rows as closely (training loss 0.250"),
+        (
+            replace(behind, best_step=40),
+            "tuned was at its best when its steps ended, so more of them may close the gap",
+        ),
+        (replace(behind, shift=forgets), "on tweets tuned is the better one (68.3 %, full fine-tuning 65.0 %)"),
+    ]
+    for report, why in cases:
+        (finding,) = [finding for finding in findings(report) if finding.startswith(BEHIND)]
+        assert finding.startswith(BEHIND + why)
+    lower = replace(behind, metric="rmse", higher_is_better=False, full_curves=curves_of(0.20))
+    assert not [finding for finding in findings(lower) if finding.startswith(BEHIND)]  # lower is better, tuned is lower
+
+
+def curves_of(loss: float) -> dict[str, list[tuple[int, float]]]:
+    steps = (10, 20, 30, 40)
+    return {"train loss": [(step, loss) for step in steps], "valid accuracy": [(step, 0.8) for step in steps]}
+
+
+def test_the_difference_from_full_fine_tuning_goes_with_its_row(binary: Report) -> None:
+    with pytest.raises(ConfigError, match="full fine-tuning"):
+        replace(binary, rows=binary.rows[:3], over_full=Estimate(0.0, -0.1, 0.1))
 
 
 def test_a_loss_is_said_as_plainly(binary: Report) -> None:

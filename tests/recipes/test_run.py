@@ -78,7 +78,10 @@ def test_the_report_says_what_each_model_costs(start, bert):
     assert rows["base"]["disk_bytes"] == 4 * HEAD
     assert rows["full"]["disk_bytes"] == 4 * (body + HEAD)
     assert rows["majority"]["value"] == 0.5
-    difference = report["difference"]
+    difference, over_full = report["difference"], report["over_full"]
+    assert over_full["value"] == pytest.approx(rows["tuned"]["value"] - rows["full"]["value"])
+    assert over_full["low"] <= over_full["value"] <= over_full["high"]
+    assert report["full_curves"].keys() == report["curves"].keys()
     assert difference["value"] == pytest.approx(rows["tuned"]["value"] - rows["base"]["value"])
     assert difference["low"] <= difference["value"] <= difference["high"]
     # 24 test rows, and the confusion matrix is of them

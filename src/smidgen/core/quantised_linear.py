@@ -183,8 +183,8 @@ def quantise_(layer: nn.Linear, format: Format, W: Tensor | None = None) -> None
     """
     own = layer.weight.detach() if W is None else W
     pieces = format.quantised((own.shape[0], own.shape[1]), in_blocks(own), own.device)
-    whole = all(bool(torch.isfinite(piece).all()) for piece in pieces.values() if piece.is_floating_point())
-    require(whole or own.is_meta, "a weight holds NaN or infinity, so it cannot be quantised", NonFiniteError)
+    whole = own.is_meta or all(torch.isfinite(piece).all() for piece in pieces.values() if piece.is_floating_point())
+    require(whole, "a weight holds NaN or infinity, so it cannot be quantised", NonFiniteError)
     dtype = own.dtype if W is None else layer.weight.dtype
     del layer._parameters["weight"]
     for name, piece in pieces.items():

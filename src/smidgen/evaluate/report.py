@@ -7,7 +7,7 @@ A report is data. What the figures mean is said once, in `verdict.py`; how they 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -81,6 +81,8 @@ class Report:
     examples: Sequence[Example]
     versions: Mapping[str, str]  # package -> version
     samples: Sequence[Sample] = ()  # what a model that generates says to a few test prompts
+    over_full: Estimate | None = None  # tuned minus full, paired, where full fine-tuning was compared with
+    full_curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)  # its own, as `curves`
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
@@ -89,6 +91,10 @@ class Report:
         require(
             (self.difference is not None) == ("base" in names),
             f'The difference of tuned and base goes with the row "base": rows {names}, difference {self.difference}.',
+        )
+        require(
+            self.over_full is None or "full" in names,
+            f'The difference of tuned and full fine-tuning goes with the row "full"; it got {names}.',
         )
         if self.confusion is not None:
             shape = [len(self.confusion), *{len(row) for row in self.confusion}]
@@ -125,10 +131,12 @@ class Report:
             "method": self.method,
             "rows": [{**vars(row), "others": dict(row.others)} for row in self.rows],
             "difference": _estimate(self.difference),
+            "over_full": _estimate(self.over_full),
             "outcome": verdict(self).outcome,
             "headline": verdict(self).headline,
             "base_name": self.base_name,
             "curves": self.curves,
+            "full_curves": self.full_curves,
             "best_step": self.best_step,
             "confusion": self.confusion,
             "labels": self.labels,

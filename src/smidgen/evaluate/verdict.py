@@ -5,7 +5,7 @@ a loss, and anything else is not certain, however large the difference looks.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,8 @@ from smidgen.evaluate.units import (
 Outcome = Literal["gained", "lost", "uncertain", "not compared"]
 
 OVERFIT = 0.05  # a validation loss this much above its lowest is worth a note; less is noise
+
+BEHIND = "Why full fine-tuning is better: "  # the note that says so begins with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ def verdict(report: Report) -> Verdict:
         cost=cost,
         full=None
         if full is None
-        else f"Full fine-tuning reaches {_value(report.metric, full)}: "
+        else f"Full fine-tuning reaches {_value(report.metric, full)}{_beside_full(report)}: "
         f"{bytes_text(full.disk_bytes)} on disk, {seconds_text(full.seconds)}.",
     )
 
@@ -77,6 +79,7 @@ def findings(report: Report) -> list[str]:
         if row is not None and not _is_better(tuned.value, row.value, report.higher_is_better):
             found.append(f"Tuned is no better than {trivial} ({metric_text(report.metric, row.value)}).")
     found += _overfitting(report)
+    found += _behind_full(report)
     is_probe = report.base_name != "untouched model"
     why = "what it learned does not carry over" if is_probe else "it forgot some of what the model could"
     for shift in report.shift:
@@ -119,6 +122,45 @@ def _headline(report: Report, tuned: Row, outcome: Outcome) -> str:
         return f"Tuned {what} the {base} {interval}."
     what = f"loses {size} of {metric}" if report.higher_is_better else f"raises {metric} by {size}"
     return f"Tuned {what} against the {base} {interval}: keep the {base}."
+
+
+def _beside_full(report: Report) -> str:
+    """How full fine-tuning compares with tuned, to follow its value; nothing where it was not compared."""
+    if report.over_full is None:
+        return ""
+    gain = _gain(report.over_full, not report.higher_is_better)  # of full over tuned
+    side = "better" if gain.value > 0 else "worse"
+    certainly = "not certainly " if outcome_of(report.over_full, report.higher_is_better) == "uncertain" else ""
+    interval = interval_text(report.metric, gain.low, gain.high)
+    return f", {certainly}{side} than tuned by {difference_text(report.metric, abs(gain.value))} {interval}"
+
+
+def _behind_full(report: Report) -> list[str]:
+    """Why full fine-tuning is better, as far as the curves and the other data show it, where it certainly is."""
+    if outcome_of(report.over_full, report.higher_is_better) != "lost":
+        return []
+    reasons, mine, its = [], _end(report.curves), _end(report.full_curves)
+    judged = next((points for name, points in report.curves.items() if name == f"valid {report.metric}"), ())
+    if judged and report.best_step == judged[-1][0]:
+        reasons.append("tuned was at its best when its steps ended, so more of them may close the gap")
+    if mine is not None and its is not None:
+        losses = f"training loss {number_text(mine)}, and {number_text(its)} of full fine-tuning"
+        if _rises(its, mine):
+            reasons.append(f"tuned fits the training rows less closely ({losses}): more parameters may help")
+        else:
+            reasons.append(f"tuned fits the training rows as closely ({losses}), and carries over less of it")
+    for shift in report.shift:
+        if shift.full is not None and _is_better(shift.tuned.value, shift.full.value, report.higher_is_better):
+            kept = [metric_text(report.metric, each.value) for each in (shift.tuned, shift.full)]
+            reasons.append(f"on {shift.name} tuned is the better one ({kept[0]}, full fine-tuning {kept[1]})")
+    return [f"{BEHIND}{'; '.join(reasons)}."] if reasons else []
+
+
+def _end(curves: Mapping[str, Sequence[tuple[int, float]]]) -> float | None:
+    """The mean training loss of the last quarter of the points."""
+    points = [value for _, value in curves.get("train loss", ()) if math.isfinite(value)]
+    last = points[-max(1, len(points) // 4) :]
+    return sum(last) / len(last) if last else None
 
 
 def _overfitting(report: Report) -> list[str]:

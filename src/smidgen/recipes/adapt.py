@@ -15,7 +15,6 @@ from ..core.errors import RecipeError
 from ..core.method import Method
 from ..core.targets import Resolution, Targets
 from ..data.batches import LengthBucketedBatches
-from ..evaluate.report import Row
 from ..methods.head import Head
 from ..methods.lora import OF_DATA, LoRA
 from ..methods.selective import Selective
@@ -171,9 +170,9 @@ def settings_of(chosen: Chosen, fingerprint: str) -> Settings:
     return Settings(**{name: getattr(chosen, name) for name in fields}, fingerprint=fingerprint)
 
 
-def full_row(
+def fully_tuned(
     work: Work, chosen: Chosen, base: Base, accelerator: "Accelerator", console: "Console | None"
-) -> tuple[Row, judge.Answers]:
+) -> judge.Full:
     """Full fine-tuning of a fresh copy of the model: same start of the head, same steps, its own learning rate."""
     rates = preset("full")
     model = work.task.build(work.asked).to(accelerator.device)
@@ -207,7 +206,7 @@ def full_row(
         seconds=outcome.seconds,
         disk_bytes=sum(p.nbytes for p in model.parameters()),
     )
-    return row, found
+    return judge.Full(row, found, outcome.curves)
 
 
 def _loss_of_rows(work: Work, chosen: Chosen) -> tuple[Callable[[], Tensor], int]:

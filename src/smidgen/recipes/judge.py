@@ -24,6 +24,15 @@ class Answers:
     shift: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Full:
+    """What full fine-tuning came to.   curves: of its training, as `Outcome.curves`."""
+
+    row: Row
+    answers: Answers
+    curves: Mapping[str, Sequence[tuple[int, float]]]
+
+
 def row(
     name: str,
     work: Work,
@@ -89,7 +98,7 @@ def report(
     base_name: str,
     base: Answers,
     tuned: Answers,
-    full: Answers | None,
+    full: Full | None,
     outcome: Outcome,
     plan: Plan,
     method: str,
@@ -106,9 +115,9 @@ def report(
             base=_estimate(task, base.shift[name], examples.targets),
             tuned=_estimate(task, tuned.shift[name], examples.targets),
             difference=difference(task, base.shift[name], tuned.shift[name], examples.targets),
-            full=None if full is None else _estimate(task, full.shift[name], examples.targets),
+            full=None if full is None else _estimate(task, full.answers.shift[name], examples.targets),
             full_difference=(
-                None if full is None else difference(task, base.shift[name], full.shift[name], examples.targets)
+                None if full is None else difference(task, base.shift[name], full.answers.shift[name], examples.targets)
             ),
         )
         for name, examples in work.shift.items()
@@ -121,7 +130,7 @@ def report(
         model=work.asked.model.name,
         data=work.recipe.data.train,
         method=method,
-        rows=tuple(rows),
+        rows=tuple(rows if full is None else [*rows, full.row]),
         difference=difference(task, base.test, tuned.test, work.test.targets),
         base_name=base_name,
         curves=outcome.curves,
@@ -134,6 +143,8 @@ def report(
         examples=task.contrasts(work.data.test, work.test.targets, base.test, tuned.test),
         samples=samples,
         versions=versions,
+        over_full=None if full is None else difference(task, full.answers.test, tuned.test, work.test.targets),
+        full_curves={} if full is None else full.curves,
     )
 
 

@@ -33,7 +33,7 @@ from ..training.memory import peak_memory
 from ..training.progress import Progress
 from ..training.trials import undone
 from . import judge
-from .adapt import adapter_parameters, attach_used, full_row, groups_of, head_parameters, in_top, settings_of
+from .adapt import adapter_parameters, attach_used, fully_tuned, groups_of, head_parameters, in_top, settings_of
 from .choose import Chosen, agreed, choose, choose_steps_for, method_of, trial_batches
 from .fit import choose_memory, refuse_impossible, within_memory
 from .prepare import Work, best_device, digest_rows, make_accelerator, prepare, set_threads
@@ -208,8 +208,7 @@ def _tune(recipe: Recipe, *, resume: bool, fresh: bool, console: "Console", held
     ]
     full = None
     if "full" in recipe.report.against:
-        row, full = full_row(work, chosen, base, accelerator, console if not quiet else None)
-        rows.append(row)
+        full = fully_tuned(work, chosen, base, accelerator, console if not quiet else None)
     if quiet:
         return out
     samples = judge.samples(work, base_said, tuned_said)
