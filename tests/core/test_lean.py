@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smidgen import DoRA, LNTuning, LoRA, Stack, VeRA, attach
+from smidgen import DoRA, LNTuning, LoRA, Stack, Targets, VeRA, attach
 from smidgen.core.lean import put_on, take_off
 from smidgen.core.method import Method
+from smidgen.core.quantised import format_named
+from smidgen.core.quantised_linear import quantise_
 
 from ..laws.snapshots import everything, same
 
@@ -361,6 +363,30 @@ def test_a_lean_gated_feedforward_keeps_its_two_halves_and_the_small_products():
     shapes = sorted(tuple(tensor.shape) for tensor in kept(model, x).values())
     # x, what A makes of it twice and of the product once, gate and up
     assert shapes == sorted([(2, 4, WIDTH), *[(8, 2)] * 3, *[(2, 4, HIDDEN)] * 2])
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("part", [Gated, Plain])
+def test_on_weights_in_few_bits_it_keeps_no_product_either_and_gradients_are_the_same(
+    part: type[nn.Module], format: str
+):
+    results = []
+    for lean in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(part())
+        for module in [module for module in model.modules() if isinstance(module, nn.Linear)]:
+            quantise_(module, format_named(format))
+        parameters = moved(model, LoRA(rank=2, targets=Targets.of_type(nn.Linear)))
+        if lean:
+            assert put_on(model) == ["0"]
+        x = batch()
+        shapes = [tuple(tensor.shape) for tensor in kept(model, x).values()]
+        y = model(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *parameters])))
+        assert shapes.count((2, 4, HIDDEN)) == (2 if part is Gated else 1) + (0 if lean else 2 if part is Gated else 1)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert torch.equal(results[0][0], results[1][0])
 
 
 def test_nothing_below_the_lowest_trained_layer_is_recorded_or_kept():

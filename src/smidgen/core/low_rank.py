@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .adapter import AdditiveAdapter, Call
 from .kernels import frozen_linear_low_rank, frozen_linear_low_rank_of_made
 from .layers import ConvKind, LinearKind
-from .quantised_linear import QuantisedLinear, is_quantised_linear, quantised_linear
+from .quantised_linear import QuantisedLinear, is_quantised_linear, quantised_linear, quantised_linear_of_made
 from .site import Site
 
 _FEW = 0.1  # share of entries up to which places take less than a byte for each entry
@@ -61,8 +61,8 @@ class LowRankAdapter(AdditiveAdapter):
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.fuses(call):
             return self.fused(x, self.site.stored, self.site.bias, *self._scale_and_mask(x))
-        if self.plain and is_quantised_linear(call) and self._fuses and not (self.training and self.dropout):
-            return quantised_linear(x, cast(QuantisedLinear, self.site.layer), *self.factors(), self.scale)
+        if self._fuses_quantised(call):
+            return quantised_linear(x, self._quantised, *self.factors(), self.scale)
         if self.plain and takes_change(self.site, call, x) and not (self.training and self.dropout):
             return with_change(self.site, x, self.weight_delta(slice(None)))
         return super().forward(call, x, *args, **kwargs)
@@ -71,10 +71,22 @@ class LowRankAdapter(AdditiveAdapter):
         """True where the call is a bare frozen Linear's with nothing around it: one fused pass."""
         return self.plain and is_bare_linear(call) and is_frozen(self.site)
 
+    def _fuses_quantised(self, call: Call) -> bool:
+        """The same of a layer in few bits."""
+        return self.plain and is_quantised_linear(call) and self._fuses and not (self.training and self.dropout)
+
+    @property
+    def _quantised(self) -> QuantisedLinear:
+        return cast(QuantisedLinear, self.site.layer)
+
     def of_made(self, call: Call, make: Callable[..., Tensor], made_of: Sequence[Tensor]) -> Tensor | None:
         """What `forward` gives for x = make(*made_of), of their shape, with x kept by nobody; None where it cannot."""
         same = type(self).forward is LowRankAdapter.forward and self._fuses
-        if not same or not self.fuses(call) or torch.is_autocast_enabled(made_of[0].device.type):
+        if not same or torch.is_autocast_enabled(made_of[0].device.type):
+            return None
+        if self._fuses_quantised(call):
+            return quantised_linear_of_made(make, made_of, self._quantised, *self.factors(), self.scale)
+        if not self.fuses(call):
             return None
         A, B = self.factors()
         scale, mask = self._scale_and_mask(made_of[0])

@@ -7,7 +7,7 @@ kept for backward are the pieces alone; there W is made anew, as QLoRA does (Det
 `layer.weight` is a QuantisedWeight: shape, dtype and device cost nothing, and whatever else reads it gets it dense.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import NonFiniteError, require
+from .kernels import Pull, remake
 from .quantised import Format, Pieces, Read, blocks_of, format_named, in_blocks
 from .site import compute_dtype
 from .storage import WeightStorage, register_storage
@@ -210,14 +211,34 @@ def quantised_linear(
         if torch.compiler.is_compiling():  # a compiler decides itself what to keep
             y = F.linear(x, layer.dense(_WHOLE, x.dtype), b)
             return y if A is None or B is None else y + scale * F.linear(F.linear(x, _as(A, x)), _as(B, x))
-        result: Tensor = _QuantisedLinear.apply(  # type: ignore[no-untyped-call]
-            x, b, A, B, scale, layer.out_features, layer.format, *layer.pieces.items()
-        )
-        return result
+        return _applied(None, (x,), layer, b, A, B, scale)
+
+
+def quantised_linear_of_made(
+    make: Callable[..., Tensor], made_of: Sequence[Tensor], layer: QuantisedLinear, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """The same of x = make(*made_of), which backward makes again and nobody keeps.  Not for autocast or a compiler."""
+    b = None if layer.bias is None else layer.bias.to(made_of[0].dtype)
+    return _applied(make, made_of, layer, b, A, B, scale)
+
+
+def _applied(
+    make: Callable[..., Tensor] | None,
+    made_of: Sequence[Tensor],
+    layer: QuantisedLinear,
+    b: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    scale: float,
+) -> Tensor:
+    result: Tensor = _QuantisedLinear.apply(  # type: ignore[no-untyped-call]
+        make, b, A, B, scale, layer.out_features, layer.format, tuple(layer.pieces.items()), *made_of
+    )
+    return result
 
 
 class _QuantisedLinear(torch.autograd.Function):
-    """Kept for backward: the pieces, and with factors x and x A^T.
+    """Of x, or of x = make(*made_of).  Kept for backward: the pieces, and with factors what x is made of, and x A^T.
 
     g = s dy B (N, R)   dA = g^T x   dB = s dy^T (x A^T)   dx = dy W + g A   as in kernels.py
     """
@@ -225,16 +246,18 @@ class _QuantisedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        make: Callable[..., Tensor] | None,
         b: Tensor | None,
         A: Tensor | None,
         B: Tensor | None,
         scale: float,
         fan_out: int,
         format: Format,
-        *pieces: tuple[str, Tensor],
+        pieces: tuple[tuple[str, Tensor], ...],
+        *made_of: Tensor,
     ) -> Tensor:
-        ctx.names, ctx.scale, ctx.format = [name for name, _ in pieces], scale, format
+        x = made_of[0] if make is None else make(*made_of)
+        ctx.make, ctx.names, ctx.scale, ctx.format = make, [name for name, _ in pieces], scale, format
         ctx.shape, h = (fan_out, x.shape[-1]), None
         rows = x.reshape(-1, x.shape[-1])
         y = _by_rows(rows, format.reader(ctx.shape, dict(pieces)), fan_out)
@@ -243,31 +266,40 @@ class _QuantisedLinear(torch.autograd.Function):
         if A is not None and B is not None:
             h = torch.mm(rows, _as(A, x).T)  # (N, R)
             y.addmm_(h, _as(B, x).T, alpha=scale)
-        kept = (x, A, B, h if ctx.needs_input_grad[3] else None) if h is not None else (None,) * 4
-        ctx.save_for_backward(*kept, *(piece for _, piece in pieces))
+        kept = (A, B, h if ctx.needs_input_grad[3] else None, *made_of) if h is not None else (None,) * 3
+        ctx.save_for_backward(*(piece for _, piece in pieces), *kept)
         return y.view(*x.shape[:-1], fan_out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, A, B, h, *pieces = ctx.saved_tensors
+        pieces, (A, B, h, *made_of) = ctx.saved_tensors[: len(ctx.names)], ctx.saved_tensors[len(ctx.names) :]
+        of_made = ctx.needs_input_grad[8:]
         dy_rows, g = dy.reshape(-1, dy.shape[-1]), None
+        x: Any = made_of[0] if made_of else None
+        pull: Pull = _itself
         dx = db = dA = dB = None
         if A is not None:
             g = torch.mm(dy_rows, _as(B, dy)).mul_(ctx.scale)  # (N, R)
+        if ctx.make is not None:
+            x, pull = remake(ctx.make, made_of, of_made)
         if g is not None and ctx.needs_input_grad[2]:
             dA = torch.mm(g.T, x.reshape(-1, x.shape[-1])).to(A.dtype)
         if ctx.needs_input_grad[3]:
             dB = torch.mm(h.T, dy_rows).mul_(ctx.scale).T.to(B.dtype)
         if ctx.needs_input_grad[1]:
             db = dy_rows.sum(0)
-        if ctx.needs_input_grad[0]:
+        if any(of_made):
             read = ctx.format.reader(ctx.shape, dict(zip(ctx.names, pieces, strict=True)))
             dx = _by_columns(dy_rows, read, ctx.shape[1])
             if g is not None:
                 dx.addmm_(g, _as(A, dy))
             dx = dx.view(*dy.shape[:-1], -1)
-        return dx, db, dA, dB, None, None, None, *(None for _ in pieces)
+        return None, db, dA, dB, None, None, None, None, *pull(dx)
+
+
+def _itself(dx: Tensor | None) -> tuple[Tensor | None]:
+    return (dx,)
 
 
 def _by_rows(x: Tensor, read: Read, fan_out: int) -> Tensor:
