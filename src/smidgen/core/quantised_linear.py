@@ -273,7 +273,8 @@ class _QuantisedLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        pieces, (A, B, h, *made_of) = ctx.saved_tensors[: len(ctx.names)], ctx.saved_tensors[len(ctx.names) :]
+        saved = ctx.saved_tensors  # asked for once: checkpoint gives them out once
+        pieces, (A, B, h, *made_of) = saved[: len(ctx.names)], saved[len(ctx.names) :]
         of_made = ctx.needs_input_grad[8:]
         dy_rows, g = dy.reshape(-1, dy.shape[-1]), None
         x: Any = made_of[0] if made_of else None
