@@ -1,8 +1,9 @@
 """What tuning comes to in every example: base, tuned and full fine-tuning on the same test rows, by seed.
 
 Each run is `smidgen tune examples/NAME/recipe.yaml` in a process of its own, with full fine-tuning beside it; where a
-folder has more recipes, NAME/RECIPE is another of them.  The figures are those of its report.json.  The packages and
-data must be there: make example NAME=... brings them.
+folder has more recipes, NAME/RECIPE is another of them.  The figures are those of its report.json: the metric with its
+interval, and in the last table what else the task measures and what the models come to on other data, seed by seed.
+The packages and data must be there: make example NAME=... brings them.
 
     python benchmarks/examples.py [NAME ...] [--seeds 0 1 2] [--minutes 5]
 """
@@ -12,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,27 @@ from common import RESULTS, save
 
 from smidgen.evaluate.verdict import BEHIND
 
-SEED = 1  # where it stands in a row
 EXAMPLES = Path(__file__).parent.parent / "examples"
-COLUMNS = ["example", "seed", "task", "metric", "without", "base", "tuned", "tuned over base", "full"]
+COLUMNS = ["example", "seed", "task", "metric", "without", "base", "base is", "tuned", "tuned over base", "full"]
 COLUMNS += ["tuned over full", "method", "trained", "share", "seconds", "full's seconds", "bytes"]
 WHY = ["example", "seed", "why"]
+FURTHER = ["example", "figure", "seeds", "base", "tuned", "full"]
 
 
-def run(name: str, seed: int, minutes: float | None) -> tuple[list[Any], list[Any]]:
-    """An example with one seed: its line, and one that says why full fine-tuning is better, where it certainly is."""
+@dataclass(frozen=True)
+class Found:
+    """What an example with one seed came to.
+
+    why: what the report says of why full fine-tuning is better.   further: figure -> of base, tuned and full.
+    """
+
+    line: list[Any]
+    why: list[str]
+    further: dict[str, list[float | None]]
+
+
+def run(name: str, seed: int, minutes: float | None) -> Found:
+    """An example with one seed."""
     with tempfile.TemporaryDirectory() as folder:
         out, (example, _, recipe) = Path(folder) / "out", name.partition("/")
         path = EXAMPLES / example / f"{recipe or 'recipe'}.yaml"
@@ -48,6 +62,7 @@ def run(name: str, seed: int, minutes: float | None) -> tuple[list[Any], list[An
         report["metric"] + ("" if report["higher_is_better"] else " (lower is better)"),
         without,
         base["value"],
+        report["base_name"],
         f"{tuned['value']:.3f} ({tuned['low']:.3f} to {tuned['high']:.3f})",
         difference(report["difference"]),
         full["value"],
@@ -59,7 +74,21 @@ def run(name: str, seed: int, minutes: float | None) -> tuple[list[Any], list[An
         full["seconds"],
         tuned["disk_bytes"],
     ]
-    return [line], [[name, seed, note.removeprefix(BEHIND)] for note in why]
+    three = (base, tuned, full)
+    further = {figure: [row["others"].get(figure) for row in three] for figure in tuned["others"]}
+    for shift in report["shift"]:
+        estimates = [shift[key] for key in ("base", "tuned", "full")]
+        further[f"{report['metric']} on {shift['name']}"] = [each and each["value"] for each in estimates]
+    return Found(line, [note.removeprefix(BEHIND) for note in why], further)
+
+
+def with_seed(row: list[Any] | None, name: str, figure: str, seed: int, values: list[float | None]) -> list[Any]:
+    """A line of the last table, the figures of one seed put in among those of others."""
+    columns = [cell.split(", ") for cell in row[2:]] if row else [[] for _ in FURTHER[2:]]
+    lines = [line for line in zip(*columns, strict=True) if line[0] != str(seed)]
+    lines.append((str(seed), *("–" if value is None else f"{value:.3f}" for value in values)))
+    lines.sort(key=lambda line: int(line[0]))
+    return [name, figure, *(", ".join(cells) for cells in zip(*lines, strict=True))]
 
 
 def difference(estimate: dict[str, float]) -> str:
@@ -79,14 +108,16 @@ def main() -> None:
     for name in said.names:
         for seed in said.seeds:
             found = run(name, seed, said.minutes)
-            tables = json.loads(stored.read_text())["tables"] if stored.exists() else [{"rows": []}, {"rows": []}]
-            for table, new in zip(tables, found, strict=True):
-                others = [row for row in table["rows"] if (row[0], row[SEED]) != (name, seed)]
-                table["rows"] = sorted([*others, *new], key=lambda row: (row[0], row[SEED]))
-            tables = [
-                {"title": "examples", "columns": COLUMNS, "rows": tables[0]["rows"]},
-                {"title": "Where full fine-tuning is certainly better", "columns": WHY, "rows": tables[1]["rows"]},
-            ]
+            tables = json.loads(stored.read_text())["tables"] if stored.exists() else []  # read now: others may write
+            lines, why, further = (table["rows"] for table in tables or [{"rows": []}] * 3)
+            lines = [*(row for row in lines if row[:2] != [name, seed]), found.line]
+            why = [*(row for row in why if row[:2] != [name, seed]), *([name, seed, each] for each in found.why)]
+            known = {(row[0], row[1]): row for row in further}
+            for figure, values in found.further.items():
+                known[name, figure] = with_seed(known.get((name, figure)), name, figure, seed, values)
+            titled = [("Examples", COLUMNS, lines), ("Where full fine-tuning is better, and why", WHY, why)]
+            titled.append(("Further figures, seed by seed", FURTHER, list(known.values())))
+            tables = [{"title": t, "columns": c, "rows": sorted(rows, key=lambda r: r[:2])} for t, c, rows in titled]
             save("examples", "What tuning comes to in the examples", (__doc__ or "").split("\n\n")[1], tables, [])
 
 

@@ -108,6 +108,11 @@ def test_why_full_fine_tuning_is_better_is_said_where_it_certainly_is(binary: Re
     for report, why in cases:
         (finding,) = [finding for finding in findings(report) if finding.startswith(BEHIND)]
         assert finding.startswith(BEHIND + why)
+    uncertain = replace(behind, over_full=Estimate(-0.019, -0.040, 0.002), full_curves=curves_of(0.20))
+    (finding,) = [finding for finding in findings(uncertain) if finding.startswith(BEHIND)]
+    assert finding.startswith(BEHIND + "it may not be, for the interval includes zero [-0.2, 4.0]; tuned fits ")
+    close = replace(uncertain, over_full=Estimate(-0.009, -0.030, 0.012))
+    assert not [finding for finding in findings(close) if finding.startswith(BEHIND)]
     lower = replace(behind, metric="rmse", higher_is_better=False, full_curves=curves_of(0.20))
     assert not [finding for finding in findings(lower) if finding.startswith(BEHIND)]  # lower is better, tuned is lower
 

@@ -20,14 +20,14 @@ def metric_text(name: str, value: float) -> str:
     """One value of the metric `name`: "84.2 %" for a share, "0.613" otherwise."""
     if math.isnan(value):
         return NONE
-    return f"{100 * value:.1f} %" if _is_share(name) else number_text(value)
+    return f"{100 * value:.1f} %" if is_share(name) else number_text(value)
 
 
 def interval_text(name: str, low: float, high: float) -> str:
     """An interval of the metric `name`: "[82.5, 85.9]", in per cent or points for a share."""
     if math.isnan(low) or math.isnan(high):
         return f"[{NONE}]"
-    if _is_share(name):
+    if is_share(name):
         return f"[{_unsigned_zero(f'{100 * low:.1f}')}, {_unsigned_zero(f'{100 * high:.1f}')}]"
     size = max(abs(low), abs(high))
     return f"[{number_text(low, size)}, {number_text(high, size)}]"
@@ -37,7 +37,7 @@ def difference_text(name: str, value: float) -> str:
     """A difference of two values of the metric `name`: "6.2 points" for a share, "0.062" otherwise."""
     if math.isnan(value):
         return NONE
-    return f"{_unsigned_zero(f'{100 * value:.1f}')} points" if _is_share(name) else number_text(value)
+    return f"{_unsigned_zero(f'{100 * value:.1f}')} points" if is_share(name) else number_text(value)
 
 
 def number_text(value: float, size: float | None = None) -> str:
@@ -89,7 +89,7 @@ def seconds_text(seconds: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60} min"
 
 
-def _is_share(name: str) -> bool:
+def is_share(name: str) -> bool:
     """Also of a metric cut off at a rank, or for one class: "recall@10", "f1 PER"."""
     return re.split(r"[ @]", name)[0] in SHARES
 

@@ -14,6 +14,7 @@ from smidgen.evaluate.units import (
     bytes_text,
     difference_text,
     interval_text,
+    is_share,
     metric_text,
     number_text,
     seconds_text,
@@ -24,6 +25,7 @@ Outcome = Literal["gained", "lost", "uncertain", "not compared"]
 
 OVERFIT = 0.05  # a validation loss this much above its lowest is worth a note; less is noise
 
+POINT = 0.01  # behind full fine-tuning by more than this, of a share or relative to another metric, is worth a note
 BEHIND = "Why full fine-tuning is better: "  # the note that says so begins with it
 
 
@@ -136,10 +138,17 @@ def _beside_full(report: Report) -> str:
 
 
 def _behind_full(report: Report) -> list[str]:
-    """Why full fine-tuning is better, as far as the curves and the other data show it, where it certainly is."""
-    if outcome_of(report.over_full, report.higher_is_better) != "lost":
+    """Why full fine-tuning is better, as far as curves and other data show: if it certainly is, or by over a point."""
+    full, outcome = report.row("full"), outcome_of(report.over_full, report.higher_is_better)
+    if report.over_full is None or full is None or outcome == "gained":
+        return []
+    behind = _gain(report.over_full, not report.higher_is_better)
+    if outcome == "uncertain" and not behind.value > POINT * (1 if is_share(report.metric) else abs(full.value)):
         return []
     reasons, mine, its = [], _end(report.curves), _end(report.full_curves)
+    if outcome == "uncertain":
+        interval = interval_text(report.metric, behind.low, behind.high)
+        reasons.append(f"it may not be, for the interval includes zero {interval}")
     judged = next((points for name, points in report.curves.items() if name == f"valid {report.metric}"), ())
     if judged and report.best_step == judged[-1][0]:
         reasons.append("tuned was at its best when its steps ended, so more of them may close the gap")
