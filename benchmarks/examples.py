@@ -115,7 +115,7 @@ def main() -> None:
             known = {(row[0], row[1]): row for row in further}
             for figure, values in found.further.items():
                 known[name, figure] = with_seed(known.get((name, figure)), name, figure, seed, values)
-            titled = [("Examples", COLUMNS, lines), ("Where full fine-tuning is better, and why", WHY, why)]
+            titled = [("Examples", COLUMNS, lines), ("Where tuned is behind full fine-tuning, and why", WHY, why)]
             titled.append(("Further figures, seed by seed", FURTHER, list(known.values())))
             tables = [{"title": t, "columns": c, "rows": sorted(rows, key=lambda r: r[:2])} for t, c, rows in titled]
             save("examples", "What tuning comes to in the examples", (__doc__ or "").split("\n\n")[1], tables, [])

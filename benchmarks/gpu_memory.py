@@ -20,7 +20,7 @@ from unittest.mock import patch
 import gpu
 import report
 import torch
-from common import one_thread, plain
+from common import described, one_thread, plain, save
 from gpu import CLAIMED, CLAIMED_TOKENS, FITS_GIB, LARGEST, MEMORY_OF_HF, OURS, SHAPES, Shape
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,6 +34,7 @@ from smidgen.core import quantised_linear, recompute
 _GPU = torch.device("cuda")
 _SMALL = Shape(512, 8, 8, 2, 1536, 32_000)
 _SMALL_TOKENS = 1024
+SAVED, SEQUENCES = ["1b", "8b", "8b-nf4", "70b-nf4"], [2048, 4096, 32_768]  # whose results are saved
 
 
 class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -133,7 +134,9 @@ def compare(name: str, sequences: list[int]) -> Iterator[list[Any]]:
     shape = SHAPES[name]
     for length in sequences:
         first = None
-        for variant, (_, dressed) in gpu.variants(shape).items():
+        for variant, (tool, dressed) in gpu.variants(shape).items():
+            if shape.nf4 and tool != OURS:
+                continue
             held, peak = (size / 2**30 for size in counted(shape, dressed, length))
             first = first or peak
             yield [name, f"{length:,}", variant, held, peak - held, peak, peak / first]
@@ -155,8 +158,8 @@ def claims_of(rows: list[list[Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b", "8b", "8b-nf4", "70b-nf4"])
-    parser.add_argument("--sequences", nargs="+", type=int, default=[2048, 4096, 32_768])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SAVED)
+    parser.add_argument("--sequences", nargs="+", type=int, default=SEQUENCES)
     asked = parser.parse_args()
     one_thread()
     rows: list[list[Any]] = []
@@ -179,7 +182,8 @@ def main() -> None:
         },
     ]
     print(report.table_of(plain(tables[1])))
-    # save("gpu_memory", "Memory on one GPU, counted", described(__doc__), tables, claims_of(rows))
+    if (asked.shapes, asked.sequences) == (SAVED, SEQUENCES):
+        save("gpu_memory", "Memory on one GPU, counted", described(__doc__), tables, claims_of(rows))
 
 
 if __name__ == "__main__":

@@ -169,6 +169,13 @@ def test_norms_never_let_through_what_measuring_would_refuse():
                 assert exact <= max_error, (seed, max_error)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(4096, 4096), (5, 3), (7,), (64, 32, 3, 3)])
+def test_the_norm_of_a_weight_in_sixteen_bits_is_right_to_a_hundredth(dtype: torch.dtype, shape: tuple[int, ...]):
+    for W in (torch.randn(shape).to(dtype), torch.full(shape, 0.02, dtype=dtype)):
+        assert merge._norm(W) == pytest.approx(float(W.double().norm()), rel=merge._MARGIN - 1)
+
+
 # -- all or nothing
 
 

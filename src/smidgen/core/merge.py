@@ -127,7 +127,7 @@ def _norm_if_it_fits(site: Site, expression: Expression, max_error: float) -> fl
     about, wide = torch.finfo(W.dtype), _wide(W.dtype)
     if not update or about.bits < 16:  # of 8 bits no norm is to be had
         return None
-    norm = _MARGIN * (float(torch.linalg.vector_norm(W)) + update)
+    norm = _MARGIN * (_norm(W) + update)
     lost = 0.0 if W.dtype == wide else about.eps / 2 * (norm + about.tiny * W.numel() ** 0.5)
     if not (norm < about.max and lost <= max_error * update):
         return None
@@ -166,6 +166,11 @@ def _quantised(site: Site) -> QuantisedLinear | None:
 def _squares(x: Tensor) -> float:
     x = x.flatten()
     return float(torch.dot(x, x))
+
+
+def _norm(W: Tensor) -> float:
+    """The Frobenius norm, row by row: one sum over a large weight in 16 bits stops growing."""
+    return float(torch.linalg.vector_norm(W, dim=tuple(range(1, W.dim()))).cpu().double().norm())
 
 
 def _write(site: Site, expression: Expression, *, measured: bool) -> float:

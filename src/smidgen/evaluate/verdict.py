@@ -26,7 +26,7 @@ Outcome = Literal["gained", "lost", "uncertain", "not compared"]
 OVERFIT = 0.05  # a validation loss this much above its lowest is worth a note; less is noise
 
 POINT = 0.01  # behind full fine-tuning by more than this, of a share or relative to another metric, is worth a note
-BEHIND = "Why full fine-tuning is better: "  # the note that says so begins with it
+BEHIND = "Tuned is behind full fine-tuning: "  # the note that says why begins with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +132,17 @@ def _beside_full(report: Report) -> str:
         return ""
     gain = _gain(report.over_full, not report.higher_is_better)  # of full over tuned
     side = "better" if gain.value > 0 else "worse"
-    certainly = "not certainly " if outcome_of(report.over_full, report.higher_is_better) == "uncertain" else ""
+    if gain.value < 0:
+        gain = Estimate(-gain.value, -gain.high, -gain.low)  # said as a positive loss
     interval = interval_text(report.metric, gain.low, gain.high)
-    return f", {certainly}{side} than tuned by {difference_text(report.metric, abs(gain.value))} {interval}"
+    if gain.value == 0:
+        return f", as tuned does {interval}"
+    certainly = "not certainly " if outcome_of(report.over_full, report.higher_is_better) == "uncertain" else ""
+    return f", {certainly}{side} than tuned by {difference_text(report.metric, gain.value)} {interval}"
 
 
 def _behind_full(report: Report) -> list[str]:
-    """Why full fine-tuning is better, as far as curves and other data show: if it certainly is, or by over a point."""
+    """Why full fine-tuning is better, as far as curves and other data show, if it certainly is or by over a point."""
     full, outcome = report.row("full"), outcome_of(report.over_full, report.higher_is_better)
     if report.over_full is None or full is None or outcome == "gained":
         return []
@@ -148,20 +152,21 @@ def _behind_full(report: Report) -> list[str]:
     reasons, mine, its = [], _end(report.curves), _end(report.full_curves)
     if outcome == "uncertain":
         interval = interval_text(report.metric, behind.low, behind.high)
-        reasons.append(f"it may not be, for the interval includes zero {interval}")
+        reasons.append(f"not certainly, for the interval includes zero {interval}")
     judged = next((points for name, points in report.curves.items() if name == f"valid {report.metric}"), ())
     if judged and report.best_step == judged[-1][0]:
-        reasons.append("tuned was at its best when its steps ended, so more of them may close the gap")
+        reasons.append("it was at its best when its steps ended, so more of them may close the gap")
     if mine is not None and its is not None:
         losses = f"training loss {number_text(mine)}, and {number_text(its)} of full fine-tuning"
         if _rises(its, mine):
-            reasons.append(f"tuned fits the training rows less closely ({losses}): more parameters may help")
+            helps = "more parameters may help, or less dropout where it has any"
+            reasons.append(f"it fits the training rows less closely ({losses}): {helps}")
         else:
-            reasons.append(f"tuned fits the training rows as closely ({losses}), and carries over less of it")
+            reasons.append(f"it fits the training rows as closely ({losses}), and less of that carries over")
     for shift in report.shift:
-        if shift.full is not None and _is_better(shift.tuned.value, shift.full.value, report.higher_is_better):
+        if shift.full is not None and _is_ahead(shift.tuned, shift.full, report.higher_is_better):
             kept = [metric_text(report.metric, each.value) for each in (shift.tuned, shift.full)]
-            reasons.append(f"on {shift.name} tuned is the better one ({kept[0]}, full fine-tuning {kept[1]})")
+            reasons.append(f"on {shift.name} it is ahead ({kept[0]}, full fine-tuning {kept[1]})")
     return [f"{BEHIND}{'; '.join(reasons)}."] if reasons else []
 
 
@@ -204,6 +209,11 @@ def _tuned(report: Report) -> Row:
 
 def _is_better(a: float, b: float, higher_is_better: bool) -> bool:
     return a > b if higher_is_better else a < b
+
+
+def _is_ahead(one: Estimate, other: Estimate, higher_is_better: bool) -> bool:
+    """Whether all of one's interval is better than all of the other's."""
+    return one.low > other.high if higher_is_better else one.high < other.low
 
 
 def _gain(difference: Estimate, higher_is_better: bool) -> Estimate:
