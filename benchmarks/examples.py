@@ -3,7 +3,7 @@
 Each run is `smidgen tune examples/NAME/recipe.yaml` in a process of its own, with full fine-tuning beside it; where a
 folder has more recipes, NAME/RECIPE is another of them.  The figures are those of its report.json: the metric with its
 interval, and in the last table what else the task measures and what the models come to on other data, seed by seed.
-The packages and data must be there: make example NAME=... brings them.
+Examples whose packages and data are not there are passed over: make example NAME=... brings them.
 
     python benchmarks/examples.py [NAME ...] [--seeds 0 1 2] [--minutes 5]
 """
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,24 @@ def with_seed(row: list[Any] | None, name: str, figure: str, seed: int, values: 
     return [name, figure, *(", ".join(cells) for cells in zip(*lines, strict=True))]
 
 
+def is_prepared(name: str) -> bool:
+    """Whether `make example` has brought the packages and the data of an example."""
+    folder = EXAMPLES / name.partition("/")[0]
+    required = [
+        line.partition("==")[0] for line in (folder / "requirements.txt").read_text().splitlines() if "==" in line
+    ]
+    data = f".cache/{folder.name}"
+    wanted = any(data in path.read_text() for path in folder.glob("*.yaml"))
+    return all(map(_is_installed, required)) and (Path(data).exists() or not wanted)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
 def difference(estimate: dict[str, float]) -> str:
     """A paired difference with its interval."""
     return f"{estimate['value']:+.3f} ({estimate['low']:+.3f} to {estimate['high']:+.3f})"
@@ -106,6 +125,9 @@ def main() -> None:
     said = parser.parse_args()
     stored = RESULTS / "examples.json"
     for name in said.names:
+        if not is_prepared(name):
+            print(f"{name} is passed over: make example NAME={name.partition('/')[0]} brings what it needs")
+            continue
         for seed in said.seeds:
             found = run(name, seed, said.minutes)
             tables = json.loads(stored.read_text())["tables"] if stored.exists() else []  # read now: others may write

@@ -31,6 +31,7 @@ from smidgen.core.recompute import Level
 
 RANK, ALPHA = 16, 32
 OURS, HF = "smidgen", "HF PEFT"
+LIGER = f"{HF}, checkpointing, bf16 adapters, Liger"
 CLAIMED, CLAIMED_TOKENS, MEMORY_OF_HF = "8b", 4096, 0.5  # of which something is claimed, beside HF PEFT
 LARGEST, FITS_GIB = "70b-nf4", 48
 
@@ -190,18 +191,18 @@ def ours(model: Any, *, recompute: Level) -> Iterator[tuple[Callable[[Tensor], T
         adapters.detach()
 
 
-def variants(shape: Shape) -> dict[str, tuple[str, Callable[[Any], Any]]]:
+Variants = dict[str, tuple[str, Callable[[Any], Any]]]
+
+
+def variants(shape: Shape) -> Variants:
     """Name -> who quantises the base where it is, and what runs on it."""
-    found: dict[str, tuple[str, Callable[[Any], Any]]] = {}
+    found: Variants = {}
     if not shape.nf4 or importlib.util.find_spec("bitsandbytes"):
         found[f"{HF} as it comes"] = (HF, lambda model: hf_peft(model, checkpointing=False))
         found[f"{HF}, checkpointing"] = (HF, hf_peft)
         found[f"{HF}, checkpointing, bf16 adapters"] = (HF, lambda model: hf_peft(model, bf16_adapters=True))
         if importlib.util.find_spec("liger_kernel"):
-            found[f"{HF}, checkpointing, bf16 adapters, Liger"] = (
-                HF,
-                lambda model: hf_peft(model, bf16_adapters=True, liger=True),
-            )
+            found[LIGER] = (HF, lambda model: hf_peft(model, bf16_adapters=True, liger=True))
     for level in ("off", "cheap", "all"):
         found[f"{OURS}, recompute {level}"] = (OURS, lambda model, level=level: ours(model, recompute=level))
     return found
@@ -242,12 +243,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare(name: str, sequences: list[int], device: torch.device, steps: int, rounds: int) -> Iterator[list[Any]]:
-    """A line of the table for each length and variant of one shape."""
-    shape = SHAPES[name]
+def compare(
+    shape: Shape, todo: Variants, sequences: list[int], device: torch.device, steps: int, rounds: int
+) -> dict[tuple[int, str], Found]:
+    """What each variant did at each length."""
     found: dict[tuple[int, str], Found] = {}
     groups: dict[str, list[str]] = {}
-    todo = variants(shape)
     for variant, (quantiser, _) in todo.items():
         groups.setdefault(quantiser if shape.nf4 else "", []).append(variant)
     for quantiser, names in groups.items():  # one base at a time is in memory
@@ -274,10 +275,15 @@ def compare(name: str, sequences: list[int], device: torch.device, steps: int, r
                 )
         del model
         gc.collect()
+    return found
+
+
+def lines(name: str, found: dict[tuple[int, str], Found], sequences: list[int]) -> Iterator[list[Any]]:
+    """A line of the table for each length and variant of one shape."""
     for length in sequences:
-        first = next((f for variant in todo if (f := found[length, variant]).speed), None)
-        for variant in todo:
-            each = found[length, variant]
+        of_length = {variant: each for (other, variant), each in found.items() if other == length}
+        first = next((each for each in of_length.values() if each.speed), None)
+        for variant, each in of_length.items():
             over = each.speed.median / first.speed.median if each.speed and first and first.speed else None
             memory = each.peak_gib / first.peak_gib if each.peak_gib and first and first.peak_gib else None
             speed: Any = each.speed or "out of memory"
@@ -325,11 +331,15 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("there is no CUDA device here, so nothing is measured; to see that it runs: --device cpu --shapes tiny")
         return
-    rows: list[list[Any]] = []
-    for name in asked.shapes:
-        for row in compare(name, asked.sequences, device, asked.steps, asked.rounds):
-            print("  ".join(str(cell.median if isinstance(cell, Spread) else cell) for cell in row), flush=True)
-            rows.append(row)
+    found: dict[str, dict[tuple[int, str], Found]] = {name: {} for name in asked.shapes}
+    for last in (False, True):  # Liger patches transformers for the rest of the process
+        for name in asked.shapes:
+            todo = {variant: how for variant, how in variants(SHAPES[name]).items() if (variant == LIGER) == last}
+            found[name] |= compare(SHAPES[name], todo, asked.sequences, device, asked.steps, asked.rounds)
+            print(f"{name}: {', '.join(todo) or 'no Liger'}", flush=True)
+    rows = [row for name in asked.shapes for row in lines(name, found[name], asked.sequences)]
+    for row in rows:
+        print("  ".join(str(cell.median if isinstance(cell, Spread) else cell) for cell in row))
     if device.type == "cuda":
         columns = [
             "shape",

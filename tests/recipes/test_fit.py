@@ -75,7 +75,7 @@ def test_every_level_learns_the_same_bits(start, tmp_path):
 def test_less_is_kept_where_less_is_free_and_then_the_batch_is_cut(free, monkeypatch, rows, recompute, batch):
     """A row takes 1000 bytes by level off, 600 by cheap, 200 by all; 50 parameters are trained, with 12 bytes each."""
     sizes = {"off": 1000.0, "cheap": 600.0, "all": 200.0}
-    monkeypatch.setattr(fit, "_per_row", lambda work, accelerator, level, *rest: sizes[level])
+    monkeypatch.setattr(fit, "_per_row", lambda work, accelerator, level, *rest, is_sent_away: sizes[level])
     free(math.ceil((600 + rows) / 0.9))
     blocks = nn.ModuleList(nn.Sequential(nn.Linear(3, 3)) for _ in range(2))
     chosen, plan = Chosen(**{f.name: None for f in dataclasses.fields(Chosen)}), Plan()
@@ -90,15 +90,18 @@ def test_what_a_row_takes_is_less_the_less_is_kept(start, free, monkeypatch):
     measured = {}
     per_row = fit._per_row
 
-    def spied(work, accelerator, level, *rest):
-        measured[level] = per_row(work, accelerator, level, *rest)
+    def spied(work, accelerator, level, *rest, is_sent_away):
+        measured[level] = per_row(work, accelerator, level, *rest, is_sent_away=False)
+        sent_away[level] = per_row(work, accelerator, level, 4, *rest[1:], is_sent_away=True)  # of four blocks
         return measured[level]
 
+    sent_away: dict[str, float] = {}
     monkeypatch.setattr(fit, "_per_row", spied)
     free(1)
     start()
     assert list(measured) == list(LEVELS)
-    assert measured["off"] > measured["cheap"] > measured["all"] > 0
+    assert measured["off"] > measured["cheap"] > measured["all"] > sent_away["all"] > 0
+    assert sent_away["off"] == pytest.approx(measured["off"], rel=0.02)
 
 
 def test_a_batch_that_does_not_fit_is_found_before_the_run_and_learns_the_same(start, monkeypatch, tmp_path):

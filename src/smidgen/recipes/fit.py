@@ -68,7 +68,7 @@ def choose_memory(
     levels: tuple[Level, ...] = (said.recompute,) if said.recompute else LEVELS if blocks else ("off",)
     per_row = 0.0
     for level in levels:  # one after the other: mostly the first fits, and nothing more is measured
-        per_row = _per_row(work, accelerator, level, blocks, free)
+        per_row = _per_row(work, accelerator, level, blocks, free, is_sent_away=said.offload == "cpu")
         chosen.recompute = level
         if fixed + chosen.rows * per_row <= _USABLE * free:
             break
@@ -106,9 +106,12 @@ def within_memory(run: Callable[[], T], chosen: Chosen, plan: Plan) -> T:
     return result
 
 
-def _per_row(work: Work, accelerator: "Accelerator", level: Level, blocks: int, free: int) -> float:
-    """Bytes that a row of the longest takes while it is trained on; what is offloaded is counted too.
+def _per_row(
+    work: Work, accelerator: "Accelerator", level: Level, blocks: int, free: int, *, is_sent_away: bool
+) -> float:
+    """Bytes that a row of the longest takes while it is trained on.
 
+    is_sent_away: the inputs of blocks leave the device, but for those of two.
     Where not even two rows can be tried, they take at least what is free.
     """
     longest = max(range(len(work.train)), key=work.train.lengths.__getitem__)
@@ -130,7 +133,8 @@ def _per_row(work: Work, accelerator: "Accelerator", level: Level, blocks: int, 
         return whole + room
     with recompute(work.model, level):
         less = kept()
-    return less + (whole - less) / blocks + room
+    held = less * min(1.0, 2 / blocks) if is_sent_away and level == "all" else less
+    return held + (whole - less) / blocks + room
 
 
 def _say_split(plan: Plan, chosen: Chosen, why: str) -> None:
