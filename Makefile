@@ -23,7 +23,7 @@ SENTENCES := .cache/vaderSentiment-3.3.2.tar.gz
 demo: $(VENV)/.stamp-text $(SENTENCES)
 	$(BIN)/python -m smidgen demo
 
-example: $(VENV)/.stamp-text
+example: $(VENV)/.stamp-text $(if $(filter text_classification,$(NAME)),$(SENTENCES))
 	@test -n '$(NAME)' -a -d 'examples/$(NAME)' || { echo "Say which: make example NAME=..., one of: $$(ls examples | tr '\n' ' ')"; exit 2; }
 	@test -f 'examples/$(NAME)/$(RECIPE).yaml' || { echo "RECIPE=$(RECIPE) is not there; in examples/$(NAME) are: $$(cd examples/$(NAME) && ls *.yaml | tr '\n' ' ')"; exit 2; }
 	$(PIP) install --quiet --no-deps --requirement examples/$(NAME)/requirements.txt
