@@ -40,6 +40,7 @@ check: $(VENV)/.stamp-dev
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_library_imports.py
 	$(BIN)/python tools/check_docs.py
+	$(BIN)/python benchmarks/report.py --check
 
 fix: $(VENV)/.stamp-dev
 	$(BIN)/ruff format .

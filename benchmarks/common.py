@@ -12,9 +12,11 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -156,6 +158,7 @@ def save(name: str, title: str, text: str, tables: list[dict[str, Any]], claims:
         "title": title,
         "text": text,
         "machine": _machine(),
+        "run": {"command": _command(), "date": datetime.now(UTC).date().isoformat()},
         "versions": {package: version(package) for package in ("smidgen", "torch", "transformers", "peft")},
         "tables": tables,
         "claims": claims,
@@ -173,6 +176,10 @@ def plain(data: Any) -> Any:
 def described(doc: str | None) -> str:
     """What a benchmark's docstring says, without its command."""
     return (doc or "").partition("\n\n    ")[0]
+
+
+def _command() -> str:
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def _machine() -> dict[str, Any]:

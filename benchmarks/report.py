@@ -1,12 +1,16 @@
-"""Make docs/benchmarks.md and its plots from benchmarks/results/*.json. Every benchmark does so when it has saved."""
+"""Make docs/benchmarks.md and its plots from benchmarks/results/*.json. Every benchmark does so when it has saved.
+
+python benchmarks/report.py [--check]      only see whether the page is that of the results
+"""
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PLOTS = ROOT / "docs" / "plots"
+PLOTS, PAGE = ROOT / "docs" / "plots", ROOT / "docs" / "benchmarks.md"
 PLOTTED = {  # result -> columns of its tables that are drawn as bars
     "end_to_end": ("over HF as it comes",),
     "kernels": ("forward and backward / floor",),
@@ -34,11 +38,31 @@ make bench                                                # all, in full
 
 
 def main() -> None:
+    results = read()
+    for name, result in results.items():
+        for number, each in enumerate(result["tables"]):
+            if columns := drawn_columns(name, each):
+                draw(each, columns, PLOTS / plot_of(name, number))
+    PAGE.write_text(page(results))
+
+
+def check() -> None:
+    """Exit with 1 where the page is not that of the results."""
+    if PAGE.read_text() != page(read()):
+        sys.exit(f"{PAGE.relative_to(ROOT)} is not what benchmarks/results says: run benchmarks/report.py")
+
+
+def read() -> dict[str, Any]:
+    """All results by name."""
     paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    results = {path.stem: json.loads(path.read_text()) for path in paths}
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def page(results: dict[str, Any]) -> str:
+    """All of docs/benchmarks.md."""
     parts = [INTRODUCTION, claims_table([claim for result in results.values() for claim in result["claims"]])]
     parts += [section(name, result) for name, result in results.items()]
-    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts))
+    return "\n".join(parts)
 
 
 def claims_table(claims: list[dict[str, Any]]) -> str:
@@ -61,15 +85,22 @@ def section(name: str, result: dict[str, Any]) -> str:
         f"{machine['system']}, Python {machine['python']}, threads: {machine['threads']}; "
         + ", ".join(f"{package} {release}" for package, release in versions.items())
     )
+    if run := result.get("run"):
+        where += f"; `{run['command']}`, {run['date']}"
     parts = [f"## {result['title']}\n\n{result['text']}\n\n*{where}*\n"]
     for number, each in enumerate(result["tables"]):
         parts.append(f"### {each['title']}\n\n{table_of(each)}")
-        columns = [column for column in PLOTTED.get(name, ()) if column in each["columns"]]
-        if columns:
-            file = f"{name}-{number}.svg"
-            draw(each, columns, PLOTS / file)
-            parts.append(f"![{each['title']}](plots/{file})\n")
+        if drawn_columns(name, each):
+            parts.append(f"![{each['title']}](plots/{plot_of(name, number)})\n")
     return "\n".join(parts)
+
+
+def drawn_columns(name: str, each: dict[str, Any]) -> list[str]:
+    return [column for column in PLOTTED.get(name, ()) if column in each["columns"]]
+
+
+def plot_of(name: str, number: int) -> str:
+    return f"{name}-{number}.svg"
 
 
 def draw(each: dict[str, Any], columns: list[str], file: Path) -> None:
@@ -142,4 +173,4 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    check() if sys.argv[1:] == ["--check"] else main()
