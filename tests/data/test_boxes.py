@@ -125,6 +125,23 @@ def test_boxes_of_coco_are_pixels_from_the_corner(tmp_path: Path) -> None:
     assert tables["train"].column("boxes") == [[Box("cat", 0.5, 0.5, 0.5, 0.5)]]
 
 
+def test_frames_of_one_video_are_known_by_folder_by_name_and_by_what_coco_says(tmp_path: Path) -> None:
+    for name in ("street_0041", "street_0042", "park-7"):
+        picture(tmp_path / "yolo" / "images" / "a" / f"{name}.png")
+    picture(tmp_path / "yolo" / "images" / "b" / "000123.png")
+    table = read_boxes(str(tmp_path / "yolo"))[0]["train"]
+    assert [Path(folder).name for folder in table.column("folder")] == ["a", "a", "a", "b"]
+    assert table.column("video") == ["park", "street", "street", ""]
+    images = [
+        {"id": 7, "file_name": "a.png", "width": 40, "height": 20, "video_id": 3, "video": "the park", "crop": [1]},
+        {"id": 8, "file_name": "a.png"},
+    ]
+    table = read_boxes(str(coco(tmp_path, images=images)))[0]["train"]
+    assert table.names == ["image", "boxes", "folder", "video", "video_id"]
+    assert table.column("video_id") == [3, None]
+    assert table.column("video") == ["the park", None]  # what is said goes before what is read off the name
+
+
 def test_parts_of_coco_are_named_by_their_files(tmp_path: Path) -> None:
     coco(tmp_path, "instances_train2017.json")
     coco(tmp_path, "instances_val2017.json")

@@ -283,6 +283,31 @@ def test_a_batch_may_be_made_and_disturbed_by_the_users_functions(tmp_path):
     assert not torch.equal(first, batch["x"])
 
 
+def test_rows_of_one_group_stay_on_one_side(tmp_path):
+    for groups in ("[i % 8 for i in range(40)]", "torch.arange(40) % 8"):
+        task, tables = understood(said(tmp_path, FILE.replace("head=", f"groups={groups}, head=")))
+        kept, held = task.hold_out(tables["train"], 0.25, 0)
+        assert len(held) == 10
+        assert {i % 8 for i in kept}.isdisjoint({i % 8 for i in held})
+        again, _ = task.hold_out(tables["train"].select(kept), 0.2, 1)
+        assert len(again) == 25  # 5 of the 6 groups that are left
+        assert task.split_words == "at random, seeded, rows of one group kept together"
+    task, tables = understood(said(tmp_path, FILE))
+    assert task.groups(tables["train"]) is None
+    assert task.split_words == "at random, seeded"
+
+
+def test_groups_that_cannot_be_are_named():
+    assert wrong_with(pieces(groups=range(12))) == []
+    assert wrong_with(pieces(groups=["a"] * 9)) == [
+        "groups has 9 values, and train has 12 rows; it has one per row",
+    ]
+    assert wrong_with(pieces(groups=5)) == ["groups is a int; it is a list, a name or number per row of train"]
+    tensors = ["a", *[torch.tensor(i) for i in range(11)]]
+    assert wrong_with(pieces(groups=tensors)) == ["groups[1] is a Tensor; it is a name or a number (and 10 more)"]
+    assert wrong_with(pieces(groups=[None] + ["a"] * 11)) == ["groups[0] is a NoneType; it is a name or a number"]
+
+
 def test_what_the_function_returns_has_to_be_pieces(tmp_path):
     with pytest.raises(RecipeError, match=r"returns a list; it is to return smidgen.tasks.pieces.Pieces"):
         understood(said(tmp_path, "def make():\n    return []"))

@@ -32,8 +32,8 @@ class Plan:
         return self.entries[name]
 
 
-def asked(metric: str | None = None) -> Asked:
-    return Asked(model=locate(MAKER), plan=Plan(), device=torch.device("cpu"), seed=0, metric=metric)
+def asked(metric: str | None = None, **columns: str) -> Asked:
+    return Asked(model=locate(MAKER), plan=Plan(), device=torch.device("cpu"), seed=0, metric=metric, columns=columns)
 
 
 def scenes(root: Path, names: str = "[old 1, new]", count: int = 6) -> Path:
@@ -94,6 +94,31 @@ def test_where_all_are_marked_there_is_nothing_to_remember(tmp_path: Path) -> No
     assert task.build(wanted).remembers is task.resolved_settings()["remember"] is False
     with pytest.raises(RecipeError, match=r"task\.remember is true: all old classes are marked; leave it out"):
         understood(tmp_path, remember=True)
+
+
+def test_frames_of_one_video_stay_on_one_side(tmp_path: Path) -> None:
+    scenes(tmp_path, count=12)
+    for i in range(12):
+        for folder, suffix in (("images", "png"), ("labels", "txt")):
+            (tmp_path / folder / f"{i}.{suffix}").rename(tmp_path / folder / f"clip {'abcd'[i % 4]}_{i:04}.{suffix}")
+    tables, _ = ObjectDetection.read(str(tmp_path), ObjectDetectionSettings())
+    settings, wanted = ObjectDetectionSettings(image_size=64), asked(group="video")
+    task = ObjectDetection.understand(tables, settings, wanted)
+    assert wanted.plan.entries["group column"] == "video"  # type: ignore[attr-defined]
+    assert task.split_words == 'by class, seeded, rows of one "video" kept together'
+    kept, held = task.hold_out(tables["train"], 0.25, 0)
+    videos = tables["train"].column("video")
+    assert {videos[i] for i in kept}.isdisjoint({videos[i] for i in held})
+    assert len(held) == 6  # of each class one of its two videos
+    alike = ObjectDetection.understand(tables, settings, asked())
+    assert alike.split_words == "by class, seeded, equal images kept together"
+    assert len(set(alike.groups(tables["train"]) or ())) == 12
+    with pytest.raises(
+        DataError, match=r'no column "vidoe". Did you mean "video"\? Columns: image, boxes, folder, video'
+    ):
+        ObjectDetection.understand(tables, settings, asked(group="vidoe"))
+    tables["train"].columns["video"][3] = ""
+    assert task.check(tables["train"]) == {3: "column \"video\": '' is no group; it must be a name or number"}
 
 
 def test_images_are_letterboxed_and_boxes_with_them(tmp_path: Path) -> None:

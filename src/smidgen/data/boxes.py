@@ -6,15 +6,19 @@
     folder/annotations/instances_train.json ...  several of them by part, named by it
     folder/*.jpg                                 images alone, to be predicted
 
-Every format becomes the same two columns: "image", a path, and "boxes", a list of `Box`, whose class is a name and
+Every format becomes the same columns: "image", a path, and "boxes", a list of `Box`, whose class is a name and
 whose numbers are shares of the width and height of the image as it is seen: turned upright, as EXIF says.  A wrong line
 makes its image a Problem, so does a size in COCO's JSON that is of the image before it was turned; crowds of COCO
 (iscrowd) are left out.
+
+Columns that say which images are frames of one video: "folder", where the image is; "video", its file's name without
+the number at the end ("street_0041.jpg": "street"); and what COCO's JSON says of its images, such as "video_id".
 """
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +28,14 @@ from smidgen.data.read import split_name
 from smidgen.data.table import Problem, Table
 
 IMAGE, BOXES = "image", "boxes"
+FOLDER, VIDEO = "folder", "video"
+_FRAME = re.compile(r"[-_. ]*\d+$")
+_OF_ONE_IMAGE = {"id", "file_name", "width", "height", "license", "coco_url", "flickr_url", IMAGE, BOXES}
 _SLACK = 0.005  # of the image, by which rounding may carry a box over its edge
 _PARTS = ("train", "val", "test")  # keys of data.yaml
 
 Result = tuple[dict[str, Table], list[Problem]]
+Row = tuple[str, list["Box"], Mapping[str, Any]]  # the image, its boxes, what else is said of it
 
 
 class Box(NamedTuple):
@@ -114,7 +122,7 @@ def _read_yolo(parts: Mapping[str, Sequence[Path]], names: Sequence[str] | None)
     tables: dict[str, Table] = {}
     problems: list[Problem] = []
     for part, places in parts.items():
-        rows: list[tuple[str, list[Box]]] = []
+        rows: list[Row] = []
         for image in (image for place in places for image in _images(place, problems)):
             label, boxes, wrong = _label_of(image), list[Box](), list[Problem]()
             for number, line in enumerate(_lines(label) if label.is_file() else [], start=1):
@@ -124,7 +132,7 @@ def _read_yolo(parts: Mapping[str, Sequence[Path]], names: Sequence[str] | None)
                     wrong.append(Problem(f"{label}:{number}", str(error)))
             problems += wrong
             if not wrong:
-                rows.append((str(image), boxes))
+                rows.append((str(image), boxes, {}))
         tables[part] = _table(rows)
     return tables, problems
 
@@ -185,7 +193,7 @@ def _read_coco(parts: Mapping[str, Sequence[Path]]) -> Result:
     tables: dict[str, Table] = {}
     problems: list[Problem] = []
     for part, files in parts.items():
-        rows: list[tuple[str, list[Box]]] = []
+        rows: list[Row] = []
         for file in files:
             some, bad = _coco_file(file)
             rows, problems = rows + some, problems + bad
@@ -193,7 +201,7 @@ def _read_coco(parts: Mapping[str, Sequence[Path]]) -> Result:
     return tables, problems
 
 
-def _coco_file(file: Path) -> tuple[list[tuple[str, list[Box]]], list[Problem]]:
+def _coco_file(file: Path) -> tuple[list[Row], list[Problem]]:
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
         images = {entry["id"]: entry for entry in said["images"]}
@@ -228,7 +236,11 @@ def _coco_file(file: Path) -> tuple[list[tuple[str, list[Box]]], list[Problem]]:
                 Problem(where, str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
             )
             bad.add(entry.get("image_id") if isinstance(entry, dict) else None)
-    return [(str(found[key]), boxes[key]) for key in images if key not in bad], problems
+    beside = {
+        key: {str(k): v for k, v in entry.items() if k not in _OF_ONE_IMAGE and isinstance(v, str | int | float)}
+        for key, entry in images.items()
+    }
+    return [(str(found[key]), boxes[key], beside[key]) for key in images if key not in bad], problems
 
 
 def _coco_box(entry: Mapping[str, Any], names: Mapping[Any, str], width: float, height: float) -> Box:
@@ -267,10 +279,17 @@ def _finder(file: Path) -> "Callable[[str], Path | None]":
     return find
 
 
-def _table(rows: Iterable[tuple[str, list[Box]]]) -> Table:
-    listed = list(rows)
-    images = [image for image, _ in listed]
-    return Table({IMAGE: images, BOXES: [boxes for _, boxes in listed]}, list(images))
+def _table(rows: Sequence[Row]) -> Table:
+    images = [Path(image) for image, *_ in rows]
+    columns: dict[str, Sequence[Any]] = {
+        IMAGE: [image for image, *_ in rows],
+        BOXES: [boxes for _, boxes, _ in rows],
+        FOLDER: [str(image.parent) for image in images],
+        VIDEO: [_FRAME.sub("", image.stem) for image in images],
+    }
+    names = dict.fromkeys(name for *_, beside in rows for name in beside)
+    columns |= {name: [beside.get(name) for *_, beside in rows] for name in names}
+    return Table(columns, list(columns[IMAGE]))
 
 
 def _lines(file: Path) -> list[str]:

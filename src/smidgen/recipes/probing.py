@@ -92,7 +92,7 @@ def _features(
     beside = list[tuple[Tensor, Tensor | None]]()
 
     def features(batch: Batch) -> Tensor:
-        weights = batch.get("weights")
+        weights = work.task.feature_weights(batch)
         beside.append((work.task.feature_targets(batch).cpu(), None if weights is None else weights.cpu()))
         return work.model.features(batch)
 

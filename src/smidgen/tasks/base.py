@@ -287,6 +287,10 @@ class Task(ABC):
         """The target of each line of `TaskModel.features`, (M, ...)."""
         return batch["targets"]
 
+    def feature_weights(self, batch: Batch) -> Tensor | None:
+        """What each line of `TaskModel.features` counts in the loss, (M,); None where all count the same."""
+        return batch.get("weights")
+
     # -- judging ----------------------------------------------------------------------------------------------------
     def answer(self, outputs: Any, batch: Batch) -> Tensor:
         """What is kept of a batch to be judged: (rows, ...), of the same trailing shape in every batch."""

@@ -26,7 +26,7 @@ from .language.likelihood import METRICS, LikelihoodTask
 from .language.token_rows import as_batch, as_examples, learns, pieces
 from .loading import Tokenizer, choose_max_length, length_within, load_body, load_tokenizer, positions_of, settle_length
 from .registry import task
-from .row_roles import GROUP_AND_WEIGHT, RowRoles, apart
+from .row_roles import ROW_ROLES, RowRoles, apart
 from .text.rows import said_rows, some_of
 
 
@@ -54,7 +54,7 @@ class CausalLM(LikelihoodTask):
     summary = "a language model that continues texts, completes prompts or answers in chats"
     may_shorten = False
     Settings = CausalLMSettings
-    roles = (*ROLES, *GROUP_AND_WEIGHT)
+    roles = (*ROLES, *ROW_ROLES)
     peft_task_type = "CAUSAL_LM"
     split_words = "seeded, equal prompts kept together"
     largest_batch = 8
@@ -72,14 +72,14 @@ class CausalLM(LikelihoodTask):
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
-        beside = RowRoles.said(tables["train"], asked, GROUP_AND_WEIGHT)
-        shape = recognise(*apart(tables["train"], asked, GROUP_AND_WEIGHT))
+        beside = RowRoles.said(tables["train"], asked, ROW_ROLES)
+        shape = recognise(*apart(tables["train"], asked, ROW_ROLES))
         tokenizer = load_tokenizer(asked.model, asked.revision)
         made = cls(tokenizer, shape, settings, asked.metric)
         asked.plan.decide("rows", None, in_words(shape), shape.reason)
         if shape.kind != "text":
             asked.plan.decide("chat template", None, *ensure_template(tokenizer))
-        made.beside, made.split_words = beside, beside.split_words(cls.split_words)
+        made.take_roles(beside)
         why = "a text has no answers" if shape.kind == "text" else "as task.loss_on says; what is asked is given"
         asked.plan.decide("learned tokens", None, "all" if made.rows.learns_all else "answers", why)
         return made

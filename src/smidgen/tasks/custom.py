@@ -6,7 +6,7 @@ NAME is a function that returns `Pieces` (pieces.py), or a class, your own `Task
 a saved result tells which it was, and never runs it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -23,6 +23,7 @@ from .own.rows import Row, as_table, rows_said, wrong_rows
 from .pieces import TARGETS, Pieces
 from .registry import task
 
+_GROUP = "group"  # the column of `Pieces.groups`
 _AT_ONCE = 64  # rows whose targets are read together
 
 
@@ -51,6 +52,8 @@ class Custom(Task):
         self.judge_by(metric)
         self.notes = []
         self.labelled = True
+        if pieces.groups is not None:
+            self.split_words = "at random, seeded, rows of one group kept together"
         self._tried: nn.Module | None = None
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -59,7 +62,11 @@ class Custom(Task):
         """where: the task's own file, for the data sets of its pieces, or FILE.py:NAME of a function that makes one."""
         pieces = cls._maker().pieces
         if where == cls.file:
-            return {name: as_table(rows, name) for name, rows in pieces.parts.items()}, []
+            tables = {name: as_table(rows, name) for name, rows in pieces.parts.items()}
+            if (groups := pieces.group_of) is not None:
+                train = tables["train"]
+                tables["train"] = Table({**train.columns, _GROUP: groups}, train.origins)
+            return tables, []
         if not names_file(where):
             raise DataError(f"{where}: the rows of {cls.file} come from Python; say FILE.py:NAME of a data set")
         return {"train": rows_said(where)}, []
@@ -80,6 +87,10 @@ class Custom(Task):
 
     def check(self, table: Table) -> dict[int, str]:
         return wrong_rows(table, self.pieces, self._maker().path, labelled=self.labelled)
+
+    def groups(self, table: Table) -> Sequence[Hashable] | None:
+        """What the pieces say of their training rows."""
+        return table.columns.get(_GROUP)
 
     # -- the model --------------------------------------------------------------------------------------------------
     def build(self, asked: Asked) -> CustomModel:

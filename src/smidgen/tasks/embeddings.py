@@ -8,6 +8,8 @@ similarity: the pairs are to be in the order of the scores, and are judged by ra
 
 The negatives of a batch are those of one micro-batch: `accumulate` brings no more of them, a larger `batch` does, and
 losses of batches of different size cannot be compared.
+
+A column "weight" says what the loss of a row counts; a row of weight 0 still is a negative of others.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -19,11 +21,11 @@ from torch import Tensor, nn
 from ..core.checks import require_above_zero, require_one_of, require_whole
 from ..core.errors import DataError
 from ..data.table import Table
-from .base import Asked, Batch, Encoding, Example, Examples, Task, TaskModel
+from .base import Asked, Batch, Encoding, Example, Examples, TaskModel
 from .judging import counted
 from .loading import Tokenizer, load_body, load_tokenizer, settle_length
 from .registry import task
-from .row_roles import RowRoles, apart
+from .row_roles import ROW_ROLES, RowRoles, TaskWithRoles, apart
 from .text.objectives import Loss, objective_for, shown
 from .text.pair_columns import ROLES, SIDES, PairColumns, pair_columns, score_range
 from .text.rows import said_rows, some_of
@@ -57,7 +59,7 @@ class EmbeddingsSettings:
 
 
 @task("embeddings")
-class Embeddings(Task):
+class Embeddings(TaskWithRoles):
     """Embeddings with a given tokenizer, columns (role -> name) and settings, of which none is None.
 
     scores: the lowest and highest that a pair can have, which the squared error takes for cosines of 0 and 1.
@@ -65,10 +67,9 @@ class Embeddings(Task):
 
     summary = "vectors of texts, learned from pairs that belong together or have a score of similarity"
     Settings = EmbeddingsSettings
-    roles = (*ROLES, "group")
+    roles = (*ROLES, *ROW_ROLES)
     split_words = "seeded, rows that share a text kept together"
     largest_batch = 64
-    beside = RowRoles()  # what is said of groups
 
     def __init__(
         self,
@@ -94,8 +95,8 @@ class Embeddings(Task):
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         scored = None if settings.loss is None else settings.loss != "contrastive"
-        beside = RowRoles.said(tables["train"], asked, ("group",))
-        columns, reasons = pair_columns(*apart(tables["train"], asked, ("group",)), scored=scored)
+        beside = RowRoles.said(tables["train"], asked, ROW_ROLES)
+        columns, reasons = pair_columns(*apart(tables["train"], asked, ROW_ROLES), scored=scored)
         asked.decide_columns(columns, reasons)
         found: Loss = "cosent" if "score" in columns else "contrastive"
         why = "the pairs have scores" if "score" in columns else "no scores are given"
@@ -105,7 +106,7 @@ class Embeddings(Task):
         settings = replace(settings, loss=loss, **as_trained(asked, settings.pooling, prompts))
         scores = score_range(tables["train"].column(columns["score"])) if "score" in columns else (0.0, 1.0)
         made = cls(tokenizer, columns, settings, scores, asked.metric)
-        made.beside, made.split_words = beside, beside.split_words(cls.split_words)
+        made.take_roles(beside)
         if made.finds:
             made.notes.append("queries are ranked among the different documents of the rows that judge, and no others")
         return made
@@ -130,6 +131,7 @@ class Embeddings(Task):
         return Embedder(load_body(asked.model, asked.dtype, asked.revision), self.settings.pooling or "mean")
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
+        self.beside = self.beside.learned(train)
         lengths = self.sides.lengths(self.columns, some_of(train, asked.seed))
         self.max_length = settle_length(self.settings.max_length, lengths, model.body, self.tokenizer, asked)
 
@@ -142,21 +144,22 @@ class Embeddings(Task):
             "max_length": self.max_length,
             "finds": self.finds,
         }
-        return Encoding(columns=list(names.values()), settings=settings)
+        return self.beside.encoding([*names.values()], settings)
 
     def complete(self, table: Table, examples: Examples) -> Examples:
         return replace(examples, targets=self.columns.numbers(table)) if self.finds else examples
 
     def encode(self, table: Table) -> Examples:
         targets = self.objective.targets(self.columns, table)
-        return self.sides.examples(self.columns, table, targets, self.max_length)
+        examples = self.sides.examples(self.columns, table, targets, self.max_length)
+        return replace(examples, weights=self.beside.weights(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         return self.sides.batch(examples, indices)
 
     # -- learning and judging ---------------------------------------------------------------------------------------
     def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        return self.objective.loss(outputs, batch["targets"]), len(outputs)
+        return self.objective.loss(outputs, batch["targets"], batch.get("weights")), len(outputs)
 
     def answer(self, outputs: Any, batch: Batch) -> Tensor:
         return self.objective.kept(outputs)

@@ -30,8 +30,9 @@ from .images.image_input import Seen, with_said
 from .images.image_models import ImageClassifier, load_image_model
 from .images.pixels import Pixels
 from .judging import seen_before
-from .labelled import ROW_ROLES, LabelledTask, labels_in
+from .labelled import LabelledTask, labels_in
 from .registry import task
+from .row_roles import ROW_ROLES
 
 Augment = Literal["crop", "shift", "off"]
 

@@ -18,16 +18,15 @@ from torch import Tensor
 from ..core.errors import DataError, RecipeError
 from ..data.labels import Kind, Labels
 from ..data.table import Table
-from .base import Asked, Encoding, Example, Task
+from .base import Asked, Encoding, Example
 from .judging import contrasted, counted
-from .row_roles import RowRoles
+from .row_roles import ROW_ROLES, RowRoles, TaskWithRoles
 
 _METRICS = {"regression": ("spearman", "r2", "mae"), "multilabel": ("macro_f1", "micro_f1", "exact_match")}
-ROW_ROLES = ("group", "time", "weight")
 _METRICS_OF_CLASSES = ("accuracy", "macro_f1", "mcc")
 
 
-class LabelledTask(Task):
+class LabelledTask(TaskWithRoles):
     """A task whose rows have one label each, of any kind.   roles: the first is what a row is shown by.
 
     label_column: None where rows are only to be predicted.   centre, spread: of the training targets of a regression,
@@ -40,7 +39,6 @@ class LabelledTask(Task):
 
     labels: Labels
     label_column: str | None
-    beside = RowRoles()
     balance: bool = False
     class_weights: Tensor | None = None
     centre: float = 0.0
@@ -67,16 +65,11 @@ class LabelledTask(Task):
 
     def take_rows(self, train: Table, asked: Asked, balance: bool) -> None:
         """Take what is said of rows beside their labels.  Raises DataError or RecipeError."""
-        self._understood, self.beside = train, RowRoles.said(train, asked, ROW_ROLES)
-        if weight := self.beside.columns.get("weight"):
-            self.notes.append(f'Rows count by "{weight}" in the loss; the figures count each once.')
-        self.split_words = self.beside.split_words(self.split_words, by_class=True)
+        self._understood = train
+        self.take_roles(RowRoles.said(train, asked, ROW_ROLES), by_class=True)
         if balance and self.labels.kind not in ("binary", "multiclass"):
             raise RecipeError(f"task.balance is for rows of one class each, and the labels are {self.labels.kind}")
         self.balance = balance
-
-    def hold_out(self, table: Table, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-        return self.beside.latest(table, fraction) or super().hold_out(table, fraction, seed)
 
     def check_rows(self, table: Table) -> dict[int, str]:
         """What is wrong with the labels of rows, and with their times, groups and weights.

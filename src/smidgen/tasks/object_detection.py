@@ -3,6 +3,8 @@
 The body is the detector as it was trained; classes that the data names and the detector does not know grow behind its
 own (images/detectors.py), and are the head.  The base of the comparison is the untouched model, new classes at random.
 Images are letterboxed into a square of `image_size`.
+
+Frames of one video are alike: with `data.columns.group` they stay on one side of a split (columns: data/boxes.py).
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -17,12 +19,13 @@ from ..core.errors import DataError, RecipeError, require
 from ..data.boxes import BOXES, IMAGE, read_boxes
 from ..data.images import content_key, image_problems, image_size, in_threads
 from ..data.table import Problem, Table
-from .base import Asked, Batch, Example, Examples, Task, TaskModel
+from .base import Asked, Batch, Example, Examples, TaskModel
 from .images.detectors import Detector, load_detector
 from .images.disturbed import disturbed
 from .images.found import Classes, answers_of, counts, rarest
 from .images.letterbox import Letterbox, letterboxed
 from .registry import task
+from .row_roles import RowRoles, TaskWithRoles
 
 _ON_CPU, _ELSEWHERE = 320, 640
 
@@ -46,7 +49,7 @@ class ObjectDetectionSettings:
 
 
 @task("object_detection")
-class ObjectDetection(Task):
+class ObjectDetection(TaskWithRoles):
     """Object detection with given classes and image size.
 
     names: of all classes; the first `own` are the detector's, the others are new.   answers: images/found.py.
@@ -54,7 +57,7 @@ class ObjectDetection(Task):
 
     summary = "boxes with classes in images, for YOLO and DETR-like detectors; new classes grow"
     Settings = ObjectDetectionSettings
-    roles = ()
+    roles = ("group",)
     unit = "images"
     largest_batch = 16
     resamples = 200
@@ -86,6 +89,7 @@ class ObjectDetection(Task):
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
+        beside = RowRoles.said(tables["train"], asked, cls.roles)
         detector = load_detector(asked)
         marked = counts(tables["train"])
         if not marked:
@@ -105,10 +109,11 @@ class ObjectDetection(Task):
         made = cls(names, detector.own, side, augment=settings.augment, remember=remember, metric=asked.metric)
         made.taught = [name in marked for name in names]
         made.notes += made.classes.remarks(made.taught)
+        made.take_roles(beside, by_class=True)
         return made
 
     def check(self, table: Table) -> dict[int, str]:
-        problems = image_problems(table.column(IMAGE))
+        problems = self.beside.check(table) | image_problems(table.column(IMAGE))
         for i, boxes in enumerate(table.column(BOXES)):
             if unknown := sorted({box.name for box in boxes} - set(self.names)):
                 problems[i] = f"{', '.join(unknown)}: no class of the model, and in no training image"
@@ -118,7 +123,8 @@ class ObjectDetection(Task):
         return rarest(table)
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        return in_threads(content_key, table.column(IMAGE))
+        """What the column "group" says, such as frames of one video; else equal images."""
+        return self.beside.groups(table) or in_threads(content_key, table.column(IMAGE))
 
     def build(self, asked: Asked) -> TaskModel:
         detector = load_detector(asked)

@@ -6,7 +6,7 @@ return Pieces(model=net, train=pairs, loss=F.l1_loss)        pairs[i] = (x, targ
 
 import math
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +36,7 @@ class Pieces:
     train: the rows, each (x, target) or a dict of tensors with "targets" among them; float64 becomes float32.  A row
     is the same each time it is read, so that a run can be resumed and judged: chance belongs in `augment`.
     valid, test: such rows too; held out of `train` at random where they are not given.
+    groups: one name or number per row of `train`: rows of one group stay on one side where rows are held out.
     loss: (outputs, targets) -> the mean over the rows, or one number per row (N,).
     metrics: name -> function of all outputs and targets.  The first one counts; with none the loss does.
     lower_is_better: which of them are.
@@ -49,6 +50,7 @@ class Pieces:
     loss: Callable[[Any, Any], Tensor]
     valid: Rows | None = None
     test: Rows | None = None
+    groups: Sequence[Hashable] | None = None
     metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] = field(default_factory=dict)
     lower_is_better: Sequence[str] = ()
     collate: Callable[[list[Any]], Any] | None = None
@@ -60,6 +62,12 @@ class Pieces:
         """The data sets that are there, by name."""
         said = {"train": self.train, "valid": self.valid, "test": self.test}
         return {name: rows for name, rows in said.items() if rows is not None}
+
+    @property
+    def group_of(self) -> list[Hashable] | None:
+        """`groups` as a list; of an array or a tensor its numbers."""
+        plain: Any = getattr(self.groups, "tolist", None)
+        return None if self.groups is None else list(self.groups if plain is None else plain())
 
     def batch(self, rows: list[Any]) -> Batch:
         """Rows as one batch.  Raises ValueError, and whatever the user's `collate` raises."""
@@ -112,6 +120,7 @@ def wrong_with(pieces: Pieces) -> list[str]:
             found.append(f"{name} is a {type(rows).__name__}; it needs a length and rows by number, as a list has them")
         elif not len(rows):
             found.append(f"{name} is empty")
+    found += _wrong_groups(pieces)
     functions = {"loss": pieces.loss, "collate": pieces.collate, "augment": pieces.augment}
     functions |= {f'metrics["{name}"]': function for name, function in pieces.metrics.items()}
     for name, function in functions.items():
@@ -124,6 +133,30 @@ def wrong_with(pieces: Pieces) -> list[str]:
             there = ", ".join(pieces.metrics) or "none"
             found.append(f'lower_is_better names "{name}", and the metrics are: {there} (the loss is known to be)')
     return found
+
+
+def _wrong_groups(pieces: Pieces) -> Iterator[str]:
+    if pieces.groups is None:
+        return
+    try:
+        groups = pieces.group_of or []
+    except TypeError:
+        yield f"groups is a {type(pieces.groups).__name__}; it is a list, a name or number per row of train"
+        return
+    if hasattr(pieces.train, "__len__") and len(groups) != len(pieces.train):
+        yield f"groups has {len(groups)} values, and train has {len(pieces.train)} rows; it has one per row"
+    odd = [i for i, group in enumerate(groups) if not _names_a_group(group)]
+    if odd:
+        more = f" (and {len(odd) - 1} more)" if odd[1:] else ""
+        yield f"groups[{odd[0]}] is a {type(groups[odd[0]]).__name__}; it is a name or a number{more}"
+
+
+def _names_a_group(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return value is not None and not isinstance(value, Tensor)  # equal tensors have other hashes
 
 
 def wrong_with_model(pieces: Pieces, model: nn.Module, file: str) -> list[str]:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..data.table import Table
 from ..data.values import number
-from .base import Asked, Encoding
+from .base import Asked, Encoding, Task
 
-GROUP_AND_WEIGHT = ("group", "weight")
+ROW_ROLES = ("group", "time", "weight")
 
 
 def apart(train: Table, asked: Asked, roles: Sequence[str]) -> tuple[Table, dict[str, str]]:
@@ -102,3 +102,18 @@ class RowRoles:
         """`Task.encoding` of these columns, None for none, and settings, with what rows count beside them."""
         names = (*columns, self.columns.get("weight"))
         return Encoding(columns=list(filter(None, names)), settings={**settings, "mean_weight": self.mean})
+
+
+class TaskWithRoles(Task):
+    """A task whose rows may have roles.   beside: those that were said."""
+
+    beside = RowRoles()
+
+    def take_roles(self, beside: RowRoles, *, by_class: bool = False) -> None:
+        """Let the split follow these roles, and the report say what rows count.   by_class: as `split_words`."""
+        self.beside, self.split_words = beside, beside.split_words(self.split_words, by_class=by_class)
+        if weight := beside.columns.get("weight"):
+            self.notes.append(f'Rows count by "{weight}" in the loss; the figures count each once.')
+
+    def hold_out(self, table: Table, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+        return self.beside.latest(table, fraction) or super().hold_out(table, fraction, seed)

@@ -24,7 +24,7 @@ from .language.source_target import SourceTarget, by_language, source_and_target
 from .language.writing import WritingTask
 from .loading import Tokenizer, choose_max_length, length_within, load_body, load_tokenizer, positions_of, settle_length
 from .registry import task
-from .row_roles import GROUP_AND_WEIGHT, RowRoles, apart
+from .row_roles import ROW_ROLES, RowRoles, apart
 from .text.rows import said_rows, some_of
 
 _AT_ONCE = 8  # rows written to at a time
@@ -57,7 +57,7 @@ class Seq2Seq(WritingTask):
     summary = "a text written to a text: summaries, translations"
     may_shorten = False
     Settings = Seq2SeqSettings
-    roles = ("source", "target", *GROUP_AND_WEIGHT)
+    roles = ("source", "target", *ROW_ROLES)
     peft_task_type = "SEQ_2_SEQ_LM"
     largest_batch = 8
     split_words = "seeded, equal sources kept together"
@@ -77,12 +77,12 @@ class Seq2Seq(WritingTask):
 
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
-        beside = RowRoles.said(tables["train"], asked, GROUP_AND_WEIGHT)
-        source, target, why = source_and_target(*apart(tables["train"], asked, GROUP_AND_WEIGHT))
+        beside = RowRoles.said(tables["train"], asked, ROW_ROLES)
+        source, target, why = source_and_target(*apart(tables["train"], asked, ROW_ROLES))
         asked.decide_columns({"source": source, "target": target}, {"source": why, "target": why})
         tokenizer = load_tokenizer(asked.model, asked.revision)
         made = cls(tokenizer, SourceTarget(source, target), settings, asked.metric)
-        made.beside, made.split_words = beside, beside.split_words(cls.split_words)
+        made.take_roles(beside)
         return made
 
     def check(self, table: Table) -> dict[int, str]:

@@ -25,10 +25,10 @@ from ..data.split import duplicate_groups
 from ..data.table import Table
 from .base import Asked, Batch, Encoding, Examples, TaskModel
 from .judging import seen_before
-from .labelled import ROW_ROLES, LabelledTask, labels_in
+from .labelled import LabelledTask, labels_in
 from .loading import Tokenizer, load_body, load_tokenizer, settle_length
 from .registry import task
-from .row_roles import apart
+from .row_roles import ROW_ROLES, apart
 from .text.classifiers import TextClassifier
 from .text.padding import padded
 from .text.rows import said_rows, some_of, wrong_texts

@@ -5,10 +5,15 @@ The body is the pre-trained model as it is; the task adds a linear head on the f
     outputs = W h + c       W: (K, 2 D)   K = tags;   h: the middle and the last hidden state of that sub-word
 
 Words that a maximal length cuts off get no tag, and count as wrong.  Entities are judged whole, see `spans.py`.
+
+    loss = sum over words of w_row l(outputs, tag)      w_row: the column "weight", 1 on average of the training rows
+
+Tags are not balanced by class, as the labels of rows may be: most words have the tag O because most are no entity, and
+a loss in which every tag counts alike finds entities where there are none.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -16,14 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.checks import require_one_of, require_whole
-from ..core.errors import DataError
+from ..core.errors import DataError, RecipeError
 from ..data.conll import read_conll
 from ..data.split import duplicate_groups
 from ..data.table import Problem, Table
-from .base import Asked, Batch, Encoding, Example, Examples, Task, TaskModel
+from .base import Asked, Batch, Encoding, Example, Examples, TaskModel
 from .judging import seen_before
 from .loading import Tokenizer, load_body, load_tokenizer, settle_length
 from .registry import task
+from .row_roles import ROW_ROLES, RowRoles, TaskWithRoles, apart
 from .text.classifiers import TokenClassifier
 from .text.rows import said_rows, some_of
 from .text.spans import NO_TAG, SCHEMES, Scheme, Tags, understand_tags
@@ -47,13 +53,13 @@ class TokenClassificationSettings:
 
 
 @task("token_classification")
-class TokenClassification(Task):
+class TokenClassification(TaskWithRoles):
     """Token classification with a given tokenizer, columns and tags."""
 
     summary = "named entities, parts of speech and other tags of words"
     may_shorten = False
     Settings = TokenClassificationSettings
-    roles = ("tokens", "tags", "document")
+    roles = ("tokens", "tags", "document", *ROW_ROLES)
     probed = True
     smooths = True
 
@@ -76,22 +82,31 @@ class TokenClassification(Task):
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         train = tables["train"]
-        columns, reasons = guess_word_columns(train, asked.columns, tag_names=settings.tag_names or ())
+        beside = RowRoles.said(train, asked, ROW_ROLES)
+        rest, said = apart(train, asked, ROW_ROLES)
+        if {"group", "time"} & beside.columns.keys():  # they say how rows are split, and no document does
+            if "document" in said:
+                raise RecipeError("data.columns has a document beside a group or a time: leave out the document")
+            rest.columns.pop("document", None)
+        columns, reasons = guess_word_columns(rest, said, tag_names=settings.tag_names or ())
         asked.decide_columns(vars(columns), reasons)
         tags, why = understand_tags(columns.tag_rows(train) or [], settings.scheme)
         asked.plan.decide("scheme", settings.scheme, tags.scheme, why)
-        return cls(load_tokenizer(asked.model, asked.revision), columns, tags, settings.max_length or 0, asked.metric)
+        tokenizer = load_tokenizer(asked.model, asked.revision)
+        made = cls(tokenizer, columns, tags, settings.max_length or 0, asked.metric)
+        made.take_roles(beside, by_class=True)
+        return made
 
     def check(self, table: Table) -> dict[int, str]:
-        return self.columns.check(table, self.tags)
+        return self.beside.check(table) | self.columns.check(table, self.tags)
 
     def strata(self, table: Table) -> Sequence[Any] | None:
         return self.columns.rarest(table)
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        """Documents stay whole; where there are none, equal sentences stay together."""
-        documents = self.columns.documents(table)
-        return duplicate_groups(self.columns.sentences(table)) if documents is None else documents
+        """What the column "group" says; else documents stay whole; where there are none, equal sentences together."""
+        groups = self.beside.groups(table) or self.columns.documents(table)
+        return duplicate_groups(self.columns.sentences(table)) if groups is None else groups
 
     def remarks(self, train: Table, test: Table) -> list[str]:
         return seen_before(self.columns.sentences(train), self.columns.sentences(test), "rows")
@@ -101,17 +116,19 @@ class TokenClassification(Task):
         return TokenClassifier(load_body(asked.model, asked.dtype, asked.revision), len(self.tags.names))
 
     def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
+        self.beside = self.beside.learned(train)
         lengths = self.sub_words.lengths(self.columns.words(some_of(train, asked.seed)))
         self.max_length = settle_length(self.max_length or None, lengths, model.body, self.tokenizer, asked, whole=True)
 
     def encoding(self) -> Encoding:
         names = (self.columns.tokens, self.columns.tags)
         settings = {"max_length": self.max_length, "tags": self.tags.names, "tag_names": self.columns.tag_names}
-        return Encoding(columns=list(filter(None, names)), settings=settings, filler=NO_TAG)
+        return replace(self.beside.encoding(names, settings), filler=NO_TAG)
 
     def encode(self, table: Table) -> Examples:
         tags = self.tags.numbers(self.columns.tag_rows(table), self.columns.words(table))
-        return self.sub_words.examples(self.columns.words(table), tags, self.max_length)
+        examples = self.sub_words.examples(self.columns.words(table), tags, self.max_length)
+        return replace(examples, weights=self.beside.weights(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         return self.sub_words.batch(examples, indices)
@@ -119,10 +136,16 @@ class TokenClassification(Task):
     def feature_targets(self, batch: Batch) -> Tensor:
         return batch["targets"][batch["words"] >= 0]
 
+    def feature_weights(self, batch: Batch) -> Tensor | None:
+        """Of each word what its row counts."""
+        return batch["weights"][(batch["words"] >= 0).nonzero()[:, 0]] if "weights" in batch else None
+
     def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        targets = batch["targets"] if batch["targets"].ndim == 1 else self.feature_targets(dict(batch))
-        loss = F.cross_entropy(outputs.float(), targets, reduction="sum", label_smoothing=self.label_smoothing)
-        return loss, len(targets)
+        targets, weights = batch["targets"], batch.get("weights")
+        if targets.ndim == 2:  # of rows; else the probe's lines
+            targets, weights = self.feature_targets(dict(batch)), self.feature_weights(dict(batch))
+        losses = F.cross_entropy(outputs.float(), targets, reduction="none", label_smoothing=self.label_smoothing)
+        return (losses if weights is None else losses * weights).sum(), len(targets)
 
     def answer(self, outputs: Any, batch: Batch) -> Tensor:
         return self.sub_words.tags(outputs, batch, self.max_length)

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import Batch, Task
-from ..row_roles import RowRoles
+from ..base import Batch
+from ..row_roles import TaskWithRoles
 
 METRICS = ("perplexity", "loss", "token_accuracy")
 
 
-class LikelihoodTask(Task):
+class LikelihoodTask(TaskWithRoles):
     """A task whose outputs are "loss", "tokens" and "right" of each row, (rows,) each.
 
     "tokens" and "right" are whole numbers: where two tokens are all but equally likely, rounding alone may turn them,
@@ -29,7 +29,6 @@ class LikelihoodTask(Task):
     """
 
     metrics_below = frozenset({"perplexity", "loss"})
-    beside = RowRoles()  # what is said of groups and weights
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         losses = outputs["loss"] * batch["weights"] if "weights" in batch else outputs["loss"]

@@ -31,8 +31,8 @@ class Objective(ABC):
         """What the rows are judged by, a line each."""
 
     @abstractmethod
-    def loss(self, vectors: Tensor, targets: Tensor) -> Tensor:
-        """A sum over the rows."""
+    def loss(self, vectors: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """A sum over the rows.   weights: (B,), what each counts."""
 
     @abstractmethod
     def kept(self, vectors: Tensor) -> Tensor:
@@ -63,8 +63,8 @@ class Finding(Objective):
     def targets(self, columns: PairColumns, table: Table) -> Tensor:
         return columns.numbers(table)
 
-    def loss(self, vectors: Tensor, targets: Tensor) -> Tensor:
-        return contrastive_loss(vectors, targets, self.temperature, symmetric=self.symmetric)
+    def loss(self, vectors: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        return contrastive_loss(vectors, targets, self.temperature, symmetric=self.symmetric, weights=weights)
 
     def kept(self, vectors: Tensor) -> Tensor:
         return vectors
@@ -105,12 +105,14 @@ class Likeness(Objective):
     def targets(self, columns: PairColumns, table: Table) -> Tensor:
         return columns.scores(table)
 
-    def loss(self, vectors: Tensor, targets: Tensor) -> Tensor:
-        """CoSENT has one number for the batch, which counts for each of its rows."""
+    def loss(self, vectors: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """CoSENT has one number for the batch, which counts for each of its rows, or as much as they do."""
         if not self.squared:
-            return cosent_loss(cosines(vectors), targets, self.temperature) * len(vectors)
+            count = len(vectors) if weights is None else weights.sum()
+            return cosent_loss(cosines(vectors), targets, self.temperature, weights=weights) * count
         low, high = self.scores
-        return F.mse_loss(cosines(vectors), (targets - low) / (high - low), reduction="sum")
+        losses = F.mse_loss(cosines(vectors), (targets - low) / (high - low), reduction="none")
+        return (losses if weights is None else losses * weights).sum()
 
     def kept(self, vectors: Tensor) -> Tensor:
         """The similarity of the pair; of a text alone its vector."""

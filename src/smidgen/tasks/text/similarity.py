@@ -8,6 +8,9 @@ Contrastive: InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) with the other
 (Henderson et al. 2017, arXiv:1705.00652, section 4).   CoSENT: Su 2022, kexue.fm/archives/8847.   Where no text comes
 twice, both are the numbers of sentence-transformers 6.2 (MultipleNegativesRankingLoss, CoSENTLoss).
 
+Where rows have weights w, row i of the contrastive loss counts w_i times, a pair i, j of CoSENT w_i w_j times: so a row
+of weight 2 is to CoSENT what the row twice would be.
+
 Texts are known by number: equal numbers, equal texts.  A document that stands with the same query elsewhere, and one
 that is the query itself, are no negatives.
 """
@@ -23,11 +26,14 @@ from torch import Tensor
 from ..ranking.ranks import ranks_of_vectors
 
 
-def contrastive_loss(vectors: Tensor, ids: Tensor, temperature: float, *, symmetric: bool = False) -> Tensor:
+def contrastive_loss(
+    vectors: Tensor, ids: Tensor, temperature: float, *, symmetric: bool = False, weights: Tensor | None = None
+) -> Tensor:
     """The loss summed over the rows, a number.
 
     vectors: (B, S, D), normalised; query, document and, if S = 3, a wrong document of each row.
     ids: (B, S), the numbers of the texts.   symmetric: the mean with the loss of finding the query of each document.
+    weights: (B,), what each row counts; all are negatives of others as before.
     """
     count = len(vectors)
     documents = vectors[:, 1:].transpose(0, 1).flatten(0, 1)  # (C, D), C = B (S - 1); the right ones first
@@ -35,15 +41,17 @@ def contrastive_loss(vectors: Tensor, ids: Tensor, temperature: float, *, symmet
         logits = vectors[:, 0].float() @ documents.float().T / temperature  # (B, C)
     logits = logits.masked_fill(_also_right(ids), -torch.inf)
     own = torch.arange(count, device=ids.device)
-    loss = F.cross_entropy(logits, own, reduction="sum")
+    losses = F.cross_entropy(logits, own, reduction="none")  # (B,)
     if symmetric:
-        loss = (loss + F.cross_entropy(logits[:, :count].T, own, reduction="sum")) / 2
-    return loss
+        losses = (losses + F.cross_entropy(logits[:, :count].T, own, reduction="none")) / 2
+    return (losses if weights is None else losses * weights).sum()
 
 
-def cosent_loss(cosines: Tensor, scores: Tensor, temperature: float) -> Tensor:
-    """The loss of a batch, a number: every pair of rows is to be in the order of its scores.   Both (B,)."""
+def cosent_loss(cosines: Tensor, scores: Tensor, temperature: float, *, weights: Tensor | None = None) -> Tensor:
+    """The loss of a batch, a number: every pair of rows is to be in the order of its scores.   All (B,)."""
     wrong_by = (cosines[None, :] - cosines[:, None]) / temperature  # (i, j): how far j is above i
+    if weights is not None:
+        wrong_by = wrong_by + weights.log()[:, None] + weights.log()[None, :]
     wrong_by = wrong_by.masked_fill(scores[:, None] <= scores[None, :], -torch.inf)
     return F.pad(wrong_by.flatten(), (1, 0)).logsumexp(0)
 

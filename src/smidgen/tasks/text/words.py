@@ -63,8 +63,9 @@ class SubWords:
         -1 and NO_TAG beyond them.
         """
         batch = padded(examples, indices, {"input_ids": self.tokenizer.pad_token_id or 0, "words": -1, "firsts": -1})
-        tags = examples.targets[list(indices)].gather(1, batch["words"].clamp_min(0))
-        return {**batch, "targets": tags.where(batch["words"] >= 0, NO_TAG)}
+        beside = examples.targets_at(indices)
+        tags = beside["targets"].gather(1, batch["words"].clamp_min(0))
+        return {**batch, **beside, "targets": tags.where(batch["words"] >= 0, NO_TAG)}
 
     @staticmethod
     def tags(outputs: Tensor, batch: Batch, width: int) -> Tensor:
