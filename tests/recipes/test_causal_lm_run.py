@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from smidgen.core.errors import DataError
 from smidgen.recipes import chat as talking
 from smidgen.recipes.save import load_result
 from smidgen.recipes.use import merge, predict
@@ -63,6 +64,25 @@ def test_a_chat_model_is_tuned_read_again_and_talks(start, evaluated, model, tal
     )
     assert "base" in said.getvalue()
     assert "tuned" in said.getvalue()
+
+
+def test_the_loss_on_text_of_another_shape_is_told(start, model, talks, tmp_path):
+    texts, alpaca = tmp_path / "texts.jsonl", tmp_path / "alpaca.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"the colour of {i} is blue"}) + "\n" for i in range(20)))
+    rows = [{"instruction": f"Say {i}", "input": "twice", "output": f"{i} {i}"} for i in range(20)]
+    alpaca.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(talks), "shift": {"texts": str(texts), "alpaca": str(alpaca)}}
+    run = start(task="causal_lm", model=str(model), data=data, train={"learning_rate": 0.02})
+    assert run.plan["rows of shift:texts"] == "plain texts (text)"
+    assert {row["name"]: row["count"] for row in run.report["shift"]} == {"texts": 20, "alpaca": 20}
+    assert all(math.isfinite(row["tuned"]["value"]) for row in run.report["shift"])
+
+
+def test_rows_of_which_none_can_be_judged_are_refused(start, model, talks, tmp_path):
+    far = tmp_path / "far.jsonl"
+    far.write_text(json.dumps({"prompt": "what " * 200, "completion": "blue"}) + "\n")
+    with pytest.raises(DataError, match=r"nothing is to be judged within \d+ tokens in shift:far \(1 rows\): raise"):
+        start(task="causal_lm", model=str(model), data={"train": str(talks), "shift": {"far": str(far)}})
 
 
 def test_plain_texts_are_tuned_on_in_blocks(start, model, tmp_path):

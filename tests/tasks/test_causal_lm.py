@@ -15,12 +15,13 @@ from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
 from smidgen.tasks.causal_lm import CausalLM, CausalLMSettings
 from smidgen.tasks.language.language_model import LanguageModel, decide_packing
+from smidgen.tasks.language.saying import room, say
 from smidgen.tasks.language.token_rows import IGNORED, best_fit, blocks, pieces
 from smidgen.tasks.models import locate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import tiny_bert
-from tiny_lm import tiny_lm
+from tiny_lm import tiny_lm, tokenizer_of
 
 KINDS = ("llama", "gpt2", "gemma2", "granite", "cohere")
 SHAPING = {
@@ -340,6 +341,34 @@ def test_samples_are_what_generate_says(llama):
     assert len(texts.samples(model, TEXTS, [2, 3])) == 2
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_of_a_prompt_longer_than_the_positions_the_last_tokens_are_read(folders, kind):
+    rows = chats(("what " * 300 + "colour", "Blue"), ("Hi", "Hello"))
+    task, model, _ = ready(folders[kind], rows, max_length=100)
+    read = []
+    model.body.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"]), with_kwargs=True)
+    assert len(task.samples(model, rows, [0])) == 1
+    assert read[0].shape[1] == 128 - 48
+    assert task.tokenizer.decode(read[0][0]).endswith("what colour<|im_end|>\n<|im_start|>assistant\n")
+    task.max_length = 30
+    task.samples(model, rows, [0])
+    assert 30 in {ids.shape[1] for ids in read}
+    smidgen.attach(model.body, smidgen.PromptTuning(length=20), seed=0)  # virtual tokens take positions too
+    task.max_length, read[:] = 100, []
+    task.samples(model, rows, [0])
+    assert 128 - 48 - 20 in {ids.shape[1] for ids in read}
+
+
+def test_a_model_with_few_positions_keeps_half_of_them_for_the_prompt():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        body = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1, n_positions=20)).eval()
+    assert room(body, 48) == (10, 10)
+    say(body, tokenizer_of(), list(range(3, 60)), 48)
+
+
 def test_what_is_described_is_read_back_and_keeps_every_row(llama):
     rows = chats(("Hi", "Hello"), ("Hi " * 30, "Hello"))
     for some in (rows, TEXTS):
@@ -359,15 +388,76 @@ def test_what_is_described_is_read_back_and_keeps_every_row(llama):
         CausalLM.from_description({**task.describe(), "kind": "chat"}, asked)
 
 
-def test_rows_of_another_file_may_have_other_names_but_not_another_kind(llama):
+def test_rows_of_another_file_may_have_other_names_and_another_shape(llama):
     task, _, asked = ready(llama, TALK)
     again = CausalLM.from_description(task.describe(), asked)
     again.rows_for(table(prompt=["Hi"], completion=["Hello"]), labelled=True)
     assert again.shape.kind == "completion"
-    with pytest.raises(DataError, match="the rows are plain texts"):
-        again.rows_for(TEXTS, labelled=True)
+    again.rows_for(TEXTS, labelled=True)
+    assert again.shape.kind == "text"
+    assert len(again.encode(TEXTS)) == len(TEXTS)
     with pytest.raises(DataError, match="smidgen chat"):
-        again.table_of(["Hi"])
+        CausalLM.from_description(task.describe(), asked).table_of(["Hi"])
+
+
+def understood(folder, train, columns=None, **others):
+    asked = asked_of(folder, columns=columns or {})
+    given = {"train": train} | {name.replace("shift_", "shift:"): rows for name, rows in others.items()}
+    task = CausalLM.understand(given, CausalLMSettings(max_length=64), asked)
+    model = task.build(asked)
+    task.settle(model, train, asked)
+    return task, model.eval(), {name: value for name, value, _ in asked.plan.entries}
+
+
+def test_each_table_is_read_by_its_own_shape(llama):
+    texts, note = table(text=["what is the colour of hello"]), table(text=["colour"], note=["hello"])
+    alpaca = table(instruction=["Say it"], input=["Hi"], output=["Hello"])
+    task, model, plan = understood(llama, TALK, shift_texts=texts, shift_notes=note, test=alpaca)
+    assert plan["rows of shift:texts"] == "plain texts (text)"
+    assert plan["rows of test"] == "prompts and completions (instruction, output, input)"
+    assert "rows of train" not in plan
+    for rows in (TALK, texts, note, alpaca):
+        assert task.check(rows) == {}
+        alone, _, _ = understood(llama, rows)
+        alone.packs = False
+        assert task.encode(rows).inputs == alone.encode(rows).inputs
+    assert task.encode(texts).targets.tolist() == [len(task.rows_of(texts).tokens(texts)[0][0]) - 1]
+    assert task.prompt_of(alpaca, 0) == "Say it\n\nHi"
+    assert task.truth_of(alpaca, 0) == "Hello"
+    assert len(task.samples(model, alpaca, [0])) == 1
+    assert task.shape.kind == "chat"
+    assert {"messages", "text", "instruction", "input", "output"} == set(task.encoding().columns)
+
+
+def test_a_further_column_of_the_prompt_is_not_dropped_beside_rows_without_it(llama):
+    short, long = table(instruction=["a"], output=["b"]), table(instruction=["a"], input=["c"], output=["b"])
+    task, _, _ = understood(llama, short, shift_more=long)
+    assert task.prompt_of(long, 0) == "a\n\nc"
+    said, _, plan = understood(llama, short, {"prompt": "instruction", "completion": "output"}, shift_more=long)
+    assert said.prompt_of(long, 0) == "a"  # what is said stands where the table has it
+    assert "rows of shift:more" not in plan
+
+
+def test_columns_that_are_said_are_those_of_tables_that_have_them(llama):
+    train, other = table(body=["hello what"], text=["no"]), table(messages=TALK.column("messages"))
+    task, _, plan = understood(llama, train, {"text": "body"}, valid=table(body=["hello"], more=["x"]), shift_x=other)
+    assert task.rows_of(other).shape.kind == "chat"
+    assert task.rows_of(train).shape.columns == {"text": "body"}
+    assert [name for name in plan if name.startswith("rows of")] == ["rows of shift:x"]
+    assert plan["chat template"] == "the model's own"
+
+
+def test_chats_beside_packed_texts_are_judged_by_their_answers(llama):
+    task, model, _ = understood(llama, TEXTS, shift_talk=TALK)
+    assert task.packs
+    alone, _, _ = understood(llama, TALK)
+    sums = [answers(each, model, found := each.encode(TALK), range(len(found))).sum(0) for each in (task, alone)]
+    torch.testing.assert_close(sums[0], sums[1], rtol=1e-4, atol=1e-3)
+
+
+def test_a_table_of_no_clear_shape_is_named(llama):
+    with pytest.raises(DataError, match=r'shift:x: It is not clear.*as in the training rows: "messages"'):
+        understood(llama, TALK, shift_x=table(a=["x"], b=["y"]))
 
 
 def test_a_batch_with_nothing_to_learn_has_no_loss_and_a_gradient_of_zero(llama):

@@ -8,6 +8,11 @@ import pytest
 from smidgen.core.errors import ModelError
 from smidgen.tasks.models import empty_body, locate
 
+CONVERT_GGUF = (
+    "Convert it once: from_pretrained(FOLDER, gguf_file=FILE) of transformers, for model and tokenizer, then "
+    "save_pretrained(NEW_FOLDER), as examples/chat/prepare.py does"
+)
+
 
 def model_at(folder: Path, *files: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +66,10 @@ def test_weights_in_several_files_count_if_all_are_there(tmp_path):
         (["config.json"], "it has config.json but no weights (model.safetensors)"),
         (["config.json", "other.safetensors"],
          "it has config.json but no weights (model.safetensors); it has other.safetensors"),
-        (["x.gguf"], "it has no config.json; it has a GGUF file, which is not read"),
+        (["x.gguf"], f"it has no config.json; it has x.gguf, which is not read as it is. {CONVERT_GGUF}"),
+        (["config.json", "x.gguf"],
+         "it has config.json but no weights (model.safetensors); it has x.gguf, which is not read as it is. "
+         f"{CONVERT_GGUF}"),
         (["adapter_config.json"], "it is an adapter, trained on another model; give that model"),
         (["config.json", "pytorch_model.bin"],
          "its weights are in pytorch_model.bin, and not in safetensors. Such a file can run code when it is loaded, so "
@@ -132,6 +140,12 @@ def test_what_is_wrong_with_a_package_is_said(packages):
         == f"package:two_models holds 2 models; give the folder of one instead: {one}, {two}"
     )
     pickled = model_at(packages("pickled") / "m", "config.json", "pytorch_model.bin")
+    gguf = packages("gguf_model")
+    (gguf / "q8.gguf").touch()
+    assert refusal("package:gguf_model") == (
+        f"package:gguf_model holds no model: {gguf}: it has no config.json; it has q8.gguf, which is not read as it "
+        f"is. {CONVERT_GGUF}"
+    )
     assert refusal("package:pickled").startswith(
         f"package:pickled holds no model: {pickled}: its weights are in pytorch_"
     )

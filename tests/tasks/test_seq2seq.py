@@ -13,7 +13,6 @@ from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
 from smidgen.tasks.language.seq2seq_model import Seq2SeqModel
-from smidgen.tasks.language.source_target import SourceTarget
 from smidgen.tasks.language.token_rows import IGNORED
 from smidgen.tasks.language.writing import rouge_l
 from smidgen.tasks.models import locate
@@ -258,7 +257,7 @@ def test_the_prefix_stands_before_each_source_and_rows_are_cut_with_their_end(fo
 def test_columns_are_found_by_their_names_or_as_said(folders, columns, said, expected):
     rows = table(**{name: ["the cat", "a dog"] for name in columns})
     task = Seq2Seq.understand({"train": rows}, Seq2SeqSettings(), asked_of(folders["t5"], columns=said))
-    assert (task.columns.source, task.columns.target) == expected
+    assert task.columns.columns == dict(zip(("source", "target"), expected, strict=True))
 
 
 def test_columns_that_are_not_clear_are_asked_for(folders):
@@ -283,9 +282,116 @@ def test_translations_become_two_columns(folders, tmp_path):
     assert not problems
     assert parts["train"].names == ["id", "translation.en", "translation.fr"]
     task = Seq2Seq.understand(parts, Seq2SeqSettings(), asked_of(folders["t5"]))
-    assert (task.columns.source, task.columns.target) == ("translation.en", "translation.fr")
+    assert task.columns.columns == {"source": "translation.en", "target": "translation.fr"}
     back = asked_of(folders["t5"], columns={"source": "translation.fr"})
-    assert Seq2Seq.understand(parts, Seq2SeqSettings(), back).columns.target == "translation.en"
+    assert Seq2Seq.understand(parts, Seq2SeqSettings(), back).columns.columns["target"] == "translation.en"
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "sources", "targets"),
+    [
+        (
+            {"instruction": ["a cat", "a dog"], "input": ["red", ""], "output": ["un chat", "un chien"]},
+            {"source": "instruction", "input": "input", "target": "output"},
+            ["a cat\n\nred", "a dog"],
+            ["un chat", "un chien"],
+        ),
+        (
+            {"id": ["1"], "question": ["the cat"], "answer": ["le chat"]},
+            {"source": "question", "target": "answer"},
+            ["the cat"],
+            ["le chat"],
+        ),
+        (
+            {"id": ["1"], "response": ["le chat"], "prompt": ["the cat"]},
+            {"source": "prompt", "target": "response"},
+            ["the cat"],
+            ["le chat"],
+        ),
+        (
+            {"id": ["1"], "messages": [[said("user", "the cat"), said("assistant", "le chat")]]},
+            {"messages": "messages"},
+            ["the cat"],
+            ["le chat"],
+        ),
+        (
+            {
+                "conversations": [
+                    [
+                        {"from": "human", "value": "the cat"},
+                        {"from": "gpt", "value": "le chat"},
+                        {"from": "human", "value": "a dog"},
+                        {"from": "gpt", "value": "un chien"},
+                        {"from": "human", "value": "red"},
+                    ]
+                ]
+            },
+            {"messages": "conversations"},
+            ["user: the cat\nassistant: le chat\nuser: a dog"],
+            ["un chien"],
+        ),
+    ],
+    ids=["alpaca", "question and answer", "prompt and response", "messages", "sharegpt"],
+)
+def test_what_a_language_model_learns_from_is_read_as_sources_and_targets(folders, rows, columns, sources, targets):
+    rows = table(**rows)
+    task, model, asked = ready(folders["t5"], rows)
+    assert task.columns.columns == columns
+    assert task.check(rows) == {}
+    assert list(task.columns.sources(rows)) == sources
+    assert list(task.columns.targets(rows)) == targets
+    pairs = task.tokens.of(sources, targets)
+    found = task.encode(rows).inputs
+    assert ([row["input_ids"] for row in found], [row["targets"] for row in found]) == pairs
+    assert {f"{role} column" for role in columns} <= {name for name, _, _ in asked.plan.entries}
+    again = Seq2Seq.from_description(task.describe(), asked)
+    assert again.columns.columns == task.resolved_columns() == columns
+    given = again.table_of(["the cat", "a dog"])
+    again.rows_for(given, labelled=False)
+    assert again.check(given) == {}
+    assert list(again.columns.sources(given)) == ["the cat", "a dog"]
+    assert [row["targets"] for row in again.encode(given).inputs] == [[IGNORED]] * 2
+    assert len(again.samples(model, given, [0, 1])) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"source": "instruction", "target": "output"}, {"source": "instruction", "target": "output"}),
+        ({"source": "input"}, {"source": "input", "target": "output"}),
+        ({"target": "note"}, {"source": "instruction", "input": "input", "target": "note"}),
+        ({"input": "note"}, {"source": "instruction", "input": "note", "target": "output"}),
+        ({"messages": "talk"}, {"messages": "talk"}),
+    ],
+    ids=str,
+)
+def test_columns_that_are_said_win_over_what_is_recognised(folders, columns, expected):
+    rows = {name: ["the cat"] for name in ("instruction", "input", "output", "note")}
+    rows = table(**rows, talk=[[said("user", "Hi"), said("model", "a cat")]])
+    if "messages" not in columns:
+        rows = table(**{name: values for name, values in rows.columns.items() if name != "talk"})
+    task = Seq2Seq.understand({"train": rows}, Seq2SeqSettings(), asked_of(folders["t5"], columns=columns))
+    assert task.columns.columns == expected
+
+
+def test_chats_that_ask_nothing_or_have_no_answer_are_named(folders):
+    talks = [[said("user", "Hi"), said("assistant", "a cat")], [said("assistant", "a dog")], [said("user", "Ho")], "Hi"]
+    rows = table(messages=talks)
+    task = Seq2Seq.understand({"train": rows}, Seq2SeqSettings(), asked_of(folders["t5"]))
+    assert task.check(rows) == {
+        1: 'column "messages": nothing stands before the last answer',
+        2: 'column "messages": there is no message of the assistant, so nothing to learn',
+        3: "column \"messages\": not a list of messages but 'Hi'",
+    }
+    task.rows_for(rows, labelled=False)
+    assert sorted(task.check(rows)) == [1, 3]
+    assert task.columns.sources(rows)[2] == "Ho"
+    with pytest.raises(ValueError, match="are not those of sources and targets"):
+        Seq2Seq.from_description({**task.describe(), "columns": {"source": "a"}}, asked_of(folders["t5"]))
 
 
 def test_rows_without_a_text_are_named(folders):
@@ -318,7 +424,7 @@ def test_a_saved_task_is_used_again_also_without_targets(folders):
     assert len(again.samples(model, rows, [0, 1])) == 2
     other = table(document=["the cat"], summary=["le chat"])
     again.rows_for(other, labelled=True)
-    assert again.columns == SourceTarget("document", "summary")
+    assert again.columns.columns == {"source": "document", "target": "summary"}
     with pytest.raises(KeyError):
         Seq2Seq.from_description({"task": "seq2seq"}, asked)
 

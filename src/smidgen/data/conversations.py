@@ -16,6 +16,7 @@ from .labels import check_text
 from .table import Table
 
 Kind = Literal["text", "completion", "chat"]
+SAID = "you said so"  # the reason of a shape whose columns were said
 ROLES = ("text", "prompt", "input", "completion", "messages")  # of columns; input: more of the prompt, or empty
 
 _TEXTS = ("text", "content", "document", "body", "sentence", "article", "story", "code")
@@ -68,6 +69,11 @@ def before_answer(turns: Sequence[Turn]) -> list[Turn]:
     return list(turns[: [turn.is_answer for turn in turns].index(True)])
 
 
+def in_lines(turns: Sequence[Turn]) -> str:
+    """Turns as plain text: what one turn says, or of several a line for each, "user: Hi"."""
+    return turns[0].content if len(turns) == 1 else "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """The shape of a table's rows.   columns: role -> name.   reason: why, in words."""
@@ -89,17 +95,23 @@ class Shape:
         """The text of row i, of kind "text".  Raises DataError saying what is wrong with it."""
         return _text(table, i, self.columns["text"])
 
-    def turns(self, table: Table, i: int) -> list[Turn]:
-        """The turns of row i, one of the assistant's at least.  Raises DataError saying what is wrong with the row."""
+    def turns(self, table: Table, i: int, *, answered: bool = True) -> list[Turn]:
+        """The turns of row i.   answered: one of them at least is the assistant's; else that may be missing.
+
+        Raises DataError saying what is wrong with the row.
+        """
         if self.kind == "completion":
             prompt = _text(table, i, self.columns["prompt"])
             more = table.column(self.columns["input"])[i] if "input" in self.columns else None
             if more is not None and more != "":
                 prompt += "\n\n" + _text(table, i, self.columns["input"])
-            return [Turn("user", prompt), Turn("assistant", _text(table, i, self.columns["completion"]))]
+            asked = [Turn("user", prompt)]
+            if not answered:
+                return asked
+            return [*asked, Turn("assistant", _text(table, i, self.columns["completion"]))]
         column = self.columns["messages"]
         try:
-            return _turns(table.column(column)[i])
+            return _turns(table.column(column)[i], answered)
         except DataError as error:
             raise DataError(f'column "{column}": {error}') from None
 
@@ -136,7 +148,7 @@ def recognise(table: Table, said: Mapping[str, str]) -> Shape:
 
 def _said(table: Table, said: Mapping[str, str]) -> Shape:
     roles = set(said)
-    reason = "you said so"
+    reason = SAID
     if roles == {"text"}:
         return Shape(kind="text", columns=dict(said), reason=reason)
     if roles == {"messages"}:
@@ -167,13 +179,13 @@ def _text(table: Table, i: int, column: str) -> str:
     return str(value)
 
 
-def _turns(messages: Any) -> list[Turn]:
+def _turns(messages: Any, answered: bool) -> list[Turn]:
     if not isinstance(messages, list):
         raise DataError(f"not a list of messages but {messages!r:.40}")
     if not messages:
         raise DataError("the list of messages is empty")
     turns = [_turn(message, f"message {n}") for n, message in enumerate(messages, start=1)]
-    if not any(turn.is_answer for turn in turns):
+    if answered and not any(turn.is_answer for turn in turns):
         raise DataError("there is no message of the assistant, so nothing to learn")
     return turns
 

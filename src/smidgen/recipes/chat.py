@@ -19,7 +19,7 @@ from ..core.composition import Expression
 from ..core.errors import DataError, RecipeError
 from ..data.conversations import Turn
 from ..tasks.causal_lm import CausalLM
-from ..tasks.language.saying import opening, question, say
+from ..tasks.language.saying import opening, question, room, say
 from .prepare import best_device
 from .save import Tuned, load_result
 
@@ -90,7 +90,7 @@ class Speaker:
         """What the model reads: the conversation with the new line, or a text that is to go on."""
         if self.task.shape.kind == "text":
             return opening(self.task.tokenizer, said)
-        limit = (getattr(self.body.config, "max_position_embeddings", None) or 1 << 20) - _SAID
+        limit, _ = room(self.body, _SAID)
         while True:
             ids = question(self.task.tokenizer, [*self.history, Turn("user", said)])
             if len(ids) <= limit or not self.history:

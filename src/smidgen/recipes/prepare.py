@@ -134,6 +134,7 @@ def prepare(recipe: Recipe, plan: Plan, device: torch.device, seed: int) -> Work
         total_parameters=parameter_count(model),
         encoder=encoder,
     )
+    _refuse_empty(work)
     if words := encoder.in_words():
         plan.decide("cache", None, *words)
     data.notes[:0] = task.notes  # whenever in all this it found something to say
@@ -225,6 +226,18 @@ def _divide(tables: dict[str, Table], task: Task, plan: Plan, seed: int, notes: 
     notes += task.remarks(train, test)
     shift = {name.removeprefix("shift:"): table for name, table in tables.items() if name.startswith("shift:")}
     return Data(train, valid, test, shift, notes)
+
+
+def _refuse_empty(work: Work) -> None:
+    """Raise DataError for rows that are cut before anything in them is judged."""
+    if work.task.max_length is None:
+        return
+    shift = {f"shift:{name}": (table, work.shift[name]) for name, table in work.data.shift.items()}
+    given = {"valid": (work.data.valid, work.valid), "test": (work.data.test, work.test), **shift}
+    if empty := [f"{name} ({len(table):,} rows)" for name, (table, rows) in given.items() if table and not rows]:
+        raise DataError(
+            f"nothing is to be judged within {work.task.max_length} tokens in {', '.join(empty)}: raise task.max_length"
+        )
 
 
 def _hold_out(table: Table, task: Task, fraction: float, seed: int) -> tuple[Table, Table]:

@@ -4,6 +4,9 @@
 
 To be learned are the answers and what ends them; of plain texts everything.  Plain texts are packed: several documents
 share a row of fixed length, each with positions of its own, and none sees another.
+
+Tables beside the training rows may be of another shape, so that chats are learned and what became of the loss on plain
+texts is told: each is read and judged as what it is.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from ..core.checks import require_one_of, require_whole
 from ..core.errors import DataError
-from ..data.conversations import ROLES, Shape, recognise
+from ..data.conversations import ROLES, SAID, Shape, recognise
 from ..data.split import duplicate_groups
 from ..data.table import Table
 from .base import Asked, Batch, Encoding, Examples, TaskModel
@@ -64,7 +67,8 @@ class CausalLM(LikelihoodTask):
     ) -> None:
         self.tokenizer, self.settings, self.notes = tokenizer, settings, []
         self.shape = shape
-        self.rows = AskingRows(tokenizer, shape, learns_all=settings.loss_on == "all" or shape.kind == "text")
+        self.rows = AskingRows(tokenizer, shape, learns_all=settings.loss_on == "all")
+        self.others: dict[frozenset[str], AskingRows] = {}  # by the columns of a table that is not as the training rows
         self.packs = False
         self.keeps_rows = False  # every row of a table, also one with nothing to judge, is a row of the examples
         self.metrics = METRICS
@@ -73,26 +77,48 @@ class CausalLM(LikelihoodTask):
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         beside = RowRoles.said(tables["train"], asked, ROW_ROLES)
-        shape = recognise(*apart(tables["train"], asked, ROW_ROLES))
+        train, said = apart(tables["train"], asked, ROW_ROLES)
+        shape = recognise(train, said)
         tokenizer = load_tokenizer(asked.model, asked.revision)
         made = cls(tokenizer, shape, settings, asked.metric)
         asked.plan.decide("rows", None, in_words(shape), shape.reason)
-        if shape.kind != "text":
+        made._read_others(tables, asked)
+        if any(rows.shape.kind != "text" for rows in (made.rows, *made.others.values())):
             asked.plan.decide("chat template", None, *ensure_template(tokenizer))
         made.take_roles(beside)
         why = "a text has no answers" if shape.kind == "text" else "as task.loss_on says; what is asked is given"
-        asked.plan.decide("learned tokens", None, "all" if made.rows.learns_all else "answers", why)
+        learns_all = made.rows.learns_all or shape.kind == "text"
+        asked.plan.decide("learned tokens", None, "all" if learns_all else "answers", why)
         return made
 
+    def _read_others(self, tables: Mapping[str, Table], asked: Asked) -> None:
+        """Tell the shape of each table that has other columns than the training rows.  Raises DataError."""
+        for name, table in tables.items():
+            if (columns := frozenset(table.names)) == frozenset(tables["train"].names) or columns in self.others:
+                continue
+            own, said = apart(table, asked, ROW_ROLES)
+            try:
+                rows = self.rows.fitting(own, said=bool(said))
+            except DataError as error:
+                wanted = " and ".join(f'"{column}"' for column in self.shape.columns.values())
+                raise DataError(f"{name}: {error}. Or name its columns as in the training rows: {wanted}") from None
+            if (rows.shape.kind, rows.shape.columns) != (self.shape.kind, self.shape.columns):
+                self.others[columns] = rows
+                asked.plan.decide(f"rows of {name}", None, in_words(rows.shape), rows.shape.reason)
+
+    def rows_of(self, table: Table) -> AskingRows:
+        """How rows of a table are read."""
+        return self.others.get(frozenset(table.names), self.rows)
+
     def check(self, table: Table) -> dict[int, str]:
-        return self.beside.check(table) | self.rows.check(table)
+        return self.beside.check(table) | self.rows_of(table).check(table)
 
     def groups(self, table: Table) -> Sequence[Hashable] | None:
-        return self.beside.groups(table) or duplicate_groups(self.rows.asked(table))
+        return self.beside.groups(table) or duplicate_groups(self.rows_of(table).asked(table))
 
     def remarks(self, train: Table, test: Table) -> list[str]:
         what = "texts" if self.shape.kind == "text" else "prompts"
-        return seen_before(self.rows.asked(train), self.rows.asked(test), what)
+        return seen_before(self.rows_of(train).asked(train), self.rows_of(test).asked(test), what)
 
     # -- the model --------------------------------------------------------------------------------------------------
     def build(self, asked: Asked) -> LanguageModel:
@@ -126,17 +152,20 @@ class CausalLM(LikelihoodTask):
         settings = {
             "columns": dict(self.shape.columns),
             "kind": self.shape.kind,
+            "said": self.shape.reason == SAID,
             "learns_all": self.rows.learns_all,
             "packs": self.packs,
             "keeps_rows": self.keeps_rows,
             "max_length": self.max_length,
         }
-        return self.beside.encoding([*self.shape.columns.values()], settings)
+        every = [name for rows in (self.rows, *self.others.values()) for name in rows.shape.columns.values()]
+        return self.beside.encoding([*dict.fromkeys(every)], settings)
 
     def encode(self, table: Table) -> Examples:
         assert self.max_length is not None
-        rows = self.rows.tokens(table)
-        if self.packs and self.shape.kind == "text":
+        reader = self.rows_of(table)
+        rows = reader.tokens(table)
+        if self.packs and reader.shape.kind == "text":
             rows = [piece for row in rows for piece in pieces(row, self.max_length)]
         weights = self.beside.weights(table)
         return as_examples(rows, self.max_length, weights, packed=self.packs, keep_all=self.keeps_rows)
@@ -146,13 +175,15 @@ class CausalLM(LikelihoodTask):
 
     # -- saying something -------------------------------------------------------------------------------------------
     def prompt_of(self, table: Table, row: int) -> str:
-        return self.rows.prompt(table, row)
+        return self.rows_of(table).prompt(table, row)
 
     def truth_of(self, table: Table, row: int) -> str:
-        return self.rows.truth(table, row)
+        return self.rows_of(table).truth(table, row)
 
     def samples(self, model: TaskModel, table: Table, rows: Sequence[int]) -> list[str]:
-        return self.rows.said(model.body, table, rows)
+        """What the model says to what these rows ask, of which it reads the last `max_length` tokens at most."""
+        assert self.max_length is not None
+        return self.rows_of(table).said(model.body, table, rows, self.max_length)
 
     def resolved_settings(self) -> dict[str, Any]:
         packing = "on" if self.packs else "off"
@@ -191,6 +222,8 @@ class CausalLM(LikelihoodTask):
     def rows_for(self, table: Table, *, labelled: bool) -> None:
         self.rows = self.rows.fitting(table)
         self.shape = self.rows.shape
+        if self.shape.kind != "text":
+            ensure_template(self.tokenizer)
 
     def predicted(self, table: Table, answers: Tensor) -> list[dict[str, Any]]:
         return [{"prompt": self.prompt_of(table, i), **self.likelihood(row)} for i, row in enumerate(answers)]

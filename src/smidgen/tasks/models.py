@@ -35,6 +35,10 @@ _CONVERT = (
     "Such a file can run code when it is loaded, so smidgen does not. Where you trust it, convert it once: "
     "AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 )
+_CONVERT_GGUF = (
+    "Convert it once: from_pretrained(FOLDER, gguf_file=FILE) of transformers, for model and tokenizer, then "
+    "save_pretrained(NEW_FOLDER), as examples/chat/prepare.py does"
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,10 @@ def _in_package(name: str) -> Path:
         several = ", ".join(str(model) for model in models)
         raise ModelError(f"{name} holds {len(models)} models; give the folder of one instead: {several}")
     reasons = [
-        f"{folder}: {_why_no_model(folder)}" for root in roots for folder in _folders(root) if _has_config(folder)
+        f"{folder}: {_why_no_model(folder)}"
+        for root in roots
+        for folder in _folders(root)
+        if _has_config(folder) or _gguf(folder)
     ]
     raise ModelError(f"{name} holds no model: {'; '.join(reasons) or 'no folder in it has a config.json'}")
 
@@ -143,8 +150,7 @@ def _why_no_model(folder: Path) -> str | None:
     if not _has_config(folder):
         if (folder / "adapter_config.json").is_file():
             return f"it is an adapter, trained on {_base_of(folder)}; give that model"
-        gguf = "; it has a GGUF file, which is not read" if any(folder.glob("*.gguf")) else ""
-        return f"it has no config.json{gguf}"
+        return f"it has no config.json{_gguf(folder)}"
     if (folder / "model.safetensors").is_file():
         return None
     index = folder / "model.safetensors.index.json"
@@ -162,8 +168,14 @@ def _why_no_model(folder: Path) -> str | None:
     if pickles:
         return f"its weights are in {pickles[0]}, and not in safetensors. {_CONVERT}"
     others = sorted(file.name for file in folder.glob("*.safetensors"))
-    hint = f"; it has {', '.join(others[:3])}" if others else ""
+    hint = f"; it has {', '.join(others[:3])}" if others else _gguf(folder)
     return f"it has config.json but no weights (model.safetensors){hint}"
+
+
+def _gguf(folder: Path) -> str:
+    """What to do with a GGUF file in the folder; empty where there is none."""
+    file = next(iter(sorted(folder.glob("*.gguf"))), None)
+    return "" if file is None else f"; it has {file.name}, which is not read as it is. {_CONVERT_GGUF}"
 
 
 def _has_config(folder: Path) -> bool:

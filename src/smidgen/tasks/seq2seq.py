@@ -3,8 +3,8 @@
     loss = mean over the target's tokens of -log p(token | source, tokens before it)      perplexity = exp(loss)
 
 Rows have a source and a target, or hold both in a column of translations, {"en": "...", "de": "..."}: that becomes
-two columns, by their languages.  With a metric of what is written (language/writing.py) the model also writes, token by
-token, when it is judged, to a bounded number of rows.
+two columns, by their languages.  Prompts and chats are read too (language/source_target.py).  With a metric of what is
+written (language/writing.py) the model also writes, token by token, when it is judged, to a bounded number of rows.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -20,12 +20,12 @@ from .base import Asked, Batch, Encoding, Examples, TaskModel
 from .judging import seen_before
 from .language.pair_tokens import PairTokens
 from .language.seq2seq_model import Seq2SeqModel
-from .language.source_target import SourceTarget, by_language, source_and_target
+from .language.source_target import ROLES, SourceTarget, by_language, source_and_target
 from .language.writing import WritingTask
 from .loading import Tokenizer, choose_max_length, length_within, load_body, load_tokenizer, positions_of, settle_length
 from .registry import task
 from .row_roles import ROW_ROLES, RowRoles, apart
-from .text.rows import said_rows, some_of
+from .text.rows import some_of
 
 _AT_ONCE = 8  # rows written to at a time
 
@@ -57,7 +57,7 @@ class Seq2Seq(WritingTask):
     summary = "a text written to a text: summaries, translations"
     may_shorten = False
     Settings = Seq2SeqSettings
-    roles = ("source", "target", *ROW_ROLES)
+    roles = (*ROLES, *ROW_ROLES)
     peft_task_type = "SEQ_2_SEQ_LM"
     largest_batch = 8
     split_words = "seeded, equal sources kept together"
@@ -78,10 +78,10 @@ class Seq2Seq(WritingTask):
     @classmethod
     def understand(cls, tables: Mapping[str, Table], settings: Any, asked: Asked) -> Self:
         beside = RowRoles.said(tables["train"], asked, ROW_ROLES)
-        source, target, why = source_and_target(*apart(tables["train"], asked, ROW_ROLES))
-        asked.decide_columns({"source": source, "target": target}, {"source": why, "target": why})
+        found = source_and_target(*apart(tables["train"], asked, ROW_ROLES))
+        asked.decide_columns(found.columns, dict.fromkeys(found.columns, found.reason))
         tokenizer = load_tokenizer(asked.model, asked.revision)
-        made = cls(tokenizer, SourceTarget(source, target), settings, asked.metric)
+        made = cls(tokenizer, found, settings, asked.metric)
         made.take_roles(beside)
         return made
 
@@ -121,12 +121,14 @@ class Seq2Seq(WritingTask):
 
     def encoding(self) -> Encoding:
         settings = {
+            "columns": dict(self.columns.columns),
+            "answered": self.columns.answered,
             "prefix": self.settings.prefix,
             "languages": [self.settings.source_language, self.settings.target_language],
             "max_length": self.max_length,
             "max_target_length": self.max_target_length,
         }
-        return self.beside.encoding((self.columns.source, self.columns.target), settings)
+        return self.beside.encoding([*self.columns.columns.values()], settings)
 
     def encode(self, table: Table) -> Examples:
         assert self.max_length is not None
@@ -156,22 +158,22 @@ class Seq2Seq(WritingTask):
         return {"max_length": self.max_length, "max_target_length": self.max_target_length}
 
     def resolved_columns(self) -> dict[str, str]:
-        return asdict(self.columns)
+        return dict(self.columns.columns)
 
     # -- using a result ---------------------------------------------------------------------------------------------
     def describe(self) -> dict[str, Any]:
         chosen = {**asdict(self.settings), **self.resolved_settings()}
-        return {"task": self.name, "metric": self.metric, "columns": asdict(self.columns), **chosen}
+        return {"task": self.name, "metric": self.metric, "columns": dict(self.columns.columns), **chosen}
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any], asked: Asked) -> Self:
         said = {field.name: description[field.name] for field in fields(Seq2SeqSettings) if field.name in description}
-        columns = SourceTarget(str(description["columns"]["source"]), str(description["columns"]["target"]))
+        columns = SourceTarget.from_description(description["columns"])
         tokenizer = load_tokenizer(asked.model, asked.revision)
         return cls(tokenizer, columns, Seq2SeqSettings(**said), description["metric"])
 
     def table_of(self, inputs: Sequence[str]) -> Table:
-        return said_rows(self.columns.source, inputs)
+        return self.columns.rows_of(inputs)
 
     def rows_for(self, table: Table, *, labelled: bool) -> None:
         self.columns = self.columns.fitting(table, labelled=labelled)

@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 from torch import nn
 
 from ...core.errors import DataError
-from ...data.conversations import Shape, before_answer, recognise
+from ...data.conversations import Shape, before_answer, in_lines, recognise
 from ...data.lazy import Lazy
 from ...data.table import Table
 from ..loading import Tokenizer
@@ -24,20 +24,30 @@ _SAID = 48  # tokens of a sample
 
 @dataclass(frozen=True)
 class AskingRows:
-    """Rows of one shape, read with a tokenizer and its chat template.   learns_all: prompts are learned too."""
+    """Rows of one shape, read with a tokenizer and its chat template.   learns_all: prompts are learned too.
+
+    Of plain texts all is learned in any case.
+    """
 
     tokenizer: Tokenizer
     shape: Shape
     learns_all: bool
 
-    def fitting(self, table: Table) -> Self:
-        """Rows of another file, whose columns may have other names.  Raises DataError for rows of another kind."""
-        if all(name in table.columns for name in self.shape.columns.values()):
+    def fitting(self, table: Table, *, said: bool = True) -> Self:
+        """Rows of another table, which may be of another shape.
+
+        said: these columns were said, so they stand where the table has them; else its own names and contents tell, and
+        these columns where they do not.   Raises DataError where its shape is not clear.
+        """
+        has_them = all(name in table.columns for name in self.shape.columns.values())
+        if said and has_them:
             return self
-        found = recognise(table, {})
-        if (found.kind == "text") != (self.shape.kind == "text"):
-            raise DataError(f"the rows are {in_words(found)}; this adapter learned from {in_words(self.shape)}")
-        return replace(self, shape=found)
+        try:
+            return replace(self, shape=recognise(table, {}))
+        except DataError:
+            if has_them:
+                return self
+            raise
 
     def check(self, table: Table) -> dict[int, str]:
         """What is wrong with rows.  Raises DataError where a column is missing."""
@@ -80,10 +90,7 @@ class AskingRows:
         """What a model is asked in a row, in words: all before the first answer, or how a text begins."""
         if self.shape.kind == "text":
             return self.shape.text(table, i)[:_OPENING].rpartition(" ")[0] or self.shape.text(table, i)[:_OPENING]
-        before = before_answer(self.shape.turns(table, i))
-        if len(before) == 1:
-            return before[0].content
-        return "\n".join(f"{turn.role}: {turn.content}" for turn in before)
+        return in_lines(before_answer(self.shape.turns(table, i)))
 
     def truth(self, table: Table, i: int) -> str:
         """The first answer, or how the text goes on."""
@@ -91,15 +98,19 @@ class AskingRows:
             return self.shape.text(table, i)[len(self.prompt(table, i)) :][:_GOES_ON].strip()
         return next(turn.content for turn in self.shape.turns(table, i) if turn.is_answer)
 
-    def said(self, body: nn.Module, table: Table, rows: Sequence[int]) -> list[str]:
-        """What the model says to the prompts of these rows: the likeliest token each time, 48 tokens at most."""
+    def said(self, body: nn.Module, table: Table, rows: Sequence[int], size: int) -> list[str]:
+        """What the model says to the prompts of these rows: the likeliest token each time, 48 tokens at most.
+
+        Of a prompt of more than `size` tokens the last are read, and fewer where the model has no positions for these
+        and what it says.
+        """
         found = []
         for i in rows:
             if self.shape.kind == "text":
                 ids = opening(self.tokenizer, self.prompt(table, i))
             else:
                 ids = question(self.tokenizer, before_answer(self.shape.turns(table, i)))
-            found.append(say(body, self.tokenizer, ids, _SAID))
+            found.append(say(body, self.tokenizer, ids[-size:], _SAID))
         return found
 
 
