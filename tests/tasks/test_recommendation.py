@@ -371,7 +371,29 @@ def test_parts_add_up_to_the_metric_of_a_kind_of_item(folder):
     assert (
         float(task.value_of(parts.sum(0))) == pytest.approx((1 / 2 + 1 + 1) / 3) == pytest.approx(scores["ndcg@10_new"])
     )
-    assert "ndcg@10_few" not in scores  # "new" has three interactions, so there is none to judge
+    assert scores["recall@10_new"] == 1
+    assert scores["mrr@10_new"] == pytest.approx((1 / 3 + 1 + 1) / 3)
+    few, many = ([name for name in scores if name.endswith(kind)] for kind in ("_few", "_many"))
+    assert many == ["ndcg@10_many", "recall@10_many", "mrr@10_many"]
+    assert few == []  # "new" has three interactions, so there is none to judge
+
+
+def test_all_metrics_are_given_of_all_rows_and_by_popularity_and_coldness(folder):
+    task, *_ = settled(folder, k=3)
+    kinds = ("", "_head", "_tail", "_new", "_many", "_few")
+    assert task.metrics == tuple(f"{name}@3{kind}" for kind in kinds for name in ("ndcg", "recall", "mrr"))
+    targets = torch.tensor([[0, 1, kind, cold, 2] for kind in range(3) for cold in range(2)])
+    scores = task.score(torch.tensor([1.0, 2, 4, 1, 2, 2])[:, None], targets)
+    assert {name: value for name, value in scores.items() if name.startswith("recall")} == {
+        "recall@3": pytest.approx(5 / 6),
+        "recall@3_head": 1,
+        "recall@3_tail": 1 / 2,
+        "recall@3_new": 1,
+        "recall@3_many": pytest.approx(2 / 3),
+        "recall@3_few": 1,
+    }
+    assert scores["mrr@3_head"] == 3 / 4
+    assert scores["mrr@3_tail"] == 1 / 2
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
