@@ -41,9 +41,13 @@ def test_an_id_is_a_name_however_it_is_written():
 
 
 def test_bad_values_are_said():
-    assert check_interaction({"user": 1, "item": 2}) is None
-    assert check_interaction({"user": 1, "item": ""}) == "no item"
-    assert check_interaction({"user": 1, "time": "noon"}) == 'time "noon" is not a number'
+    assert check_interaction({"user": 1, "item": 2, "time": "5"}, as_numbers=True) is None
+    assert check_interaction({"user": 1, "time": "2024-02-01T09:30"}, as_numbers=False) is None
+    assert check_interaction({"user": 1, "item": ""}, as_numbers=True) == "no item"
+    wrong = "time 'noon' is no number as the other times; write one"
+    assert check_interaction({"user": 1, "time": "noon"}, as_numbers=True) == wrong
+    wrong = "time 5 is no date in ISO 8601; write 2024-02-01 or 2024-02-01T09:30:00Z"
+    assert check_interaction({"user": 1, "time": 5}, as_numbers=False) == wrong
 
 
 def test_features_are_words_of_columns_and_titles_are_left_out():

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from rich.console import Console
 import smidgen
 from smidgen.auto.plan import Plan
 from smidgen.core.errors import DataError, ModelError
+from smidgen.data.read import read
 from smidgen.data.table import Table
+from smidgen.recipes.load import recipe_from
 from smidgen.recipes.run import tune
 from smidgen.recipes.save import load_result
 from smidgen.recipes.schema import Recipe
@@ -228,7 +231,7 @@ def test_rows_of_strangers_and_bad_values_are_problems(folder):
     assert problems == {
         1: 'user "who" is known neither to the base nor to the training rows',
         2: 'item "what" is known neither to the base nor to the training rows',
-        3: 'time "late" is not a number',
+        3: "time 'late' is no number as the other times; write one",
         4: "no user",
     }
 
@@ -251,6 +254,37 @@ def test_splits_go_by_time_unless_there_is_none(folder):
     assert Recommendation.understand({"train": timeless}, RecommendationSettings(), asked_for(folder)).split == "random"
     with pytest.raises(DataError, match="no column says the time"):
         Recommendation.understand({"train": timeless}, RecommendationSettings(split="time"), asked_for(folder))
+
+
+@pytest.mark.parametrize("extension", ["csv", "parquet"])
+def test_dates_of_a_file_are_times_and_others_are_named_with_their_place(folder, tmp_path, extension):
+    days = ["2024-02-01", "2022-12-31T23:00:00Z", "2023-05-01", "2024-02-01T00:30:00+05:00", "2024-01-31 20:00:00"]
+    path = tmp_path / f"rows.{extension}"
+    if extension == "csv":
+        write_csv(path, [("new", f"i{k}", day) for k, day in enumerate(days)], ("user", "item", "date"))
+    else:
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        date = pyarrow.array([datetime.fromisoformat(day) for day in days[:3]], pyarrow.timestamp("ms"))
+        later = pyarrow.array([datetime.fromisoformat(f"2024-01-31T{hour}:00") for hour in (19, 20)], date.type)
+        columns = {"user": ["new"] * 5, "item": [f"i{k}" for k in range(5)]}
+        parquet.write_table(pyarrow.table(columns | {"date": pyarrow.chunked_array([date, later])}), path)
+    (rows, problems), asked = read(path), asked_for(folder)
+    task = Recommendation.understand({"train": rows}, RecommendationSettings(split="time"), asked)
+    assert (problems, task.check(rows)) == ([], {})
+    assert task.hold_out(rows, 0.4, 0) == ([1, 2, 3], [0, 4])
+    task.settle(task.build(asked), rows, asked)
+    assert task.taken.histories.items(task.catalogue.rows["user"]["new"]) == [1, 2, 3, 4, 0]
+    other = table([("u1", "i1", "2024-02-01"), ("u1", "i1", 1706745600)], ("user", "item", "date"))
+    assert list(task.check(other)) == [1]  # also in another file
+
+
+def test_a_date_in_another_order_is_a_bad_row_of_its_file(folder, tmp_path):
+    rows = [("new", "i1", "2024-02-01"), ("new", "i2", "12/31/2022"), ("new", "i3", "2023-01-01")]
+    write_csv(tmp_path / "rows.csv", rows, ("user", "item", "time"))
+    where = {"model": str(folder), "data": str(tmp_path / "rows.csv"), "out": str(tmp_path / "out")}
+    recipe = recipe_from({**where, "task": "recommendation", "method": "head"})
+    with pytest.raises(DataError, match=r"rows\.csv:3: time '12/31/2022' is no date in ISO 8601; write 2024-02-01 or"):
+        tune(recipe, resume=False, fresh=False, console=Console(quiet=True))
 
 
 def test_low_ratings_are_known_but_neither_learned_nor_judged(folder):
@@ -337,7 +371,29 @@ def test_parts_add_up_to_the_metric_of_a_kind_of_item(folder):
     assert (
         float(task.value_of(parts.sum(0))) == pytest.approx((1 / 2 + 1 + 1) / 3) == pytest.approx(scores["ndcg@10_new"])
     )
-    assert "ndcg@10_few" not in scores  # "new" has three interactions, so there is none to judge
+    assert scores["recall@10_new"] == 1
+    assert scores["mrr@10_new"] == pytest.approx((1 / 3 + 1 + 1) / 3)
+    few, many = ([name for name in scores if name.endswith(kind)] for kind in ("_few", "_many"))
+    assert many == ["ndcg@10_many", "recall@10_many", "mrr@10_many"]
+    assert few == []  # "new" has three interactions, so there is none to judge
+
+
+def test_all_metrics_are_given_of_all_rows_and_by_popularity_and_coldness(folder):
+    task, *_ = settled(folder, k=3)
+    kinds = ("", "_head", "_tail", "_new", "_many", "_few")
+    assert task.metrics == tuple(f"{name}@3{kind}" for kind in kinds for name in ("ndcg", "recall", "mrr"))
+    targets = torch.tensor([[0, 1, kind, cold, 2] for kind in range(3) for cold in range(2)])
+    scores = task.score(torch.tensor([1.0, 2, 4, 1, 2, 2])[:, None], targets)
+    assert {name: value for name, value in scores.items() if name.startswith("recall")} == {
+        "recall@3": pytest.approx(5 / 6),
+        "recall@3_head": 1,
+        "recall@3_tail": 1 / 2,
+        "recall@3_new": 1,
+        "recall@3_many": pytest.approx(2 / 3),
+        "recall@3_few": 1,
+    }
+    assert scores["mrr@3_head"] == 3 / 4
+    assert scores["mrr@3_tail"] == 1 / 2
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

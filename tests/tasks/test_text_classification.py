@@ -2,6 +2,7 @@
 
 import json
 import sys
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
@@ -193,15 +194,15 @@ def many(**columns):
 
 
 def test_rows_of_one_group_stay_together_and_the_latest_judge_where_a_column_says_so(folder):
-    rows = many(user=[f"u{i // 5}" for i in range(40)], day=[f"2024-01-{(i * 7) % 40 + 1:02}" for i in range(40)])
+    days = [date(2023, 12, 20) + timedelta(days=(i * 7) % 40) for i in range(40)]
+    rows = many(user=[f"u{i // 5}" for i in range(40)], day=[day if day.day % 2 else str(day) for day in days])
     task = understood(folder, rows, {"group": "user"})
     kept, held = (set(rows.select(part).column("user")) for part in task.hold_out(rows, 0.25, 0))
     assert held
     assert not kept & held
     task = understood(folder, rows, {"time": "day"})
-    kept, held = (rows.select(part).column("day") for part in task.hold_out(rows, 0.25, 0))
-    assert len(held) == 10
-    assert max(kept) < min(held)
+    assert task.check(rows) == {}
+    assert task.hold_out(rows, 0.25, 0)[1] == [i for i in range(40) if days[i] >= date(2024, 1, 19)]
     assert task.split_words == 'as the latest by "day"'
 
 
@@ -226,11 +227,15 @@ def test_wrong_times_and_weights_are_named_by_row(folder):
     rows = many(weight=["1"] * 39 + ["-2"], day=["2024"] * 20 + ["soon"] + [2024.5] * 19)
     problems = understood(folder, rows, {"weight": "weight", "time": "day"}).check(rows)
     assert problems == {
-        20: "column \"day\": 'soon' is no number as the others",
+        20: "column \"day\": 'soon' is no number as the other times; write one",
         39: "column \"weight\": '-2' is no weight; it must be a number of at least 0",
     }
     with pytest.raises(DataError, match="There is no column"):
         understood(folder, rows, {"group": "usr"})
+    american = many(day=["12/31/2022", "02/01/2024"] * 20)
+    assert understood(folder, american, {"time": "day"}).check(american)[1] == (
+        "column \"day\": '02/01/2024' is no date in ISO 8601; write 2024-02-01 or 2024-02-01T09:30:00Z"
+    )
     numbers = table(text=[f"a film {i}" for i in range(40)], label=[i / 7 for i in range(40)])
     with pytest.raises(RecipeError, match="balance is for rows of one class each, and the labels are regression"):
         understood(folder, numbers, {}, balance=True)

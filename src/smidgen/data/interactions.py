@@ -3,7 +3,7 @@
     user,item,rating,time          one row for each time that a user took an item; rating and time may be absent
     id,genres,year                 features of users or items: an id, and columns of words, "Action|Comedy" for several
 
-Ids are names: 7, 7.0 and "7" are the same user.
+Ids are names: 7, 7.0 and "7" are the same user.  Times are numbers, or dates in ISO 8601.
 """
 
 import random
@@ -15,7 +15,7 @@ from typing import Any
 
 from smidgen.core.errors import DataError, nearest
 from smidgen.data.table import Table
-from smidgen.data.values import class_name, number
+from smidgen.data.values import class_name, number, wrong_time
 
 ROLES = ("user", "item", "rating", "time")
 _USUAL = {
@@ -51,14 +51,15 @@ def identity(value: Any) -> str:
     return "" if value is None else class_name(value)
 
 
-def check_interaction(row: Mapping[str, Any]) -> str | None:
-    """What is wrong with the values of one row, by role."""
+def check_interaction(row: Mapping[str, Any], *, as_numbers: bool) -> str | None:
+    """What is wrong with the values of one row, by role.   as_numbers: whether times are numbers; dates otherwise."""
     for role in _NEEDED:
         if role in row and not identity(row[role]):
             return f"no {role}"
-    for role in ("rating", "time"):
-        if role in row and number(row[role]) is None:
-            return f'{role} "{row[role]}" is not a number'
+    if "rating" in row and number(row["rating"]) is None:
+        return f'rating "{row["rating"]}" is not a number'
+    if "time" in row and (what := wrong_time(row["time"], as_numbers=as_numbers)):
+        return f"time {what}"
     return None
 
 

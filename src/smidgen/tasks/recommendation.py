@@ -94,6 +94,7 @@ class Recommendation(Task):
         for side in SIDES:
             asked.plan.decide(f"new {side}s", None, *catalogue.what_is_new(side, found[side]))
         made = cls(catalogue, columns, settings, asked.metric)
+        made.columns = made.columns.learned(train)
         made.split = made.columns.choose_split(settings.split, asked)
         return made
 

@@ -1,7 +1,7 @@
 """What columns say of rows beside what is learned: which belong together, which came first, and what each counts.
 
 group     rows of one user or document stay on one side of a split; else equal texts do
-time      the latest rows judge
+time      the latest rows judge; numbers, or dates in ISO 8601
 weight    what a row counts in the loss: w / mean of the training rows' w.  Figures count every row once.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.table import Table
-from ..data.values import number
+from ..data.values import are_numbers, instant, number, wrong_time
 from .base import Asked, Encoding, Task
 
 ROW_ROLES = ("group", "time", "weight")
@@ -59,8 +59,8 @@ class RowRoles:
         """Indices of the rows that stay and of the latest, ascending; None where no column says the time."""
         if "time" not in self.columns:
             return None
-        times = table.column(self.columns["time"])
-        order = sorted(range(len(table)), key=lambda i: (number(times[i]) or 0.0, str(times[i])))
+        times = [instant(time) or 0.0 for time in table.column(self.columns["time"])]
+        order = sorted(range(len(table)), key=times.__getitem__)
         kept = len(order) - max(1, round(fraction * len(order)))
         return sorted(order[:kept]), sorted(order[kept:])
 
@@ -69,10 +69,10 @@ class RowRoles:
         problems: dict[int, str] = {}
         if "time" in self.columns:
             name, times = self.columns["time"], table.column(self.columns["time"])
-            numbers = number(next((time for time in times if time not in (None, "")), None)) is not None
+            as_numbers = are_numbers(times)
             for i, time in enumerate(times):
-                if time in (None, "") or (number(time) is not None) != numbers:
-                    problems[i] = f'column "{name}": {time!r:.40} is no {"number as the others" if numbers else "time"}'
+                if what := wrong_time(time, as_numbers=as_numbers):
+                    problems[i] = f'column "{name}": {what}'
         if (name := self.columns.get("group", "")) in table.columns:
             for i, group in enumerate(table.column(name)):
                 if group is None or group == "" or isinstance(group, list | dict):

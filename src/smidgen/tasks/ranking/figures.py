@@ -33,8 +33,8 @@ _METRICS = {"ndcg": ndcg_at, "recall": recall_at, "mrr": mrr_at}
 
 
 def metrics_at(k: int) -> tuple[str, ...]:
-    """The names of all metrics over the first k places; those of some rows alone are named after them."""
-    return (*(f"{name}@{k}" for name in _METRICS), *(f"ndcg@{k}_{some}" for some in _SOME))
+    """The names of all metrics over the first k places: of all rows, then of those of each kind, "recall@10_tail"."""
+    return tuple(f"{name}@{k}{some}" for some in ("", *(f"_{some}" for some in _SOME)) for name in _METRICS)
 
 
 def values_of(metric: str, answers: Tensor, targets: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from ...core.errors import DataError
@@ -15,7 +15,7 @@ from ...data.interactions import (
     leave_one_out,
 )
 from ...data.table import Table
-from ...data.values import number
+from ...data.values import are_numbers, instant, number
 from ..base import Asked
 from .catalogue import Catalogue
 from .recommenders import SIDES, Side
@@ -25,17 +25,29 @@ Split = Literal["leave_one_out", "time", "random"]
 
 @dataclass(frozen=True)
 class InteractionRows:
-    """names: role -> column, of those that are there."""
+    """names: role -> column, of those that are there.
+
+    as_numbers: whether times are numbers, in every file; None for as most of each file are.
+    """
 
     names: Mapping[str, str]
+    as_numbers: bool | None = None
+
+    def learned(self, train: Table) -> Self:
+        """With the kind of times that the training rows have: others could not be compared with them."""
+        if "time" not in self.names:
+            return self
+        return replace(self, as_numbers=are_numbers(train.column(self.names["time"])))
 
     def check(self, table: Table, catalogue: Catalogue) -> dict[int, str]:
-        """What is wrong with rows: no names or numbers, users or items that are not in the catalogue."""
+        """What is wrong with rows: no names, numbers or times, users or items that are not in the catalogue."""
         there = {role: name for role, name in self.names.items() if name in table.columns}
-        problems: dict[int, str] = {}
+        as_numbers, problems = self.as_numbers, dict[int, str]()
+        if as_numbers is None:
+            as_numbers = "time" in there and are_numbers(table.column(there["time"]))
         for i in range(len(table)):
             row = {role: table.column(name)[i] for role, name in there.items()}
-            what = check_interaction(row)
+            what = check_interaction(row, as_numbers=as_numbers)
             for side in SIDES:
                 if what is None and side in row and identity(row[side]) not in catalogue.rows[side]:
                     what = f'{side} "{row[side]}" is known neither to the base nor to the training rows'
@@ -76,7 +88,7 @@ class InteractionRows:
         """When each row was; without a column, in the order of the rows or later than all others."""
         name = self.names.get("time")
         if name in table.columns:
-            return [float(number(value) or 0) for value in table.column(str(name))]
+            return [instant(value) or 0.0 for value in table.column(str(name))]
         return [float(i) if in_order else math.inf for i in range(len(table))]
 
     def counts(self, table: Table, least_rating: float | None) -> list[bool]:

@@ -1,6 +1,7 @@
 """What users took while training: their histories, what is popular, and the numbers that a row is judged by."""
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -46,10 +47,15 @@ class Taken:
         above = (len(ordered) - torch.searchsorted(ordered, own, right=True)).tolist()
         equal = (torch.searchsorted(ordered, own, right=True) - torch.searchsorted(ordered, own) - 1).tolist()
         counts, found = self.counts.tolist(), []
+        by_user: dict[int, tuple[set[int], list[int]]] = {}  # what each took, and how often all took that, in order
         for i, (user, item) in enumerate(zip(users, items, strict=True)):
-            taken = [counts[other] for other in set(self.histories.items(user)) - {item}]
-            higher = above[i] - sum(count > counts[item] for count in taken)
-            found.append(2 + 2 * higher + equal[i] - sum(count == counts[item] for count in taken))
+            if user not in by_user:
+                taken = set(self.histories.items(user))
+                by_user[user] = taken, sorted(counts[other] for other in taken)
+            taken, theirs = by_user[user]
+            first, after = bisect_left(theirs, counts[item]), bisect_right(theirs, counts[item])
+            higher = above[i] - (len(theirs) - after)
+            found.append(2 + 2 * higher + equal[i] - (after - first - (item in taken)))
         return found
 
     def examples(
