@@ -151,6 +151,37 @@ def make_regression(**changed: Any) -> Report:
     return make_report(**{**fields, **changed})
 
 
+def make_entities(types: int = 18, **changed: Any) -> Report:
+    """Entities of many types, with three figures of each."""
+    kinds = [f"TYPE{number}" for number in range(types)]
+
+    def others(start: float) -> dict[str, float]:
+        by_type = {
+            f"{name} {kind}": start + 0.01 * i for i, kind in enumerate(kinds) for name in ("precision", "recall", "f1")
+        }
+        return {"precision": start, "recall": start, "macro_f1": start, **by_type}
+
+    fields: dict[str, Any] = {
+        "metric": "f1",
+        "task": "token_classification",
+        "rows": (
+            make_row("base", 0.612, 0.02, others=others(0.5)),
+            make_row("tuned", 0.743, 0.02, others=others(0.6)),
+            make_row("full", 0.751, 0.02, others=others(0.65)),
+        ),
+        "difference": Estimate(0.131, 0.11, 0.15),
+        "confusion": None,
+        "labels": (),
+        "shift": (),
+    }
+    return make_report(**{**fields, **changed})
+
+
+@pytest.fixture
+def entities() -> Report:
+    return make_entities()
+
+
 @pytest.fixture
 def binary() -> Report:
     return make_report()

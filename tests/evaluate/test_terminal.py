@@ -20,7 +20,7 @@ def shown(report: Report, *, terminal: bool = False, encoding: str = "utf-8") ->
     return written.getvalue().decode(encoding)
 
 
-@pytest.mark.parametrize("kind", ["binary", "many_classes", "regression"])
+@pytest.mark.parametrize("kind", ["binary", "many_classes", "regression", "entities"])
 def test_piped_output_is_plain_and_fits_eighty_columns(kind: str, request: pytest.FixtureRequest) -> None:
     text = shown(request.getfixturevalue(kind))
     assert "\x1b" not in text
@@ -37,6 +37,24 @@ def test_each_figure_stands_whole_on_the_line_of_its_name(binary: Report) -> Non
     assert "time 0.02 s 11 s 1 min 23 s 6 min 52 s" in lines
     assert "tweets 4,200 71.1 % 68.3 % -2.8 points [-4.4, -1.2] lost" in lines
     assert "Tuned gains 6.2 points of accuracy over the linear probe [4.1, 8.3]." in lines
+
+
+def test_figures_of_many_parts_have_a_line_for_each_in_all_forms_of_the_report(entities: Report) -> None:
+    lines = [" ".join(line.split()) for line in shown(entities).splitlines()]
+    assert "TYPE17 67.0 % 77.0 % 67.0 % 77.0 % 67.0 % 77.0 %" in lines  # base and tuned: full is not room for
+    assert "macro_f1 50.0 % 60.0 % 65.0 %" in lines
+    assert not any(line.startswith("f1 TYPE") for line in lines)
+    for text in (page(entities), model_card(entities, base_model="models/base", library_versions={}, usage="")):
+        assert text.count("TYPE17") == 1
+        assert text.count("82.0 %") == 3
+    assert entities.to_json()["rows"][1]["others"]["recall TYPE17"] == pytest.approx(0.77)
+
+
+def test_few_figures_of_parts_show_full_fine_tuning_too(entities: Report) -> None:
+    rows = tuple(replace(row, others={"map50 old": row.value, "map50 new": 0.5}) for row in entities.rows)
+    lines = {" ".join(line.split()) for line in shown(replace(entities, rows=rows)).splitlines()}
+    assert "old 61.2 % 74.3 % 75.1 %" in lines
+    assert "new 50.0 % 50.0 % 50.0 %" in lines
 
 
 def test_a_loss_and_its_notes_are_shown(regression: Report) -> None:

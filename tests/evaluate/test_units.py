@@ -1,10 +1,32 @@
 """Figures read as people write them."""
 
 import math
+from itertools import chain
 
 import pytest
 
 from smidgen.evaluate import units
+from smidgen.tasks import labelled
+from smidgen.tasks.images.found import Classes
+from smidgen.tasks.language import likelihood, writing
+from smidgen.tasks.ranking.figures import metrics_at
+from smidgen.tasks.registry import tasks
+from smidgen.tasks.text.objectives import Objective
+from smidgen.tasks.text.spans import SCHEMES, Tags
+
+OF_LABELS = [*labelled._METRICS.values(), labelled._METRICS_OF_CLASSES]
+METRICS = {  # of all kinds that a task has
+    "causal_lm": [likelihood.METRICS],
+    "custom": [["loss"]],  # and what the user's file names
+    "embeddings": [kind.metrics for kind in Objective.__subclasses__()],
+    "image_classification": OF_LABELS,
+    "object_detection": [Classes(["old", "new"], own=1).metrics],
+    "recommendation": [metrics_at(10)],
+    "seq2seq": [likelihood.METRICS, writing.RATIOS],
+    "text_classification": OF_LABELS,
+    "token_classification": [Tags(scheme=scheme, names=()).metrics for scheme in SCHEMES],
+}
+NUMBERS = {"loss", "perplexity", "mae", "r2", "spearman", "pearson", "mcc"}  # neither shares nor given in per cent
 
 
 @pytest.mark.parametrize(
@@ -13,6 +35,12 @@ from smidgen.evaluate import units
         (units.metric_text("accuracy", 0.8412), "84.1 %"),
         (units.metric_text("mcc", 0.6123), "0.612"),
         (units.metric_text("perplexity", 1234.5), "1,234"),
+        (units.metric_text("map50_95", 0.6123), "61.2 %"),
+        (units.metric_text("map50 old", 0.6123), "61.2 %"),
+        (units.metric_text("mrr@10", 0.6123), "61.2 %"),
+        (units.metric_text("ndcg@10_tail", 0.6123), "61.2 %"),
+        (units.metric_text("recall PER", 0.6123), "61.2 %"),
+        (units.metric_text("wer", 1.0712), "107.1 %"),
         (units.metric_text("accuracy", math.nan), "n/a"),
         (units.metric_text("loss", math.inf), "inf"),
         (units.interval_text("accuracy", 0.041, 0.083), "[4.1, 8.3]"),
@@ -43,3 +71,25 @@ from smidgen.evaluate import units
 )
 def test_a_figure_reads_as_people_write_it(said: str, text: str) -> None:
     assert said == text
+
+
+def test_of_every_metric_of_every_task_it_is_known_whether_it_is_a_share() -> None:
+    assert {name for name, kind in tasks().items() if kind.__module__ == f"smidgen.tasks.{name}"} == METRICS.keys()
+    names = set(chain.from_iterable(chain.from_iterable(METRICS.values())))
+    shares = {name for name in names if units.metric_text(name, 0.5) == "50.0 %"}
+    assert names - shares == NUMBERS & names
+    assert names >= NUMBERS
+
+
+@pytest.mark.parametrize(
+    ("name", "parted"),
+    [
+        ("f1 PER", ("f1", "PER")),
+        ("recall work of art", ("recall", "work of art")),
+        ("map50 old", ("map50", "old")),
+        ("ndcg@10_tail", ("ndcg@10_tail", None)),
+        ("error after an hour", ("error after an hour", None)),
+    ],
+)
+def test_a_share_of_one_part_is_told_from_other_names(name: str, parted: tuple[str, str | None]) -> None:
+    assert units.metric_and_part(name) == parted

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from smidgen.evaluate.report import Estimate, Report, cut, sample_texts
+from smidgen.evaluate.report import Estimate, Report, cut, other_text, sample_texts
 from smidgen.evaluate.units import (
     NONE,
     bytes_text,
@@ -48,6 +48,7 @@ def model_card(report: Report, *, base_model: str, library_versions: Mapping[str
         "## Results",
         _results(report),
         "Brackets are 95 % bootstrap intervals over the test examples.",
+        _parts(report),
         _samples(report),
         "## How to use",
         usage.strip(),
@@ -78,13 +79,13 @@ def _front_matter(report: Report, base_model: str) -> str:
 
 
 def _results(report: Report) -> str:
-    others = list(dict.fromkeys(name for row in report.rows for name in row.others))
+    others = report.other_metrics()
     names = ["", report.metric, *others, "trained", "share", "peak memory", "time", "on disk"]
     rows = [
         [
             f"{row.name} ({described(report, row.name)})",
             f"{metric_text(report.metric, row.value)} {interval_text(report.metric, row.low, row.high)}",
-            *(metric_text(name, row.others[name]) if name in row.others else NONE for name in others),
+            *(other_text(row, name) for name in others),
             f"{row.trainable:,}",
             share_text(row.share),
             bytes_text(row.peak_bytes),
@@ -94,6 +95,13 @@ def _results(report: Report) -> str:
         for row in report.rows
     ]
     return _table(names, rows)
+
+
+def _parts(report: Report) -> str:
+    metrics, parts = report.part_metrics()
+    columns = [(metric, row) for metric in metrics for row in report.rows]
+    rows = [[part, *(other_text(row, f"{metric} {part}") for metric, row in columns)] for part in parts]
+    return _table(["by part", *(f"{metric} {row.name}" for metric, row in columns)], rows) if rows else ""
 
 
 def _samples(report: Report) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 
 from smidgen.evaluate.charts import Curve, confusion_matrix, interval_bar, learning_curves
 from smidgen.evaluate.markup import Markup, element, join
-from smidgen.evaluate.report import KINDS, Estimate, Report, Row, ShiftRow, cut, sample_texts
+from smidgen.evaluate.report import KINDS, Estimate, Report, Row, ShiftRow, cut, other_text, sample_texts
 from smidgen.evaluate.style import STYLE
 from smidgen.evaluate.units import (
     NONE,
@@ -44,6 +44,7 @@ def page(report: Report) -> str:
         _header(report),
         _notes([*findings(report), *report.notes]),
         _results(report),
+        _parts(report),
         _curves(report),
         _shift(report),
         _confusion(report.confusion, report.labels),
@@ -78,7 +79,7 @@ def _results(report: Report) -> Markup:
     judged = [row for row in report.rows if row.name not in CONSTANT]  # these would squeeze the others
     ends = [end for row in judged for end in (row.low, row.high) if math.isfinite(end)] or [0.0]
     start, end = min(ends), max(ends)
-    others = list(dict.fromkeys(name for row in report.rows for name in row.others))
+    others = report.other_metrics()
 
     def name_of(row: Row) -> Markup:
         return join(row.name, element("span", described(report, row.name), class_="sub"))
@@ -90,7 +91,7 @@ def _results(report: Report) -> Markup:
             ("", name_of(row)),
             ("num", _estimate(report.metric, Estimate(row.value, row.low, row.high))),
             ("bars", bar),
-            *(("num", metric_text(name, row.others[name]) if name in row.others else NONE) for name in others),
+            *(("num", other_text(row, name)) for name in others),
         ]
 
     def cost(row: Row) -> list[tuple[str, str]]:
@@ -111,6 +112,18 @@ def _results(report: Report) -> Markup:
         _title("Cost"),
         _table(costs, [(row.name, cost(row)) for row in report.rows]),
     )
+
+
+def _parts(report: Report) -> Markup:
+    metrics, parts = report.part_metrics()
+    if not parts:
+        return Markup("")
+    columns = [(metric, row) for metric in metrics for row in report.rows]
+    rows = [
+        ("", [("", part), *(("num", other_text(row, f"{metric} {part}")) for metric, row in columns)]) for part in parts
+    ]
+    table = _table(["", *(f"{metric} {row.name}" for metric, row in columns)], rows)
+    return element("section", _title("By part"), table)
 
 
 def _curves(report: Report) -> Markup:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from smidgen.core.errors import require
 from smidgen.core.files import atomic_write
+from smidgen.evaluate.units import NONE, metric_and_part, metric_text
 from smidgen.tasks.base import Example, Sample
 
 FORMAT = 1
@@ -107,6 +108,18 @@ class Report:
         """The row of that name, or None."""
         return next((row for row in self.rows if row.name == name), None)
 
+    def other_metrics(self) -> list[str]:
+        """The names of further metrics of all rows of the data, in the order of the first row that has them."""
+        return [name for name in self._others() if metric_and_part(name)[1] is None]
+
+    def part_metrics(self) -> tuple[list[str], list[str]]:
+        """Those of a part alone, as of one type of entities ("f1 PER"): the metrics, and the parts."""
+        pairs = [pair for pair in map(metric_and_part, self._others()) if pair[1] is not None]
+        return list(dict.fromkeys(metric for metric, _ in pairs)), list(dict.fromkeys(str(part) for _, part in pairs))
+
+    def _others(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row.others))
+
     @property
     def has_full_shift(self) -> bool:
         """Whether full fine-tuning was judged on other data too."""
@@ -168,6 +181,11 @@ class Report:
         drawn = page(self)  # both are made before either is written
         atomic_write(Path(folder) / "report.json", figures.encode())
         atomic_write(Path(folder) / "report.html", drawn.encode())
+
+
+def other_text(row: Row, name: str) -> str:
+    """The value of a further metric, "n/a" where the row has none."""
+    return metric_text(name, row.others[name]) if name in row.others else NONE
 
 
 def sample_texts(sample: Sample) -> tuple[str, str, str, str]:

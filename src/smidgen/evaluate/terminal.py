@@ -5,7 +5,7 @@ Ways of answering are columns and figures are rows, so four ways with all their 
 
 from typing import TYPE_CHECKING
 
-from smidgen.evaluate.report import Estimate, Report, cut, sample_texts
+from smidgen.evaluate.report import Estimate, Report, cut, other_text, sample_texts
 from smidgen.evaluate.units import (
     NONE,
     bytes_text,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+MOST_COLUMNS = 6  # of figures, in the table of parts
 COLOURS = {"gained": "green", "lost": "red", "uncertain": "yellow", "not compared": ""}
 
 
@@ -33,6 +34,8 @@ def show(report: Report, console: "Console") -> None:
     console.print(_results(report))
     named = [f"{row.name}: {described(report, row.name)}" for row in report.rows if row.name in ("base", "tuned")]
     console.print(Text(f"{'; '.join(named)}. Brackets are 95 % intervals.", style="dim"))
+    if report.part_metrics()[1]:
+        console.print(_parts(report))
     if report.shift:
         console.print(_shift(report))
     for sample in report.samples:
@@ -67,15 +70,32 @@ def _results(report: Report) -> "Table":
     metric, rows = report.metric, report.rows
     table.add_row(Text(metric), *(metric_text(metric, row.value) for row in rows))
     table.add_row(Text("  interval"), *(Text(interval_text(metric, row.low, row.high)) for row in rows))
-    for name in dict.fromkeys(name for row in rows for name in row.others):
-        table.add_row(
-            Text(name), *(metric_text(name, row.others[name]) if name in row.others else NONE for row in rows)
-        )
+    for name in report.other_metrics():
+        table.add_row(Text(name), *(other_text(row, name) for row in rows))
     table.add_row("trained", *(f"{row.trainable:,}" for row in rows))
     table.add_row("share", *(share_text(row.share) for row in rows))
     table.add_row("peak memory", *(bytes_text(row.peak_bytes) for row in rows))
     table.add_row("time", *(seconds_text(row.seconds) for row in rows))
     table.add_row("on disk", *(bytes_text(row.disk_bytes) for row in rows))
+    return table
+
+
+def _parts(report: Report) -> "Table":
+    """A line for each part.  Where all ways do not fit, those that are compared: the page has the others."""
+    from rich.text import Text
+
+    metrics, parts = report.part_metrics()
+    rows = report.rows
+    if len(metrics) * len(rows) > MOST_COLUMNS:
+        rows = tuple(row for row in rows if row.name in ("base", "tuned"))
+    table = _table(headed=True)
+    table.add_column("by part", overflow="fold")
+    for metric in metrics:
+        for row in rows:
+            style = "bold" if row.name == "tuned" else ""
+            table.add_column(Text(f"{metric}\n{row.name}"), justify="right", no_wrap=True, style=style)
+    for part in parts:
+        table.add_row(Text(part), *(other_text(row, f"{metric} {part}") for metric in metrics for row in rows))
     return table
 
 

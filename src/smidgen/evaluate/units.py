@@ -1,7 +1,8 @@
 """Figures as people read them: 84.2 %, 0.31 %, 412 KB, 1 min 23 s.  Plain ASCII, so they survive any terminal.
 
-A metric that is a share of the examples (`SHARES`) is shown in per cent and its differences in points; any other
-as a plain number. What is undefined (None or NaN) is "n/a". Bytes are decimal: 1 KB = 1000 bytes.
+A metric that is a share, or that its field gives in per cent all the same, as WER (`SHARES`), is shown in per cent and
+its differences in points; any other, correlations among them, as a plain number. What is undefined (None or NaN) is
+"n/a". Bytes are decimal: 1 KB = 1000 bytes.
 """
 
 import math
@@ -10,7 +11,8 @@ import re
 SHARES = frozenset(
     {"accuracy", "balanced_accuracy", "token_accuracy", "exact_match", "top_5_accuracy", "f1", "macro_f1", "micro_f1"}
     | {"weighted_f1", "precision", "recall", "macro_precision", "macro_recall", "error_rate"}
-    | {"map50", "map50-95", "ndcg"}
+    | {"map50", "map50_95", "ndcg", "mrr"}
+    | {"rouge_l", "cer", "wer"}  # of the two rates, above 1 where more is written than there is
 )
 
 NONE = "n/a"
@@ -89,8 +91,14 @@ def seconds_text(seconds: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60} min"
 
 
+def metric_and_part(name: str) -> tuple[str, str | None]:
+    """A share with the part of the data that it is about: "f1 PER" is ("f1", "PER"); any other name is whole."""
+    metric, _, part = name.partition(" ")
+    return (metric, part) if part and is_share(metric) else (name, None)
+
+
 def is_share(name: str) -> bool:
-    """Also of a metric cut off at a rank, or for one class: "recall@10", "f1 PER"."""
+    """Also of a metric cut off at a rank, or of one part: "recall@10", "f1 PER"."""
     return re.split(r"[ @]", name)[0] in SHARES
 
 

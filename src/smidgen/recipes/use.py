@@ -71,9 +71,10 @@ def evaluate(
     if as_json:
         console.print_json(data={"rows": len(table), "metric": task.metric, "low": low, "high": high, **scores})
         return
+    width = max(12, *map(len, scores))
     for name, value in scores.items():
         interval = f"  {interval_text(name, low, high)}" if name == task.metric else ""
-        console.print(f"{name:12} {metric_text(name, value)}{interval}", highlight=False, markup=False)
+        console.print(f"{name:{width}} {metric_text(name, value)}{interval}", highlight=False, markup=False)
     console.print(f"on {len(table):,} rows of {data}", highlight=False)
 
 

@@ -98,6 +98,31 @@ def test_figures_are_those_in_seqevals_documentation():
     assert scores([["B-NP", "I-NP", "O"]], [["I-NP", "I-NP", "O"]])["f1"] == 1.0
 
 
+def test_each_type_that_is_there_has_precision_recall_and_f1():
+    """By hand: PER 2 right of 4 predicted and 3 there, ORG 1 of 1 and 2, LOC 0 of 0 and 1; MISC is only predicted."""
+    rows = ["B-PER I-PER O B-ORG B-PER", "B-PER O B-ORG O", "O B-LOC"]
+    said = ["B-PER I-PER O B-PER B-PER", "O O B-ORG B-MISC", "B-PER O"]
+    tags, _ = understand_tags([row.split() for row in (*rows, *said)])
+    truth, answers = (tensor(tags, [row.split() for row in some]) for some in (rows, said))
+    assert tags.score(answers, truth) == pytest.approx(
+        {
+            "f1": 1 / 2,
+            "precision": 1 / 2,
+            "recall": 1 / 2,
+            "macro_f1": (4 / 7 + 2 / 3) / 4,
+            "precision LOC": 0,
+            "recall LOC": 0,
+            "f1 LOC": 0,
+            "precision ORG": 1,
+            "recall ORG": 1 / 2,
+            "f1 ORG": 2 / 3,
+            "precision PER": 2 / 4,
+            "recall PER": 2 / 3,
+            "f1 PER": 4 / 7,
+        }
+    )
+
+
 def test_nothing_predicted_is_zero_and_not_undefined():
     assert scores([["B-PER", "O"]], [["O", "O"]]) == {"f1": 0, "precision": 0, "recall": 0, "macro_f1": 0, "PER": 0}
 

@@ -151,13 +151,15 @@ class Tags:
         return counts
 
     def score(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        """All metrics, and the F1 of each type of entities that is there."""
+        """All metrics, and precision, recall and F1 of each type of entities that is there: "recall PER"."""
         counts = self.counts(answers, targets).sum(0)
-        by_type = zip(self.types, f1_by_type(counts).tolist(), counts[:, 2].tolist(), strict=True)
-        return {
-            **{name: float(value) for name, value in self.figures(counts).items()},
-            **{f"f1 {kind}": value for kind, value, there in by_type if there and self.scheme != "plain"},
-        }
+        scores = {name: float(value) for name, value in self.figures(counts).items()}
+        if self.scheme != "plain":
+            for kind, of_type in zip(self.types, counts, strict=True):
+                if of_type[2]:
+                    found = span_scores(of_type[None])
+                    scores |= {f"{name} {kind}": float(found[name]) for name in ("precision", "recall", "f1")}
+        return scores
 
     def all_right(self, answers: Tensor, targets: Tensor) -> Tensor:
         """(N,) bool: which rows have every entity right, and no other."""
