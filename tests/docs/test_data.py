@@ -57,9 +57,9 @@ def causal_lm(table: Table) -> Mapping[str, Any]:
 
 
 def seq2seq(table: Table) -> Mapping[str, Any]:
-    source, target, _ = source_target.source_and_target(table, {})
-    assert source_target.SourceTarget(source, target).check(table) == {}
-    return {"source": source, "target": target}
+    found = source_target.source_and_target(table, {})
+    assert found.check(table) == {}
+    return found.columns
 
 
 def embeddings(table: Table) -> Mapping[str, Any]:
@@ -83,7 +83,7 @@ def recommendation(table: Table) -> Mapping[str, Any]:
     found, _ = interactions.interaction_columns(table, {})
     for i in range(len(table)):
         row = {role: table.column(name)[i] for role, name in found.items()}
-        assert interactions.check_interaction(row) is None
+        assert interactions.check_interaction(row, as_numbers=True) is None
     return found
 
 
