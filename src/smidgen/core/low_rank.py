@@ -107,6 +107,12 @@ class LowRankAdapter(AdditiveAdapter):
         A, B = self.factors()
         return self.site.expand(self.site.project(self.dropped(x), A), B) * self.scale
 
+    def of_base(self, x: Tensor) -> Tensor:
+        """What the layer itself gives for x, without its bias."""
+        if isinstance(self.site.layer, QuantisedLinear):
+            return quantised_linear(x, self.site.layer, with_bias=False)
+        return self.site.apply(x, self.site.weight())
+
     def dropped(self, x: Tensor) -> Tensor:
         """The layer's input as dropout leaves it."""
         if not (self.training and self.dropout and x.is_floating_point()):  # an embedding's input is indices

@@ -7,7 +7,7 @@ kept for backward are the pieces alone; there W is made anew, as QLoRA does (Det
 `layer.weight` is a QuantisedWeight: shape, dtype and device cost nothing, and whatever else reads it gets it dense.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from .errors import NonFiniteError, require
 from .kernels import Pull, dropped_, is_of_features, remake, with_dropout
 from .quantised import Format, Pieces, Read, blocks_of, format_named, in_blocks
 from .site import compute_dtype
-from .storage import WeightStorage, register_storage
+from .storage import WeightStorage, master_dtype, register_storage
 
 _WHOLE = slice(None)
 
@@ -149,8 +149,8 @@ class QuantisedLinear(nn.Linear):
 
     def take(self, pieces: Pieces) -> None:
         """Hold these pieces instead."""
-        for name, piece in pieces.items():
-            self._buffers[name] = piece
+        for name, piece in self.pieces.items():
+            piece.copy_(pieces[name])  # in place: whoever knows them by their version sees that they have changed
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.format_name}"
@@ -201,13 +201,15 @@ def quantised_linear(
     B: Tensor | None = None,
     scale: float = 1.0,
     mask: Tensor | None = None,
+    *,
+    with_bias: bool = True,
 ) -> Tensor:
     """x W^T + b, or x W^T + b + scale (x * mask) A^T B^T, in x's dtype or autocast's; gradients for x, b, A and B.
 
     x: (..., I).   A: (R, I)   B: (O, R)   mask: dropout's, as in `frozen_linear_low_rank`
     """
     x = x.to(compute_dtype(x))
-    b = None if layer.bias is None else layer.bias.to(x.dtype)
+    b = layer.bias.to(x.dtype) if with_bias and layer.bias is not None else None
     with torch.autocast(x.device.type, enabled=False):
         if torch.compiler.is_compiling():  # a compiler decides itself what to keep
             y = F.linear(x, layer.dense(_WHOLE, x.dtype), b)
@@ -378,6 +380,10 @@ class QuantisedStorage(WeightStorage):
 
     def read(self, weight: Tensor) -> Tensor:
         return weight  # of which W[rows] makes these rows dense and no others
+
+    def blocks(self, weight: Tensor) -> Iterator[Tensor]:
+        read, (O, I) = cast(QuantisedWeight, weight).layer.reader(), weight.shape
+        return (read(rows, _WHOLE).to(master_dtype(weight)) for rows in blocks_of(O, I, weight.device))
 
 
 register_storage(QuantisedStorage())
