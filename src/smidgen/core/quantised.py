@@ -88,7 +88,9 @@ class NF4(Format):
             codes = codes.to(torch.uint8).view(-1, packed.shape[1], 2)
             packed[rows] = codes[..., 0] << 4 | codes[..., 1]
         count = shape[0] * per_row
-        mean = largest[:count].mean() if count else largest.sum()
+        # in fp64, where a device has it: in fp32 the last bit, and rounded scales with it, are of the number of threads
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        mean = largest[:count].mean(dtype=wide).float() if count else largest.sum()
         largest[count:] = mean
         off = (largest - mean).view_as(pieces["scales"])
         steps = off.abs().amax(1) / 127
