@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -367,8 +368,9 @@ def test_a_lean_gated_feedforward_keeps_its_two_halves_and_the_small_products():
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("part", [Gated, Plain])
+@pytest.mark.parametrize("dropout", [{}, {"dropout": 0.3}, {"dropout": 0.3, "dropout_on": "features"}], ids=str)
 def test_on_weights_in_few_bits_it_keeps_no_product_either_and_gradients_are_the_same(
-    part: type[nn.Module], format: str
+    part: type[nn.Module], format: str, dropout: dict[str, Any]
 ):
     results = []
     for lean in (False, True):
@@ -376,11 +378,12 @@ def test_on_weights_in_few_bits_it_keeps_no_product_either_and_gradients_are_the
         model = nn.Sequential(part())
         for module in [module for module in model.modules() if isinstance(module, nn.Linear)]:
             quantise_(module, format_named(format))
-        parameters = moved(model, LoRA(rank=2, targets=Targets.of_type(nn.Linear)))
+        parameters = moved(model, LoRA(rank=2, targets=Targets.of_type(nn.Linear), **dropout))
         if lean:
             assert put_on(model) == ["0"]
         x = batch()
         shapes = [tuple(tensor.shape) for tensor in kept(model, x).values()]
+        torch.manual_seed(3)
         y = checkpoint(model, x, use_reentrant=False) if lean else model(x)
         results.append((y, *torch.autograd.grad(y.square().sum(), [x, *parameters])))
         assert shapes.count((2, 4, HIDDEN)) == (2 if part is Gated else 1) + (0 if lean else 2 if part is Gated else 1)

@@ -12,8 +12,9 @@ import smidgen
 from smidgen import LoRA, Targets, attach
 from smidgen.core import quantise as module
 from smidgen.core.errors import AttachError, ConfigError, FolderError, MergeError, TargetError
-from smidgen.core.fingerprint import fingerprint, same_base
+from smidgen.core.fingerprint import fingerprint, fingerprint_as_held, same_base
 from smidgen.core.quantise import load_quantised, quantised_of
+from smidgen.core.quantised import FORMATS, in_blocks
 from smidgen.core.quantised_linear import QuantisedLinear, parameter_count
 from smidgen.core.safe import write_tensors
 from smidgen.core.storage import storage_of
@@ -150,6 +151,41 @@ def test_the_fingerprint_is_stable_and_agrees_with_the_unquantised_base():
     assert held.split("-")[2] == "?"
     model.words.weight.data.add_(1)
     assert not same_base(plain, fingerprint(model))
+
+
+def test_a_run_tells_quantised_bases_apart_and_finds_one_that_is_quantised_again():
+    def held(path: str = "", scale: float = 1.0, name: str = "nf4") -> str:
+        model = copy.deepcopy(plain)
+        if path:
+            model.get_submodule(path).weight.data.mul_(scale)
+        smidgen.quantise(model, name)
+        return fingerprint_as_held(model)
+
+    plain = Net()
+    before = fingerprint_as_held(plain)
+    assert before == fingerprint(plain)
+    assert held() == held()
+    assert not same_base(before, held())
+    # scales alone, codes, a plain layer beside them, an embedding, a norm, the format
+    others = [held("up", 1.01), held("up", torch.linspace(0.9, 1.1, 64)), held("head", 1.01), held("words", 1.01)]
+    others += [held("norm", 1.01), held(name="int8"), held("down", 1.01, "int8")]
+    assert len({held(), *others}) == 1 + len(others)
+    model = copy.deepcopy(plain)
+    smidgen.quantise(model)
+    attach(model, LoRA(rank=2, targets=["up", "head"]))
+    assert fingerprint_as_held(model) == held()
+
+
+def test_the_scales_are_the_same_whatever_the_number_of_threads():
+    W = torch.randn(2048, 2048).abs_()
+    pieces, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            pieces.append(FORMATS["nf4"].quantised((2048, 2048), in_blocks(W), W.device))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(piece, pieces[0][name]) for other in pieces for name, piece in other.items())
 
 
 # -- reading

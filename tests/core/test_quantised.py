@@ -8,11 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from smidgen import LoRA, attach
+from smidgen.core import quantised
 from smidgen.core.errors import ConfigError, NonFiniteError
 from smidgen.core.quantised import BLOCK, FORMATS, format_named, in_blocks, normal_float
-from smidgen.core.quantised_linear import QuantisedLinear, QuantisedWeight, quantise_, quantised_linear
+from smidgen.core.quantised_linear import (
+    QuantisedLinear,
+    QuantisedWeight,
+    quantise_,
+    quantised_linear,
+    quantised_linear_of_made,
+)
 from smidgen.core.safe import read_tensors, write_tensors
 from smidgen.core.storage import storage_of
 
@@ -134,6 +143,16 @@ def test_a_weight_that_is_not_finite_is_refused_untouched(name: str):
     assert type(layer) is nn.Linear
 
 
+def test_the_table_of_nf4_is_copied_to_a_device_once_and_a_fake_one_is_not_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quantised, "_kept", kept := {})
+    elsewhere = torch.device("meta")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert quantised._pairs_on(torch.device("cuda", 0)).shape == (256,)
+    assert not kept
+    assert quantised._pairs_on(elsewhere) is quantised._pairs_on(elsewhere)
+    assert list(kept) == [elsewhere]
+
+
 # -- the layer
 
 
@@ -150,18 +169,48 @@ def in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("smidgen.core.quantised_linear.blocks_of", small)
 
 
+# what dropout drops of x (6, 100): a mask of its entries or of its features, or the places, some of them twice
+MASKS: dict[str, Tensor | None] = {
+    "none": None,
+    "elements": (torch.arange(600).view(6, 100) % 7 > 1).to(torch.uint8),
+    "features": (torch.arange(100) % 3 > 0).to(torch.uint8),
+    "places": torch.arange(0, 1200, 11) % 600,
+}
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return x
+    kept = torch.ones(6, 100, dtype=x.dtype)
+    kept = kept.flatten().index_fill(0, mask, 0).view(6, 100) if mask.dtype == torch.int64 else kept * mask
+    return x * kept.view(x.shape)
+
+
 @pytest.mark.usefixtures("in_small_blocks")
+@pytest.mark.parametrize("made", [False, True], ids=["x", "made"])
+@pytest.mark.parametrize("dropout_of", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", FORMATS)
-def test_output_and_gradients_are_those_of_the_dense_weight_in_fp64(name: str, dtype: torch.dtype):
+def test_output_and_gradients_are_those_of_the_dense_weight_in_fp64(
+    name: str, dtype: torch.dtype, dropout_of: str, made: bool
+):
+    mask = MASKS[dropout_of]
     layer = QuantisedLinear(100, 70, format=name).to(dtype)
     W, b = layer.dense(slice(None), torch.float64), layer.bias.detach().double().requires_grad_()
     shapes = ((2, 3, 100), (2, 100), (70, 2))
     x, A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    expected = F.linear(x, W, b) + 0.7 * x @ A.T @ B.T
+    read = x.sin() if made else x
+    expected = F.linear(read, W, b) + 0.7 * masked(read, mask) @ A.T @ B.T
     dy = torch.randn_like(expected)
     ours = [t.detach().to(dtype).requires_grad_() for t in (x, A, B)]
-    y = quantised_linear(ours[0], layer, ours[1], ours[2], 0.7)
+
+    def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        if made:
+            return quantised_linear_of_made(torch.sin, [x], layer, A, B, 0.7, mask)
+        return quantised_linear(x, layer, A, B, 0.7, mask)
+
+    y = checkpoint(run, *ours, use_reentrant=False)
+    assert torch.equal(y, run(*ours))
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert (y - expected).norm() <= tolerance * expected.norm()
     for got, wanted in zip(
@@ -172,9 +221,27 @@ def test_output_and_gradients_are_those_of_the_dense_weight_in_fp64(name: str, d
         assert (got - wanted).norm() <= tolerance * wanted.norm()
 
 
-def test_backward_keeps_the_pieces_and_no_dense_weight():
+@pytest.mark.parametrize("dropout_of", MASKS)
+def test_compiled_it_gives_the_same(layer: QuantisedLinear, dropout_of: str):
+    shapes = ((2, 3, 100), (2, 100), (7, 2))
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return quantised_linear(x, layer, A, B, 0.7, MASKS[dropout_of])
+
+    torch.compiler.reset()
+    results = [f(*inputs) for f in (run, torch.compile(run, backend="eager", fullgraph=True))]
+    torch.compiler.reset()
+    torch.testing.assert_close(*results)
+    for ours, theirs in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in results), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("dropout_on", "mask_bytes"), [(None, 0), ("elements", 3 * 256), ("features", 256)])
+def test_backward_keeps_the_pieces_and_no_dense_weight(dropout_on: str | None, mask_bytes: int):
     layer = QuantisedLinear(256, 256)
-    adapters = attach(nn.Sequential(layer), LoRA(rank=2, targets=["0"]))
+    said = {} if dropout_on is None else {"dropout": 0.2, "dropout_on": dropout_on}
+    adapters = attach(nn.Sequential(layer), LoRA(rank=2, targets=["0"], **said))
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -185,7 +252,7 @@ def test_backward_keeps_the_pieces_and_no_dense_weight():
         y = adapters.model(torch.randn(3, 256))
     pieces = sum(piece.nbytes for piece in layer.pieces.values())
     numbers = 3 * 256 + 2 * 256 + 256 * 2 + 3 * 2  # x, A, B, x A^T
-    assert sum(kept.values()) == pieces + 4 * numbers
+    assert sum(kept.values()) == pieces + 4 * numbers + mask_bytes
     assert y.requires_grad
 
 

@@ -7,6 +7,8 @@ from torch import nn
 
 from smidgen import LoRA, Targets, attach
 from smidgen.core.errors import TargetError
+from smidgen.core.quantised import BLOCK, FORMATS, Read
+from smidgen.core.quantised_linear import QuantisedLinear
 from smidgen.methods.dora import DoRA
 
 from ..formats.both_ways import from_peft, gap, run_on, to_peft_and_back
@@ -83,6 +85,94 @@ def test_the_norms_follow_a_base_into_which_another_adapter_was_merged():
     torch.testing.assert_close(
         first(x), x @ (part.magnitude[:, None] * V / V.norm(dim=1, keepdim=True)).T + first[0].bias
     )
+
+
+@pytest.fixture
+def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in few bits are read in blocks of 64 rows or columns, and reading one whole is an error."""
+
+    def small(size: int, width: int, device: torch.device) -> list[slice]:
+        return [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+
+    def guarded(read: Read) -> Read:
+        def some(rows: slice, columns: slice) -> torch.Tensor:
+            found = read(rows, columns)
+            assert len(found) <= BLOCK or found.shape[1] <= BLOCK, "the whole weight was made dense"
+            return found
+
+        return some
+
+    for form in map(type, FORMATS.values()):
+        monkeypatch.setattr(form, "reader", lambda *asked, reader=form.reader: guarded(reader(*asked)))
+    monkeypatch.setattr("smidgen.core.quantised_linear.blocks_of", small)
+
+
+def few_bits(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(QuantisedLinear(150, 200, format=name, dtype=dtype))
+
+
+def in_plain_layers(model: nn.Module) -> nn.Module:
+    """The same weights, dense."""
+    plain = nn.Linear(150, 200, dtype=model[0].bias.dtype)
+    plain.load_state_dict({"weight": model[0].weight.dense(), "bias": model[0].bias})
+    return nn.Sequential(plain)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 100.0])
+@pytest.mark.parametrize("name", FORMATS)
+def test_norms_over_weights_in_few_bits_are_those_of_the_dense_ones_for_changes_of_any_size(name: str, size: float):
+    model = few_bits(name)
+    adapters = attach(model, DoRA(rank=4, alpha=4, targets="0"), seed=0)
+    moved(adapters, size)
+    part = adapters.parts("default")["0"]
+    V = model[0].weight.double() + part.scale * part.B.double() @ part.A.double()
+    torch.testing.assert_close(part.norms().double(), V.norm(dim=1), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_change_that_takes_a_row_in_few_bits_away_leaves_a_norm_of_no_more_than_rounding(name: str):
+    model = few_bits(name)
+    adapters = attach(model, DoRA(rank=1, alpha=1, targets="0"), seed=0)
+    part, W = adapters.parts("default")["0"], model[0].weight.dense()
+    with torch.no_grad():
+        part.A.copy_(W[:1])
+        part.B.zero_()[0] = -1
+    assert 0 < part.norms()[0] <= 1e-3 * W[0].norm()
+    torch.testing.assert_close(part.norms()[1:], W[1:].norm(dim=1))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_in_few_bits_are_never_whole_and_train_as_the_dense_ones_do(
+    name: str, dropout: float, request: pytest.FixtureRequest
+):
+    held = few_bits(name, torch.float64)
+    models, found = (held, in_plain_layers(held)), []
+    request.getfixturevalue("never_whole")
+    for model in models:
+        adapters = attach(model, DoRA(rank=2, alpha=3, dropout=dropout, targets="0"), seed=0)
+        moved(adapters)
+        model.train()
+        x = torch.ones(3, 150, dtype=torch.float64, requires_grad=True)
+        torch.manual_seed(7)
+        y = model(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *adapters.parameters()])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_norms_follow_weights_in_few_bits_into_which_another_adapter_was_merged(name: str):
+    model = few_bits(name)
+    adapters = attach(model, LoRA(rank=1, targets="0"), "lora", seed=0)
+    adapters.add(DoRA(rank=1, targets="0"), "dora", seed=1)
+    adapters.activate("lora")
+    moved(adapters)
+    adapters.merge("lora", max_error=1.0)
+    adapters.activate("dora")
+    V, part = model[0].weight.dense(), adapters.parts("dora")["0"]
+    torch.testing.assert_close(part.norms(), V.norm(dim=1))  # its B is zero
 
 
 def test_a_row_of_zeros_stays_finite():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from smidgen.core.files import sha256_file
+from smidgen.core.safe import read_tensors, write_tensors
 from smidgen.recipes.run import tune
 from smidgen.recipes.schema import Recipe
 from smidgen.recipes.use import evaluate
@@ -33,6 +35,17 @@ def llama(tmp_path_factory) -> Path:
 def data(tmp_path_factory) -> Path:
     """120 reviews as a CSV file."""
     return write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", reviews(120))
+
+
+@pytest.fixture
+def with_other_weight(bert, tmp_path_factory) -> Path:
+    """The same model with the weight of one linear layer a little larger."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    shutil.copytree(bert, folder)
+    tensors = read_tensors(bert / "model.safetensors")
+    tensors["encoder.layer.0.attention.self.query.weight"] *= 1.1
+    write_tensors(folder / "model.safetensors", tensors)
+    return folder
 
 
 def digest(out) -> list[str]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -37,10 +38,11 @@ def same_to_rounding(one, other):
         assert one.rows[name]["value"] == pytest.approx(row["value"], rel=1e-4), name
 
 
-@pytest.mark.parametrize("place", ["memory", "disk"])
-def test_a_replayed_run_comes_to_what_the_same_run_comes_to_without(start, tmp_path, place):
-    off = start(out=str(tmp_path / "off"), train={**TOP, "replay": "off"})
-    on = start(train={**TOP, "replay": place})
+@pytest.mark.parametrize(("place", "quantize"), [("memory", None), ("disk", None), ("memory", "nf4"), ("disk", "int8")])
+def test_a_replayed_run_comes_to_what_the_same_run_comes_to_without(start, tmp_path, bert, place, quantize):
+    model = {"path": str(bert), "quantize": quantize}
+    off = start(out=str(tmp_path / "off"), model=model, train={**TOP, "replay": "off"})
+    on = start(model=model, train={**TOP, "replay": place})
     assert (off.plan["replay"], on.plan["replay"]) == ("off", place)
     assert why(off) == "you said so"
     assert why(on).startswith("what is frozen up to body.encoder.layer.0 runs once; a step then takes ")
@@ -132,6 +134,18 @@ def test_a_damaged_file_is_told_and_recorded_again(start, stopped, tmp_path):
     resumed = start(resume=True, **recipe)
     assert "train.rows is not as it was written; recorded again" in resumed.said
     assert digest(resumed.out) == digest(unbroken.out)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+def test_a_file_of_a_base_of_which_one_weight_has_changed_is_recorded_again(
+    start, stopped, bert, with_other_weight, quantize
+):
+    train = {"top_layers": 1, "replay": "disk"}
+    checkpoints = stopped(train=train, model={"path": str(bert), "quantize": quantize})
+    for path in checkpoints.glob("step-*"):  # killed before the first
+        shutil.rmtree(path)
+    run = start(resume=True, train=train, model={"path": str(with_other_weight), "quantize": quantize})
+    assert "train.rows is of other rows, another model or another version; recorded again" in run.said
 
 
 def test_a_run_that_replayed_is_not_resumed_where_it_cannot(start, stopped, monkeypatch):

@@ -131,6 +131,18 @@ def test_changed_rows_or_another_base_are_not_resumed(start, stopped, tmp_path, 
             start(resume=True, **changed)
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+def test_a_base_of_which_one_weight_has_changed_is_not_resumed(start, stopped, bert, with_other_weight, quantize):
+    stopped(model={"path": str(bert), "quantize": quantize})
+    with pytest.raises(CheckpointError, match="the rows or the base model have changed"):
+        start(resume=True, model={"path": str(with_other_weight), "quantize": quantize})
+
+
+def test_a_quantised_base_is_found_again(start, stopped, bert):
+    stopped(model={"path": str(bert), "quantize": "nf4"})
+    assert "Resuming at step 4" in start(resume=True, model={"path": str(bert), "quantize": "nf4"}).said
+
+
 def test_files_may_move_and_the_report_may_have_more_when_a_run_is_resumed(start, stopped, tmp_path, data):
     stopped()
     moved = tmp_path / "moved.csv"

@@ -4,7 +4,8 @@
 
 structure: names and shapes of all base parameters.   The other two: up to 32 values of every parameter, rounded to
 bf16, so that an fp32 and a bf16 copy of one checkpoint agree.   A quantised model has "?" for its linear weights and
-agrees with the same checkpoint unquantised.   Buffers do not count: running statistics move when a model is run in
+agrees with the same checkpoint unquantised; who has to find a base as it was, a run that is resumed, asks for
+`fingerprint_as_held`.   Buffers do not count: running statistics move when a model is run in
 training mode, and libraries keep or drop constant ones from version to version.
 """
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import LinearKind, kind_of
-from .quantised_linear import own_weights
+from .quantised_linear import QuantisedLinear, own_weights
 from .storage import storage_of
 from .targets import modules_of
 
@@ -45,12 +46,35 @@ def fingerprint(model: nn.Module, leave_out: Iterable[str] = ()) -> str:
     return _cache[model][1]
 
 
+def fingerprint_as_held(model: nn.Module) -> str:
+    """The fingerprint, and behind it, if weights are held in few bits, a digest of what holds them: the same base
+    unquantised has another one.
+    """
+    parameters = list(_parameters(model))
+    pieces = {
+        f"{name}.{piece}": tensor
+        for name, layer, _ in parameters
+        if name.endswith(".weight") and isinstance(layer, QuantisedLinear)
+        for piece, tensor in layer.pieces.items()
+    }
+    if not pieces:
+        return fingerprint(model)
+    exact = _samples([tensor for tensor in pieces.values() if not tensor.is_meta], None)
+    rounded = _samples(_plain(parameters))  # linear ones too, which the fingerprint does not know beside quantised ones
+    named = [(name, rounded.get(id(p))) for name, _, p in parameters]
+    named += [(name, exact.get(id(tensor))) for name, tensor in pieces.items()]
+    digest = hashlib.sha256()
+    for name, sample in named:
+        digest.update(f"{name}\n".encode() + (sample or b""))
+    return f"{fingerprint(model)}-{digest.hexdigest()[:16]}"
+
+
 def pin_fingerprint(model: nn.Module) -> None:
     """From now on the model's fingerprint is that of the values it has now: for weights that are about to be spread
     over several processes, of which none could look at them all later.
     """
     parameters = list(_parameters(model))
-    samples = _samples([p for _, _, p in parameters])
+    samples = _samples(_plain(parameters))
     _pinned[model] = {name: samples[id(p)] for name, _, p in parameters if id(p) in samples}
 
 
@@ -64,7 +88,7 @@ def _compute(parameters: list[tuple[str, nn.Module, nn.Parameter]], pinned: dict
     structure = hashlib.sha256()
     values = {True: hashlib.sha256(), False: hashlib.sha256()}  # linear weights, the rest
     known = {True: True, False: True}
-    samples = _samples([p for _, _, p in parameters]) if pinned is None else {}
+    samples = _samples(_plain(parameters)) if pinned is None else {}
     for name, layer, parameter in parameters:
         linear = name.endswith(".weight") and isinstance(kind := kind_of(layer), LinearKind)
         shape = kind.fans(layer) if linear else tuple(parameter.shape)  # type: ignore[union-attr]  # not the packed one
@@ -76,26 +100,32 @@ def _compute(parameters: list[tuple[str, nn.Module, nn.Parameter]], pinned: dict
     return "-".join(["1", structure.hexdigest()[:16], *texts])
 
 
-def _samples(parameters: list[nn.Parameter]) -> dict[int, bytes]:
-    """The bytes of some values of each parameter in bf16, by id; one transfer per device and dtype."""
+def _plain(parameters: list[tuple[str, nn.Module, nn.Parameter]]) -> list[Tensor]:
+    """Those whose numbers can be read."""
+    return [p for _, _, p in parameters if storage_of(p).plain and not p.is_meta]
+
+
+def _samples(tensors: list[Tensor], dtype: torch.dtype | None = torch.bfloat16) -> dict[int, bytes]:
+    """The bytes of some values of each tensor by id, in this dtype or in its own; one transfer per device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    ids: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-    for parameter in parameters:
-        if storage_of(parameter).plain and not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
-            step = max(flat.numel() // SAMPLE, 1) | 1  # odd: else a power of two samples one column only
-            key = (flat.device, flat.dtype)
-            groups[key].append(flat[: step * SAMPLE : step])
-            ids[key].append(id(parameter))
+    for tensor in tensors:
+        groups[tensor.device, tensor.dtype].append(tensor)
     found = {}
-    for key, pieces in groups.items():
-        data = bytes(torch.cat(pieces).to(torch.bfloat16).cpu().view(torch.uint8).tolist())
-        begin = 0
-        for parameter_id, piece in zip(ids[key], pieces, strict=True):
-            end = begin + 2 * piece.numel()
-            found[parameter_id] = data[begin:end]
+    for (_, own), group in groups.items():
+        pieces = [_sample(tensor) for tensor in group]
+        values = torch.cat(pieces).to(dtype or own).cpu()
+        data, begin = bytes(values.view(torch.uint8).tolist()), 0
+        for tensor, piece in zip(group, pieces, strict=True):
+            end = begin + values.element_size() * piece.numel()
+            found[id(tensor)] = data[begin:end]
             begin = end
     return found
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    step = max(flat.numel() // SAMPLE, 1) | 1  # odd: else a power of two samples one column only
+    return flat[: step * SAMPLE : step]
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:

@@ -219,7 +219,7 @@ class _FrozenLinearScaled(torch.autograd.Function):
         scale: float,
         mask: Tensor | None,
     ) -> Tensor:
-        rows, A_cast = _factors(x, A, mask)
+        rows, A_cast = with_dropout(x, A, mask)
         h = torch.mm(rows, A_cast.T)
         z = torch.mm(h * d.to(x.dtype), B.to(x.dtype).T)
         y = linear(x, W, b)
@@ -239,10 +239,10 @@ class _FrozenLinearScaled(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             g, A = g.mul_(d.to(h.dtype)), A.to(h.dtype)
-            if mask is None or _is_of_features(mask):
+            if mask is None or is_of_features(mask):
                 dx = times(dy_rows, W).addmm_(g, A if mask is None else A * mask)
             else:
-                dx = _dropped_(torch.mm(g, A), mask).addmm_(dy_rows, W)
+                dx = dropped_(torch.mm(g, A), mask).addmm_(dy_rows, W)
             dx = dx.view(*dy.shape[:-1], -1)
         return dx, None, None, None, None, dd, du, None, None
 
@@ -280,7 +280,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y, and x A^T (N, R)."""
     y = linear(x, W, b)
-    rows, A_cast = _factors(x, A, mask)
+    rows, A_cast = with_dropout(x, A, mask)
     h = torch.mm(rows, A_cast.T)
     y.view(-1, y.shape[-1]).addmm_(h, B.to(x.dtype).T, alpha=scale)
     return y, h
@@ -298,7 +298,7 @@ def _backward(
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, A and B, those that are needed; some methods keep one of the factors as it is."""
-    rows, A_cast = _factors(x, A, mask)
+    rows, A_cast = with_dropout(x, A, mask)
     dy_rows = dy.reshape(-1, dy.shape[-1])
     if h is not None and torch.is_grad_enabled():  # this backward is itself differentiated; h was outside any graph
         h = torch.mm(rows, A_cast.T)
@@ -307,32 +307,32 @@ def _backward(
     dx = dA = dB = None
     if needed[1]:
         dA = torch.mm(g.T, rows)
-        dA = (dA.mul_(mask) if _is_of_features(mask) else dA).to(A.dtype)
+        dA = (dA.mul_(mask) if is_of_features(mask) else dA).to(A.dtype)
     if needed[2]:
         assert h is not None
         dB = torch.mm(h.T, dy_rows).mul_(scale).T.to(B.dtype)  # this way round is the faster one
     if needed[0]:
-        if mask is None or _is_of_features(mask):
+        if mask is None or is_of_features(mask):
             dx = times(dy_rows, W).addmm_(g, A_cast)
         else:
-            dx = _dropped_(torch.mm(g, A_cast), mask).addmm_(dy_rows, W)
+            dx = dropped_(torch.mm(g, A_cast), mask).addmm_(dy_rows, W)
         dx = dx.view(x.shape)
     return dx, dA, dB
 
 
-def _factors(x: Tensor, A: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def with_dropout(x: Tensor, A: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """x as rows (N, I) and A (R, I), both in x's dtype, with dropout on one of them."""
     rows, A = x.reshape(-1, x.shape[-1]), A.to(x.dtype)
     if mask is None:
         return rows, A
-    if _is_of_features(mask):
+    if is_of_features(mask):
         return rows, A * mask
     if mask.dtype == torch.int64:
         return rows.flatten().index_fill(0, mask, 0).view(rows.shape), A
     return rows * mask.to(x.dtype), A
 
 
-def _dropped_(rows: Tensor, mask: Tensor) -> Tensor:
+def dropped_(rows: Tensor, mask: Tensor) -> Tensor:
     """Rows (N, I) with the entries set to zero that dropout drops, in place."""
     if mask.dtype == torch.int64:
         rows.view(-1).index_fill_(0, mask, 0)
@@ -340,5 +340,5 @@ def _dropped_(rows: Tensor, mask: Tensor) -> Tensor:
     return rows.mul_(mask.to(rows.dtype))
 
 
-def _is_of_features(mask: Tensor | None) -> TypeGuard[Tensor]:
+def is_of_features(mask: Tensor | None) -> TypeGuard[Tensor]:
     return mask is not None and mask.dim() == 1 and mask.dtype != torch.int64

@@ -62,7 +62,7 @@ class LowRankAdapter(AdditiveAdapter):
         if self.fuses(call):
             return self.fused(x, self.site.stored, self.site.bias, *self._scale_and_mask(x))
         if self._fuses_quantised(call):
-            return quantised_linear(x, self._quantised, *self.factors(), self.scale)
+            return quantised_linear(x, self._quantised, *self.factors(), *self._scale_and_mask(x))
         if self.plain and takes_change(self.site, call, x) and not (self.training and self.dropout):
             return with_change(self.site, x, self.weight_delta(slice(None)))
         return super().forward(call, x, *args, **kwargs)
@@ -73,7 +73,7 @@ class LowRankAdapter(AdditiveAdapter):
 
     def _fuses_quantised(self, call: Call) -> bool:
         """The same of a layer in few bits."""
-        return self.plain and is_quantised_linear(call) and self._fuses and not (self.training and self.dropout)
+        return self.plain and is_quantised_linear(call) and self._fuses
 
     @property
     def _quantised(self) -> QuantisedLinear:
@@ -84,12 +84,13 @@ class LowRankAdapter(AdditiveAdapter):
         same = type(self).forward is LowRankAdapter.forward and self._fuses
         if not same or torch.is_autocast_enabled(made_of[0].device.type):
             return None
-        if self._fuses_quantised(call):
-            return quantised_linear_of_made(make, made_of, self._quantised, *self.factors(), self.scale)
-        if not self.fuses(call):
+        is_quantised = self._fuses_quantised(call)
+        if not (is_quantised or self.fuses(call)):
             return None
         A, B = self.factors()
         scale, mask = self._scale_and_mask(made_of[0])
+        if is_quantised:
+            return quantised_linear_of_made(make, made_of, self._quantised, A, B, scale, mask)
         return frozen_linear_low_rank_of_made(make, made_of, self.site.stored, self.site.bias, A, B, scale, mask)
 
     def _scale_and_mask(self, x: Tensor) -> tuple[float, Tensor | None]:
@@ -105,6 +106,12 @@ class LowRankAdapter(AdditiveAdapter):
     def delta(self, x: Tensor) -> Tensor:
         A, B = self.factors()
         return self.site.expand(self.site.project(self.dropped(x), A), B) * self.scale
+
+    def of_base(self, x: Tensor) -> Tensor:
+        """What the layer itself gives for x, without its bias."""
+        if isinstance(self.site.layer, QuantisedLinear):
+            return quantised_linear(x, self.site.layer, with_bias=False)
+        return self.site.apply(x, self.site.weight())
 
     def dropped(self, x: Tensor) -> Tensor:
         """The layer's input as dropout leaves it."""

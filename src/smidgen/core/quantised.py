@@ -88,7 +88,9 @@ class NF4(Format):
             codes = codes.to(torch.uint8).view(-1, packed.shape[1], 2)
             packed[rows] = codes[..., 0] << 4 | codes[..., 1]
         count = shape[0] * per_row
-        mean = largest[:count].mean() if count else largest.sum()
+        # in fp64, where a device has it: in fp32 the last bit, and rounded scales with it, are of the number of threads
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        mean = largest[:count].mean(dtype=wide).float() if count else largest.sum()
         largest[count:] = mean
         off = (largest - mean).view_as(pieces["scales"])
         steps = off.abs().amax(1) / 127
@@ -98,7 +100,7 @@ class NF4(Format):
         return pieces
 
     def reader(self, shape: tuple[int, int], pieces: Mapping[str, Tensor]) -> Read:
-        packed, pairs = pieces["packed"], _PAIRS.to(pieces["packed"].device)
+        packed, pairs = pieces["packed"], _pairs_on(pieces["packed"].device)
         O, I = shape
         scales = (pieces["scales"] * pieces["scale_steps"][:, None]).add_(pieces["scale_mean"]).view(-1)
         per_row = 2 * packed.shape[1] // BLOCK
@@ -168,3 +170,15 @@ _BORDERS = ((_VALUES[1:] + _VALUES[:-1]) / 2).float()  # (15,): the nearest valu
 _BYTES = torch.arange(256, device="cpu")
 # (256,): the two values of a byte, 8 bytes in one number
 _PAIRS = torch.stack([_VALUES[_BYTES >> 4], _VALUES[_BYTES & 15]], 1).float().contiguous().view(torch.int64).view(-1)
+
+_kept = {_PAIRS.device: _PAIRS}
+
+
+def _pairs_on(device: torch.device) -> Tensor:
+    """The table there, and kept there: at each copy from the host a GPU would wait."""
+    if torch.compiler.is_compiling() or device not in _kept:
+        there = _PAIRS.to(device)
+        if torch.compiler.is_compiling() or type(there) is not Tensor:  # one of FakeTensorMode is for it alone
+            return there
+        _kept[device] = there
+    return _kept[device]

@@ -7,7 +7,7 @@ kept for backward are the pieces alone; there W is made anew, as QLoRA does (Det
 `layer.weight` is a QuantisedWeight: shape, dtype and device cost nothing, and whatever else reads it gets it dense.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import NonFiniteError, require
-from .kernels import Pull, remake
+from .kernels import Pull, dropped_, is_of_features, remake, with_dropout
 from .quantised import Format, Pieces, Read, blocks_of, format_named, in_blocks
 from .site import compute_dtype
-from .storage import WeightStorage, register_storage
+from .storage import WeightStorage, master_dtype, register_storage
 
 _WHOLE = slice(None)
 
@@ -149,8 +149,8 @@ class QuantisedLinear(nn.Linear):
 
     def take(self, pieces: Pieces) -> None:
         """Hold these pieces instead."""
-        for name, piece in pieces.items():
-            self._buffers[name] = piece
+        for name, piece in self.pieces.items():
+            piece.copy_(pieces[name])  # in place: whoever knows them by their version sees that they have changed
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.format_name}"
@@ -200,26 +200,38 @@ def quantised_linear(
     A: Tensor | None = None,
     B: Tensor | None = None,
     scale: float = 1.0,
+    mask: Tensor | None = None,
+    *,
+    with_bias: bool = True,
 ) -> Tensor:
-    """x W^T + b, or x W^T + b + scale x A^T B^T, in x's dtype, or autocast's, with gradients for x, b, A and B.
+    """x W^T + b, or x W^T + b + scale (x * mask) A^T B^T, in x's dtype or autocast's; gradients for x, b, A and B.
 
-    x: (..., I).   A: (R, I)   B: (O, R)
+    x: (..., I).   A: (R, I)   B: (O, R)   mask: dropout's, as in `frozen_linear_low_rank`
     """
     x = x.to(compute_dtype(x))
-    b = None if layer.bias is None else layer.bias.to(x.dtype)
+    b = layer.bias.to(x.dtype) if with_bias and layer.bias is not None else None
     with torch.autocast(x.device.type, enabled=False):
         if torch.compiler.is_compiling():  # a compiler decides itself what to keep
             y = F.linear(x, layer.dense(_WHOLE, x.dtype), b)
-            return y if A is None or B is None else y + scale * F.linear(F.linear(x, _as(A, x)), _as(B, x))
-        return _applied(None, (x,), layer, b, A, B, scale)
+            if A is None or B is None:
+                return y
+            rows, A = with_dropout(x, A, mask)
+            return y + scale * F.linear(F.linear(rows, A), _as(B, x)).view(y.shape)
+        return _applied(None, (x,), layer, b, A, B, scale, mask)
 
 
 def quantised_linear_of_made(
-    make: Callable[..., Tensor], made_of: Sequence[Tensor], layer: QuantisedLinear, A: Tensor, B: Tensor, scale: float
+    make: Callable[..., Tensor],
+    made_of: Sequence[Tensor],
+    layer: QuantisedLinear,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    mask: Tensor | None,
 ) -> Tensor:
     """The same of x = make(*made_of), which backward makes again and nobody keeps.  Not for autocast or a compiler."""
     b = None if layer.bias is None else layer.bias.to(made_of[0].dtype)
-    return _applied(make, made_of, layer, b, A, B, scale)
+    return _applied(make, made_of, layer, b, A, B, scale, mask)
 
 
 def _applied(
@@ -230,17 +242,19 @@ def _applied(
     A: Tensor | None,
     B: Tensor | None,
     scale: float,
+    mask: Tensor | None,
 ) -> Tensor:
     result: Tensor = _QuantisedLinear.apply(  # type: ignore[no-untyped-call]
-        make, b, A, B, scale, layer.out_features, layer.format, tuple(layer.pieces.items()), *made_of
+        make, b, A, B, scale, mask, layer.out_features, layer.format, tuple(layer.pieces.items()), *made_of
     )
     return result
 
 
 class _QuantisedLinear(torch.autograd.Function):
-    """Of x, or of x = make(*made_of).  Kept for backward: the pieces, and with factors what x is made of, and x A^T.
+    """Of x, or of x = make(*made_of).  Kept for backward: the pieces, and with factors what x is made of, x A^T and
+    dropout's mask.
 
-    g = s dy B (N, R)   dA = g^T x   dB = s dy^T (x A^T)   dx = dy W + g A   as in kernels.py
+    g = s dy B (N, R)   dA = g^T x   dB = s dy^T (x A^T)   dx = dy W + g A   and where the mask stands: as in kernels.py
     """
 
     @staticmethod
@@ -251,6 +265,7 @@ class _QuantisedLinear(torch.autograd.Function):
         A: Tensor | None,
         B: Tensor | None,
         scale: float,
+        mask: Tensor | None,
         fan_out: int,
         format: Format,
         pieces: tuple[tuple[str, Tensor], ...],
@@ -264,9 +279,10 @@ class _QuantisedLinear(torch.autograd.Function):
         if b is not None:
             y.add_(b)
         if A is not None and B is not None:
-            h = torch.mm(rows, _as(A, x).T)  # (N, R)
+            rows, A_cast = with_dropout(x, A, mask)
+            h = torch.mm(rows, A_cast.T)  # (N, R)
             y.addmm_(h, _as(B, x).T, alpha=scale)
-        kept = (A, B, h if ctx.needs_input_grad[3] else None, *made_of) if h is not None else (None,) * 3
+        kept = (A, B, h if ctx.needs_input_grad[3] else None, mask, *made_of) if h is not None else (None,) * 4
         ctx.save_for_backward(*(piece for _, piece in pieces), *kept)
         return y.view(*x.shape[:-1], fan_out)
 
@@ -274,8 +290,8 @@ class _QuantisedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         saved = ctx.saved_tensors  # asked for once: checkpoint gives them out once
-        pieces, (A, B, h, *made_of) = saved[: len(ctx.names)], saved[len(ctx.names) :]
-        of_made = ctx.needs_input_grad[8:]
+        pieces, (A, B, h, mask, *made_of) = saved[: len(ctx.names)], saved[len(ctx.names) :]
+        of_made = ctx.needs_input_grad[9:]
         dy_rows, g = dy.reshape(-1, dy.shape[-1]), None
         x: Any = made_of[0] if made_of else None
         pull: Pull = _itself
@@ -284,19 +300,25 @@ class _QuantisedLinear(torch.autograd.Function):
             g = torch.mm(dy_rows, _as(B, dy)).mul_(ctx.scale)  # (N, R)
         if ctx.make is not None:
             x, pull = remake(ctx.make, made_of, of_made)
+        if g is not None:
+            rows, A_cast = with_dropout(x, A, mask)
         if g is not None and ctx.needs_input_grad[2]:
-            dA = torch.mm(g.T, x.reshape(-1, x.shape[-1])).to(A.dtype)
+            dA = torch.mm(g.T, rows)
+            dA = (dA.mul_(mask) if is_of_features(mask) else dA).to(A.dtype)
         if ctx.needs_input_grad[3]:
             dB = torch.mm(h.T, dy_rows).mul_(ctx.scale).T.to(B.dtype)
         if ctx.needs_input_grad[1]:
             db = dy_rows.sum(0)
         if any(of_made):
             read = ctx.format.reader(ctx.shape, dict(zip(ctx.names, pieces, strict=True)))
-            dx = _by_columns(dy_rows, read, ctx.shape[1])
-            if g is not None:
-                dx.addmm_(g, _as(A, dy))
+            if g is None or mask is None or is_of_features(mask):
+                dx = _by_columns(dy_rows, read, ctx.shape[1])
+                if g is not None:
+                    dx.addmm_(g, A_cast)
+            else:
+                dx = _by_columns(dy_rows, read, ctx.shape[1], dropped_(torch.mm(g, A_cast), mask))
             dx = dx.view(*dy.shape[:-1], -1)
-        return None, db, dA, dB, None, None, None, None, *pull(dx)
+        return None, db, dA, dB, None, None, None, None, None, *pull(dx)
 
 
 def _itself(dx: Tensor | None) -> tuple[Tensor | None]:
@@ -314,11 +336,14 @@ def _by_rows(x: Tensor, read: Read, fan_out: int) -> Tensor:
     return y
 
 
-def _by_columns(dy: Tensor, read: Read, fan_in: int) -> Tensor:
-    """dy W (N, I), some columns of W after the others: no sum is rounded in between."""
-    dx = dy.new_empty(dy.shape[0], fan_in)
+def _by_columns(dy: Tensor, read: Read, fan_in: int, to: Tensor | None = None) -> Tensor:
+    """dy W (N, I), some columns of W after the others: no sum is rounded in between.
+
+    to: what it is added to, in place.
+    """
+    dx = dy.new_empty(dy.shape[0], fan_in) if to is None else to
     for columns in blocks_of(fan_in, dy.shape[1], dy.device):
-        torch.mm(dy, read(_WHOLE, columns).to(dy.dtype), out=dx[:, columns])
+        dx[:, columns].addmm_(dy, read(_WHOLE, columns).to(dy.dtype), beta=0 if to is None else 1)
     return dx
 
 
@@ -355,6 +380,10 @@ class QuantisedStorage(WeightStorage):
 
     def read(self, weight: Tensor) -> Tensor:
         return weight  # of which W[rows] makes these rows dense and no others
+
+    def blocks(self, weight: Tensor) -> Iterator[Tensor]:
+        read, (O, I) = cast(QuantisedWeight, weight).layer.reader(), weight.shape
+        return (read(rows, _WHOLE).to(master_dtype(weight)) for rows in blocks_of(O, I, weight.device))
 
 
 register_storage(QuantisedStorage())

@@ -1,5 +1,6 @@
 """Site: one place in one model, where an adapter lives: a module, or one parameter of a module."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -69,9 +70,13 @@ class Site:
         """How the weight is held."""
         return storage_of(self.stored)
 
-    def weight(self) -> Tensor:
-        """The weight as a matrix (O, I) in its own dtype; a view where possible."""
-        return self.linear.read_rows(self.storage.read(self.stored), slice(None))
+    def weight(self, rows: slice = slice(None)) -> Tensor:
+        """The weight as a matrix (O, I), or rows of it, in its own dtype; a view where possible."""
+        return self.linear.read_rows(self.storage.read(self.stored), rows)
+
+    def weight_blocks(self) -> Iterator[Tensor]:
+        """The weight as a matrix (O, I): whole, or, where it is held in few bits, some rows after the others."""
+        return (self.linear.read_rows(W, slice(None)) for W in self.storage.blocks(self.stored))
 
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialised trainable parameter for this site: on its device, in fp32 or better."""

@@ -5,6 +5,7 @@ tried in order; a backend is recognised without importing its library.
 """
 
 import sys
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,10 @@ class WeightStorage:
         Of a weight in few bits `read(weight)[rows]` may make these rows dense alone.
         """
         raise NotImplementedError
+
+    def blocks(self, weight: Tensor) -> Iterator[Tensor]:
+        """The same for who needs no more than some rows at once: whole if it is there anyway."""
+        yield self.read(weight)
 
     def writable(self, weight: Tensor) -> Tensor:
         """The tensor to write merged rows into.  Raises MergeError if this backend cannot be written."""

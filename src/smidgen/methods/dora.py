@@ -66,7 +66,8 @@ class DoRAAdapter(LoRAAdapter):
     @torch.no_grad()
     def prepare(self) -> None:
         super().prepare()
-        blocks = torch.split(self.site.weight(), _BLOCK)  # 16-bit rows are made fp32 on the way
+        # 16-bit rows are made fp32 on the way
+        blocks = (some for W in self.site.weight_blocks() for some in torch.split(W, _BLOCK))
         norms = [torch.linalg.vector_norm(W, dim=1, dtype=self.squares.dtype) for W in blocks]
         self.squares = torch.cat(norms).square()
         self.of_version = _version(self.site.stored)
@@ -82,7 +83,7 @@ class DoRAAdapter(LoRAAdapter):
             dropped = self.dropped(x)
             A, B = self.factors()
             low = site.expand(site.project(dropped, A), B) * self.scale
-            base = site.apply(dropped, site.weight())
+            base = self.of_base(dropped)
             y: Tensor = call(x, *args, **kwargs) + low
             return torch.addcmul(y, low + base, site.channels(change, y))
         if self.fuses(call):
@@ -100,16 +101,17 @@ class DoRAAdapter(LoRAAdapter):
         if not torch.compiler.is_compiling() and self.of_version != _version(self.site.stored):
             self.prepare()  # the base has changed: another adapter was merged into it
         A, B = self.factors()
-        W, s = self.site.weight(), self.scale
-        with torch.autocast(W.device.type if not W.is_meta else "cpu", enabled=False):
-            both = (torch.mm(W, A.to(W.dtype).T) * B).sum(1)
+        s, device = self.scale, self.site.stored.device.type
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
+            of_A = torch.cat([torch.mm(W, A.to(W.dtype).T) for W in self.site.weight_blocks()])  # (O, R)
+            both = (of_A * B).sum(1)
             change = (torch.mm(B, torch.mm(A, A.T)) * B).sum(1)
         smallest = torch.finfo(A.dtype).tiny  # a row of zeros stays one
         return (self.squares + 2 * s * both + s * s * change).clamp_min(smallest).sqrt()
 
     def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
         change = self.weight_delta(rows).to(W.dtype)
-        n = self._norms_of(self.site.weight()[rows].to(W.dtype) + change.detach())
+        n = self._norms_of(self.site.weight(rows).to(W.dtype) + change.detach())
         by = self.magnitude[rows].to(W.dtype) / n
         if b is not None and self.site.bias is not None:  # what another adapter changed of it is scaled
             own = self.site.bias.detach().flatten()[rows].to(b.dtype)

@@ -127,12 +127,12 @@ class GLoRAAdapter(FullWeightAdapter):
         return self.site.apply(x, self.weight_delta(slice(None)))
 
     def weight_delta(self, rows: slice) -> Tensor:
-        W = self.site.weight()[rows]
+        W = self.site.weight(rows)
         return W * (self.Ad[rows] @ self.Au) + self.Bd[rows] @ self.Bu
 
     def bias_delta(self, rows: slice) -> Tensor:
         """b * D + E + W c of these rows: (rows,)."""
-        W = self.site.weight()[rows]
+        W = self.site.weight(rows)
         parts = dict(self.named_parameters(recurse=False))
         assert self.site.bias is not None
         b = self.site.bias.detach().flatten()[rows]

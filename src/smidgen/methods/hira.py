@@ -96,7 +96,7 @@ class HiRAAdapter(FullWeightAdapter):
     @torch.no_grad()
     def changed(self, W: Tensor | None, rows: slice) -> tuple[Tensor, Pullback]:
         A, B = self.A, self.B[rows]
-        own = self.site.weight()[rows].to(A.dtype)
+        own = self.site.weight(rows).to(A.dtype)
 
         def back(dD: Tensor, gradients: Gradients) -> None:
             dP = dD.mul_(own)
@@ -107,7 +107,7 @@ class HiRAAdapter(FullWeightAdapter):
         return D if W is None else D.add_(W), back
 
     def weight_delta(self, rows: slice) -> Tensor:
-        W = self.site.linear.read_rows(self.site.storage.read(self.site.stored), rows).to(self.A.dtype)
+        W = self.site.weight(rows).to(self.A.dtype)
         if self.stack == 1:
             return (self.B[rows] @ self.A).mul(W)
         per_expert = torch.bmm(self.B.view(self.stack, -1, self.B.shape[1]), self.A.view(self.stack, -1, W.shape[1]))

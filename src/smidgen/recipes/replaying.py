@@ -17,7 +17,7 @@ import torch
 from .. import __version__
 from ..auto.plan import Plan
 from ..core.errors import CheckpointError
-from ..core.fingerprint import fingerprint
+from ..core.fingerprint import fingerprint_as_held
 from ..core.method import Method
 from ..methods.head import head_sites
 from ..methods.selective import Selective
@@ -247,7 +247,7 @@ def _replay(place: Place, work: Work, chosen: Chosen) -> Replay:
         repr((__version__, torch.__version__, chosen.precision, chosen.batch, place.dtype)).encode()
     )
     if place.folder is not None:
-        digest.update(fingerprint(work.model.body).encode())
+        digest.update(fingerprint_as_held(work.model.body).encode())
         digest.update(repr([(u.path, u.call, u.sides, u.shape, u.dtype, u.read) for u in place.units]).encode())
         for examples in place.sets.values():
             digest_rows(digest, examples)

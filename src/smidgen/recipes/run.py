@@ -22,7 +22,7 @@ from ..auto.preflight import preflight
 from ..core.attention_backward import short_attention_backward_in_fp32
 from ..core.errors import CheckpointError, RecipeError
 from ..core.files import remove_directory
-from ..core.fingerprint import fingerprint
+from ..core.fingerprint import fingerprint_as_held
 from ..core.products import products_by
 from ..core.recompute import recompute
 from ..evaluate.terminal import show
@@ -241,7 +241,7 @@ def _fingerprint(work: Work) -> str:
     digest = hashlib.sha256(json.dumps(work.task.describe(), sort_keys=True).encode())
     for examples in (work.train, work.valid):
         digest_rows(digest, examples)
-    digest.update(fingerprint(work.model.body).encode())
+    digest.update(fingerprint_as_held(work.model.body).encode())
     return digest.hexdigest()
 
 

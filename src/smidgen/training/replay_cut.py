@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import HELD
+from ..core.quantised_linear import own_weights
 from ..core.targets import modules_of
 from ..tasks.base import Batch
 
@@ -220,7 +221,7 @@ def _costs(model: nn.Module, seen: Mapping[str, list[_Seen]]) -> dict[str, float
     """Multiplications of each module, those of the modules below it included: of a weight, its size per place."""
     costs: dict[str, float] = {}
     for path, calls in seen.items():
-        weight = model.get_submodule(path)._parameters.get("weight")
+        weight = own_weights(model.get_submodule(path)).get("weight")
         if weight is None or weight.ndim < 2 or isinstance(model.get_submodule(path), nn.Embedding):
             continue
         cost = sum(weight.numel() * call.output.numel() / weight.shape[0] for call in calls if call.output is not None)
