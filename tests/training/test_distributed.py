@@ -1,4 +1,6 @@
-"""Two processes over gloo: a sharded base gives the same numbers as a whole one, and gradients add up."""
+"""Two processes over gloo: a sharded base gives the same numbers as a whole one, gradients add up, and so they do in
+PyTorch's DistributedDataParallel.
+"""
 
 import json
 import subprocess
@@ -48,6 +50,13 @@ def test_a_sharded_base_gives_the_outputs_and_gradients_of_a_whole_one(ranks):
 
 def test_adapters_attached_before_fsdp2_are_sharded_with_their_blocks(ranks):
     assert max(found["attached first"] for found in ranks) <= 1e-2
+
+
+@pytest.mark.parametrize("base", ["plain", "nf4"])
+def test_in_ddp_gradients_are_those_of_one_process_with_all_rows_and_one_folder_is_saved(ranks, base):
+    for found in ranks:
+        assert found["ddp"][base]["apart"] <= 1e-5
+        assert found["ddp"][base]["loaded"] == 0
 
 
 def test_gradients_are_summed_over_processes_and_missing_ones_stay_missing(ranks):
