@@ -87,6 +87,24 @@ def test_a_run_with_a_sharded_base_learns_what_one_process_does(tmp_path):
     assert notes[0]["base"]["fingerprint"] == notes[1]["base"]["fingerprint"]
 
 
+def test_a_run_of_two_processes_that_one_of_them_stops_is_resumed_to_the_bits_of_an_unbroken_one(tmp_path):
+    tiny_bert(tmp_path / "bert")
+    write_csv(tmp_path / "reviews.csv", reviews(60))
+    (tmp_path / "recipe.yaml").write_text(
+        "model: bert\ndata: reviews.csv\nmethod: {name: lora, dropout: 0.2}\n"
+        "train: {steps: 6, batch: 4, learning_rate: 0.002, evaluate_every: 3, precision: fp32, threads: 1}\n"
+    )
+    told = launched(Path(__file__).with_name("stopped.py"), cwd=tmp_path)
+    for rank in range(2):
+        assert f"{rank}: stopped at step 4 of 6; all is saved, continue with --resume" in told
+    assert "Resuming at step 4 of 6" in told
+    reports = [json.loads((tmp_path / out / "report.json").read_text()) for out in ("unbroken", "stopped")]
+    assert reports[0]["best_step"] == reports[1]["best_step"] == 6  # what is kept was learned after the stop
+    assert reports[0]["curves"] == reports[1]["curves"]
+    for name in ("adapter_model.safetensors", "head.safetensors"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+
 def test_one_process_alone_has_nobody_to_share_a_base_with(tmp_path):
     from smidgen.recipes.run import tune
 
