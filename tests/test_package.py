@@ -90,6 +90,7 @@ PUBLIC_NAMES = [
     "XLoRA",
     "adapters_of",
     "attach",
+    "linear_cross_entropy",
     "load",
     "quantise",
     "recompute",

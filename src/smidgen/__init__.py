@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .core.composition import Stack as Stack
     from .core.composition import Weighted as Weighted
     from .core.errors import SmidgenError as SmidgenError
+    from .core.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .core.quantise import quantise as quantise
     from .core.recompute import recompute as recompute
     from .core.targets import Targets as Targets
@@ -178,6 +179,7 @@ _PLACES = {
     "XLoRA": "methods.xlora",
     "adapters_of": "adapters",
     "attach": "adapters",
+    "linear_cross_entropy": "core.linear_cross_entropy",
     "load": "adapters",
     "quantise": "core.quantise",
     "recompute": "core.recompute",

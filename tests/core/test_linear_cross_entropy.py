@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smidgen.core.errors import ConfigError
 from smidgen.core.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_rows
 
 ROWS, SIZE, VOCABULARY = 10, 4, 7
@@ -239,7 +240,13 @@ def test_dropout_in_a_head_is_the_same_in_forward_and_backward():
     assert torch.equal(h.grad[targets != -100] != 0, first != 0)
 
 
-def test_targets_of_another_shape_are_refused():
+def test_all_that_does_not_fit_is_refused_together():
     h, W, b, targets = operands()
-    with pytest.raises(ValueError, match=r"wants targets \(2, 5\); they are \(5, 2\)"):
-        linear_cross_entropy(h, W, b, targets.T)
+    with pytest.raises(ConfigError) as found:
+        linear_cross_entropy(h, W[:, 1:], b[1:], targets.T, chunk=0)
+    assert str(found.value) == (
+        f"h (2, 5, {SIZE}) wants targets (2, 5); they are (5, 2); "
+        f"h (2, 5, {SIZE}) wants a weight (V, {SIZE}); it is ({VOCABULARY}, {SIZE - 1}); "
+        f"the weight ({VOCABULARY}, {SIZE - 1}) wants a bias ({VOCABULARY},); it is ({VOCABULARY - 1},); "
+        "chunk is 0; at least one row's logits exist at a time"
+    )

@@ -91,6 +91,7 @@ def test_plain_texts_are_tuned_on_in_blocks(start, model, tmp_path):
     run = start(task="causal_lm", model=str(model), data=str(path), train={"batch": 2, "learning_rate": 0.02})
     assert run.plan["packing"] == "True"
     assert run.plan["max_length"] == "128"
+    assert run.plan["padding"] == "23.0% of the tokens"  # four blocks; the last one, nearly empty, is beside a full one
     assert run.rows["tuned"]["value"] < run.rows["base"]["value"]
 
 

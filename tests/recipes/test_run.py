@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from smidgen.core.files import sha256_file
 from smidgen.recipes.load import load_recipe
 from smidgen.recipes.run import tune
 
-from ..tiny import BAD, GOOD, reviews, write_csv
+from ..tiny import BAD, GOOD, OTHER, reviews, write_csv
 
 RESULT = [
     "README.md",
@@ -143,6 +144,17 @@ def test_the_defaults_choose_everything_and_say_why(start):
     assert run.plan["training rows"] == "86"
     assert all(entry["why"] for entry in run.report["plan"])
     assert "None" not in run.plan.values()
+
+
+def test_the_plan_says_how_much_of_the_work_is_padding(start, tmp_path):
+    run = start()
+    entry = next(entry for entry in run.report["plan"] if entry["setting"] == "padding")
+    shares = [float(number) for text in (entry["value"], entry["why"]) for number in re.findall(r"([\d.]+)%", text)]
+    assert entry["value"] == f"{shares[0]}% of the tokens"
+    assert 0 < shares[0] < shares[1] / 2  # in buckets, and at random
+    same = [(f"{word} {other}", label) for word, label in (("good", "yes"), ("bad", "no")) for other in OTHER]
+    same_length = write_csv(tmp_path / "same.csv", same)
+    assert "padding" not in start(data=str(same_length), dry_run=True, fresh=True).said
 
 
 def test_settings_that_were_said_stand_in_the_plan(start):

@@ -1,4 +1,6 @@
-"""What each of two ranks does in `test_distributed.py`: says as JSON how far a sharded model is from a whole one."""
+"""What each of two ranks does in `test_distributed.py`: says as JSON how far a model that is sharded or in DDP is from
+one that is neither.
+"""
 
 import json
 import os
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import smidgen
@@ -97,6 +100,34 @@ def attached_first(dtype: torch.dtype) -> float:
     return gap(*results)
 
 
+def in_ddp(quantised: bool, folder: Path) -> dict[str, float]:
+    """How far gradients in DDP, with half the rows in each process, are from those of one process with all rows, as a
+    share of the largest; and how far what is loaded is from what was saved.
+    """
+    halves = [torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(rank)) for rank in range(2)]
+
+    def base() -> nn.Module:
+        model = llama(torch.float32)
+        if quantised:
+            smidgen.quantise(model, "nf4")
+        return model
+
+    def gradients(adapters: smidgen.AdapterSet, model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+        model(input_ids=tokens).logits.square().mean().backward()
+        return {name: p.grad for name, p in adapters.named_parameters()}
+
+    model, alone = base(), base()
+    adapters = attached(model, "LoRA")
+    wrapped = DistributedDataParallel(model, broadcast_buffers=not quantised)
+    expected = gradients(attached(alone, "LoRA"), alone, torch.cat(halves))
+    apart = gap(gradients(adapters, wrapped, halves[dist.get_rank()]), expected)
+    adapters.save(folder)
+    dist.barrier()  # the first process writes
+    saved, loaded = (dict(some.named_parameters()) for some in (adapters, smidgen.load(base(), folder)))
+    assert saved.keys() == loaded.keys()
+    return {"apart": apart / max(float(g.abs().max()) for g in expected.values()), "loaded": gap(loaded, saved)}
+
+
 def summed() -> dict[str, Any]:
     """Gradients 1 and 2 of one parameter, 3 and none of a second, none of a third."""
     rank = dist.get_rank()
@@ -132,6 +163,7 @@ def main(folder: Path) -> None:
         for dtype in (torch.float32, torch.bfloat16)
     }
     found["attached first"] = max(attached_first(torch.float32), attached_first(torch.bfloat16))
+    found["ddp"] = {name: in_ddp(name == "nf4", folder / f"ddp-{name}") for name in ("plain", "nf4")}
     found |= {"summed": summed(), "refused": refused()}
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
     end_together()

@@ -1,4 +1,6 @@
-"""Two processes over gloo: a sharded base gives the same numbers as a whole one, and gradients add up."""
+"""Two processes over gloo: a sharded base gives the same numbers as a whole one, gradients add up, and so they do in
+PyTorch's DistributedDataParallel.
+"""
 
 import json
 import subprocess
@@ -50,6 +52,13 @@ def test_adapters_attached_before_fsdp2_are_sharded_with_their_blocks(ranks):
     assert max(found["attached first"] for found in ranks) <= 1e-2
 
 
+@pytest.mark.parametrize("base", ["plain", "nf4"])
+def test_in_ddp_gradients_are_those_of_one_process_with_all_rows_and_one_folder_is_saved(ranks, base):
+    for found in ranks:
+        assert found["ddp"][base]["apart"] <= 1e-5
+        assert found["ddp"][base]["loaded"] == 0
+
+
 def test_gradients_are_summed_over_processes_and_missing_ones_stay_missing(ranks):
     for found in ranks:
         assert found["summed"] == {"first": [3.0, 3.0], "second": [3.0, 3.0, 3.0], "third": None, "same": [0.0, 7.0]}
@@ -76,6 +85,24 @@ def test_a_run_with_a_sharded_base_learns_what_one_process_does(tmp_path):
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5)
     notes = [json.loads((tmp_path / out / "smidgen.json").read_text()) for out in ("one", "two")]
     assert notes[0]["base"]["fingerprint"] == notes[1]["base"]["fingerprint"]
+
+
+def test_a_run_of_two_processes_that_one_of_them_stops_is_resumed_to_the_bits_of_an_unbroken_one(tmp_path):
+    tiny_bert(tmp_path / "bert")
+    write_csv(tmp_path / "reviews.csv", reviews(60))
+    (tmp_path / "recipe.yaml").write_text(
+        "model: bert\ndata: reviews.csv\nmethod: {name: lora, dropout: 0.2}\n"
+        "train: {steps: 6, batch: 4, learning_rate: 0.002, evaluate_every: 3, precision: fp32, threads: 1}\n"
+    )
+    told = launched(Path(__file__).with_name("stopped.py"), cwd=tmp_path)
+    for rank in range(2):
+        assert f"{rank}: stopped at step 4 of 6; all is saved, continue with --resume" in told
+    assert "Resuming at step 4 of 6" in told
+    reports = [json.loads((tmp_path / out / "report.json").read_text()) for out in ("unbroken", "stopped")]
+    assert reports[0]["best_step"] == reports[1]["best_step"] == 6  # what is kept was learned after the stop
+    assert reports[0]["curves"] == reports[1]["curves"]
+    for name in ("adapter_model.safetensors", "head.safetensors"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
 
 
 def test_one_process_alone_has_nobody_to_share_a_base_with(tmp_path):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .errors import require
 from .site import compute_dtype
 
 Head = Callable[[Tensor], Tensor]
@@ -40,7 +41,17 @@ def linear_cross_entropy(
     scale: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The sum of `linear_cross_entropy_rows` over its rows: one number, fp32 (fp64 for fp64)."""
+    """The cross entropy of the logits `h @ weight.T + bias`, summed over all rows, without having all logits at once.
+
+    h: (..., D), what goes into the head.   weight: the head: (V, D), its nn.Linear, or any function or module
+    (rows, D) -> (rows, V), which runs once more in the backward.   bias: (V,), beside that of a layer or function.
+    targets: (...) class indices below V; rows whose target is `ignore_index` count nothing.
+    chunk: rows whose logits exist at a time, by default some 8 million numbers of them.
+    softcap, scale: logits are softcap tanh(scale u / softcap) of the head's outputs u: Gemma 2, Cohere, Granite.
+    Returns one number in fp32 (fp64 for fp64): divide it by the count of targets for the mean.
+    Raises ConfigError if shapes do not fit, RuntimeError where a second derivative is asked for.
+    Wijmans et al. 2024, arXiv:2411.09009; Hsu et al. 2024, arXiv:2410.10989.
+    """
     losses, _ = linear_cross_entropy_rows(
         h,
         weight,
@@ -67,21 +78,16 @@ def linear_cross_entropy_rows(
     scale: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Per row the cross entropy of `h @ weight.T + bias` to its target, and whether the target has the largest logit.
+    """Per row the loss that `linear_cross_entropy` sums, and whether the target has the largest logit.
 
-    h: (..., D).   weight: (V, D), or a function (rows, D) -> (rows, V) in its place, the module of an adapted head for
-    instance; a plain nn.Linear is taken by its weight and bias.   bias: (V,), beside that of the function or layer.
-    targets: (...) class indices.
-    ignore_index: rows of this target are not multiplied at all, their loss is 0 and they are not right.
-    chunk: rows whose logits exist at a time.   softcap, scale: z = softcap tanh(scale u / softcap), Gemma 2 and Cohere.
+    Takes and raises what that does.   A plain nn.Linear is taken by its weight and bias; rows of the target
+    `ignore_index` are not multiplied at all, their loss is 0 and they are not right.
     Returns losses (...) in fp32 (fp64 for fp64), differentiable once, and right (...), bool.
-    Raises ValueError if the shapes do not fit.
     """
-    if h.shape[:-1] != targets.shape:
-        raise ValueError(f"h {tuple(h.shape)} wants targets {tuple(h.shape[:-1])}; they are {tuple(targets.shape)}")
     if isinstance(weight, nn.Linear) and _is_plain(weight):
         own, weight = weight.bias, weight.weight
         bias = own if bias is None else bias if own is None else own + bias
+    _require_fitting(h, weight, bias, targets, chunk)
     rows, flat = h.reshape(-1, h.shape[-1]), targets.reshape(-1)
     how = _How(ignore_index, chunk, softcap, scale, label_smoothing)
     if not isinstance(weight, Tensor):
@@ -96,6 +102,21 @@ def linear_cross_entropy_rows(
             else:
                 losses, right, _ = _walk(rows, weight, bias, flat, how, wants_dh=False)
     return losses.view(targets.shape), right.view(targets.shape)
+
+
+def _require_fitting(h: Tensor, weight: Tensor | Head, bias: Tensor | None, targets: Tensor, chunk: int | None) -> None:
+    """Raise ConfigError naming all that does not fit."""
+    wrong = []
+    if h.shape[:-1] != targets.shape:
+        wrong.append(f"h {tuple(h.shape)} wants targets {tuple(h.shape[:-1])}; they are {tuple(targets.shape)}")
+    if isinstance(weight, Tensor):
+        if weight.shape[1:] != h.shape[-1:]:
+            wrong.append(f"h {tuple(h.shape)} wants a weight (V, {h.shape[-1]}); it is {tuple(weight.shape)}")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            wrong.append(f"the weight {tuple(weight.shape)} wants a bias ({len(weight)},); it is {tuple(bias.shape)}")
+    if chunk is not None and chunk < 1:
+        wrong.append(f"chunk is {chunk}; at least one row's logits exist at a time")
+    require(not wrong, "; ".join(wrong))
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class LengthBucketedBatches:
             yield step[self.rank]
 
     def padding_share(self) -> PaddingShare:
-        """How much of this epoch is padding, over all ranks, and how much it were with batches drawn at random."""
+        """How much of this epoch is padding, over all ranks, and how much it would be with batches drawn at random."""
         return PaddingShare(self._padding(is_sorted=True), self._padding(is_sorted=False))
 
     def _steps(self, *, is_sorted: bool) -> list[list[list[int]]]:

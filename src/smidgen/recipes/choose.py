@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ T = TypeVar("T")
 _PRESET = "the preset of "
 _TRIAL_BATCHES = 4  # that a parameter may wait for its gradient
 _TRIAL = range(8)  # rows of the trial that measures the machine
+_SAMPLE = 50_000  # rows whose lengths tell those of all
 
 
 @dataclass
@@ -176,6 +178,7 @@ def choose_steps_for(
 ) -> None:
     """Choose how many training steps there will be.   speed: of this model, `measure`d."""
     per_step = chosen.batch * chosen.accumulate * accelerator.num_processes
+    _say_padding(work, chosen, accelerator.num_processes, plan)
     left = None
     if chosen.minutes is not None:
         rows = len(work.test) + sum(map(len, work.shift.values())) + 8 * len(work.valid)
@@ -192,6 +195,23 @@ def choose_steps_for(
     every = evaluation_interval(chosen.steps)
     chosen.evaluate_every = plan.decide("evaluate_every", said.evaluate_every, every, "about eight times in the run")
     chosen.save_every = plan.decide("save_every", said.save_every, every, "with every evaluation")
+
+
+def _say_padding(work: Work, chosen: Chosen, processes: int, plan: Plan) -> None:
+    """Enter in the plan how much of an epoch is padding; of many rows, how much it is of some drawn at random."""
+    lengths = work.train.lengths
+    if len(set(lengths)) < 2:
+        return
+    if len(lengths) > _SAMPLE:
+        lengths = random.Random(chosen.seed).sample(lengths, _SAMPLE)
+    batches = LengthBucketedBatches(lengths, batch_size=chosen.batch, seed=chosen.seed, world=processes)
+    bucketed, at_random = batches.padding_share()
+    plan.decide(
+        "padding",
+        None,
+        f"{bucketed:.1%} of the {work.task.unit}",
+        f"rows of like length share a batch; in batches drawn at random it would be {at_random:.1%}",
+    )
 
 
 def trial_batches(work: Work, chosen: Chosen, device: torch.device) -> Iterator[Batch]:
