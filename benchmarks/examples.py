@@ -99,7 +99,7 @@ def is_prepared(name: str) -> bool:
         line.partition("==")[0] for line in (folder / "requirements.txt").read_text().splitlines() if "==" in line
     ]
     data = f".cache/{folder.name}"
-    wanted = any(data in path.read_text() for path in folder.glob("*.yaml"))
+    wanted = data in (folder / "prepare.py").read_text()
     return all(map(_is_installed, required)) and (Path(data).exists() or not wanted)
 
 
