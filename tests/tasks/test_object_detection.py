@@ -109,6 +109,19 @@ def test_images_are_letterboxed_and_boxes_with_them(tmp_path: Path) -> None:
     assert Letterbox.of((20, 40), 64) == Letterbox((20, 40), top=16, left=0, height=32, width=64)
 
 
+def test_images_that_are_not_kept_come_to_the_same_batches(tmp_path: Path) -> None:
+    task, table, _ = understood(scenes(tmp_path))
+    Image.new("RGB", (20, 90), "blue").save(table.column("image")[3])  # another shape
+    kept = task.encode(table)
+    task.pixels.room = 0
+    later = task.encode(table)
+    assert kept.inputs.pixels is not None  # type: ignore[attr-defined]
+    assert later.inputs.pixels is None  # type: ignore[attr-defined]
+    for some, same in ((kept, later), (kept.select([5, 3, 0]), later.select([5, 3, 0]))):
+        batches = [task.collate(examples, [2, 1]) for examples in (some, same)]
+        assert all(torch.equal(batches[0][name], batches[1][name]) for name in ("image", "targets"))
+
+
 def test_a_photo_that_lies_on_its_side_is_letterboxed_upright_and_boxes_refer_to_that(tmp_path: Path) -> None:
     root = scenes(tmp_path, count=1)
     (root / "images" / "0.png").unlink()

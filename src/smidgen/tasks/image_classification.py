@@ -28,7 +28,7 @@ from .base import Asked, Batch, Examples, TaskModel
 from .images.augment import disturbed, flip_is_safe, usual_place
 from .images.image_input import Seen, with_said
 from .images.image_models import ImageClassifier, load_image_model
-from .images.pixels import Pixels
+from .images.pixels import ImageRows, Pixels
 from .judging import seen_before
 from .labelled import ROW_ROLES, LabelledTask, labels_in
 from .registry import task
@@ -142,12 +142,12 @@ class ImageClassification(LabelledTask):
 
     # -- batches ----------------------------------------------------------------------------------------------------
     def encode(self, table: Table) -> Examples:
-        inputs = self.pixels.inputs(table.column(self.image_column), table.origins, self._seen.fit)
+        inputs = self.pixels.rows(table.column(self.image_column), table.origins, self._seen.fit)
         return Examples(inputs, self.targets_of(table), [1] * len(table), 0, self.beside.weights(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        pixels = self.pixels.batch([examples.inputs[i] for i in indices], self._seen.fit)
-        return {"pixels": pixels, **examples.targets_at(indices)}
+        assert isinstance(examples.inputs, ImageRows)
+        return {"pixels": examples.inputs.batch(indices), **examples.targets_at(indices)}
 
     def augment(self, batch: Batch) -> Batch:
         if self.augmented == "off":

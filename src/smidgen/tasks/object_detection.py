@@ -21,7 +21,8 @@ from .base import Asked, Batch, Example, Examples, Task, TaskModel
 from .images.detectors import Detector, load_detector
 from .images.disturbed import disturbed
 from .images.found import Classes, answers_of, counts, rarest
-from .images.letterbox import Letterbox, letterboxed
+from .images.letterbox import Letterbox, Square, boxes_in_squares
+from .images.pixels import ImageRows, Pixels
 from .registry import task
 
 _ON_CPU, _ELSEWHERE = 320, 640
@@ -79,6 +80,7 @@ class ObjectDetection(Task):
         self.metrics = self.classes.metrics
         self.judge_by(metric)
         self.notes = []
+        self.pixels = Pixels()
 
     @classmethod
     def read(cls, where: str, settings: Any) -> tuple[dict[str, Table], list[Problem]]:
@@ -140,12 +142,12 @@ class ObjectDetection(Task):
         return 0.5 if method == "selective" else 0.25
 
     def encode(self, table: Table) -> Examples:
-        pixels, targets = letterboxed(table, self.image_size, self.names)
-        return Examples([{IMAGE: image} for image in pixels], targets, [1] * len(table))
+        inputs = self.pixels.rows(table.column(IMAGE), table.origins, Square(self.image_size))
+        return Examples(inputs, boxes_in_squares(table, self.image_size, self.names), [1] * len(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        images = torch.stack([examples.inputs[i][IMAGE] for i in indices])
-        return {IMAGE: images.float() / 255, **examples.targets_at(indices)}
+        assert isinstance(examples.inputs, ImageRows)
+        return {IMAGE: examples.inputs.batch(indices).float() / 255, **examples.targets_at(indices)}
 
     def augment(self, batch: Batch) -> Batch:
         if not self.augments:
