@@ -26,6 +26,7 @@ from ..data.labels import Kind, Labels, understand_labels
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Examples, TaskModel
 from .images.augment import disturbed, flip_is_safe, usual_place
+from .images.batch_statistics import say_batch_statistics
 from .images.image_input import Seen, with_said
 from .images.image_models import ImageClassifier, load_image_model
 from .images.pixels import ImageRows, Pixels
@@ -130,9 +131,7 @@ class ImageClassification(LabelledTask):
         self.augmented = decide("augment", said.augment, *usual_place(train.column(self.image_column), asked.seed))
         flips, why = flip_is_safe(self.labels.kind, self.labels.names)
         self.flips = decide("flip", said.flip, flips, why) and self.augmented != "off"
-        if norms := sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.body.modules()):
-            what = f"{norms} BatchNorms keep the base's, but for a method with statistics of its own"
-            decide("batch statistics", None, "frozen", f"{what} (batchnorm_tuning, statistics: adapted)")
+        say_batch_statistics(model.body, asked.plan)
         self.learn_from(train)
 
     @property

@@ -18,6 +18,7 @@ from ..data.boxes import BOXES, IMAGE, read_boxes
 from ..data.images import content_key, image_problems, image_size, in_threads
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Example, Examples, Task, TaskModel
+from .images.batch_statistics import say_batch_statistics
 from .images.detectors import Detector, load_detector
 from .images.disturbed import disturbed
 from .images.found import Classes, answers_of, counts, rarest
@@ -98,6 +99,8 @@ class ObjectDetection(Task):
         side = asked.plan.decide("image_size", settings.image_size, side, f"{why} on a {asked.device.type.upper()}")
         detector.refuse_side(side, asked.model.name)
         asked.plan.decide("classes", None, f"{detector.own} old, {len(new)} new", ", ".join(new) or "all are known")
+        if outlines := sum(box.is_outline for t in tables.values() for boxes in t.column(BOXES) for box in boxes):
+            asked.plan.decide("polygons", None, f"{outlines:,} read as boxes", "the smallest that hold them")
         why_not = "" if detector.can_remember else "no way known for this detector"
         if set(detector.names) <= set(marked):
             why_not = "all old classes are marked"
@@ -130,6 +133,9 @@ class ObjectDetection(Task):
         detector.teach(self.taught, remember=self.remembers)
         self.suppress = detector.suppress
         return detector
+
+    def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
+        say_batch_statistics(model.body, asked.plan)
 
     def method_settings(self, method: str, model: TaskModel) -> tuple[Mapping[str, Any], str]:
         if method != "selective":
