@@ -10,6 +10,8 @@ from PIL import Image
 from smidgen.core.errors import DataError
 from smidgen.data.boxes import Box, read_boxes
 
+COLUMNS = "a box has 5: class cx cy width height; a polygon 7, 9, 11 ...: class x1 y1 x2 y2 x3 y3 ..."
+
 
 def picture(path: Path, width: int = 40, height: int = 20) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +81,14 @@ def test_an_image_without_a_file_of_labels_has_no_boxes(tmp_path: Path) -> None:
         ("2 .5 .5 .2 .2", "class 2 is out of range; there are 0 to 1"),
         ("-1 .5 .5 .2 .2", "class -1 is out of range; there are 0 to 1"),
         ("0.5 .5 .5 .2 .2", "class 0.5 is out of range; there are 0 to 1"),
-        ("0 .5 .5 .2", "it has 4 columns; a box has 5: class cx cy width height"),
-        ("0 .5 .5 .2 .2 .9", "it has 6 columns; a box has 5: class cx cy width height"),
+        ("0 .5 .5 .2", f"it has 4 columns; {COLUMNS}"),
+        ("0 .5 .5 .2 .2 .9", f"it has 6 columns; {COLUMNS}"),
+        ("0 .1 .1 .5 .1 .5 .5 .1", f"it has 8 columns; {COLUMNS}"),
+        ("0 .1 .1 .5 .1 .5 high", '"0 .1 .1 .5 .1 .5 high" is not 7 numbers'),
+        ("0 .1 .1 nan .1 .5 .5", "the polygon has a corner that is no number"),
+        ("0 .1 .1 .5 .1 1.5 .5", "the box reaches from 0.1, 0.1 to 1.5, 0.5, outside of [0, 1]"),
+        ("0 .1 .1 .5 .1 .9 .1", "the box is 0.8 wide and 0 high; both are to be above 0"),
+        ("2 .1 .1 .5 .1 .5 .5", "class 2 is out of range; there are 0 to 1"),
         ("0 .5 .5 .2 wide", '"0 .5 .5 .2 wide" is not five numbers'),
         ("0 .95 .5 .2 .2", "the box reaches from 0.85, 0.4 to 1.05, 0.6, outside of [0, 1]"),
         ("0 50 50 20 20", "the box reaches from 40, 40 to 60, 60, outside of [0, 1]"),
@@ -98,6 +106,43 @@ def test_a_bad_line_is_named_with_file_and_line(tmp_path: Path, line: str, what:
 def test_rounding_may_carry_a_box_a_little_over_the_edge(tmp_path: Path) -> None:
     box = read_boxes(str(yolo(tmp_path, {"a": "0 .901 .5 .2 .2"})))[0]["train"].column("boxes")[0][0]
     assert box.cx + box.width / 2 == pytest.approx(1.0)
+
+
+def test_of_a_polygon_the_bounding_box_is_taken(tmp_path: Path) -> None:
+    lines = "1 .2 .1 .6 .3 .4 .9\n0 .5 .5 .2 .2\n0 .1 .2 .3 .2 .3 .8 .1 .8\n"  # three corners, a box, four corners
+    tables, problems = read_boxes(str(yolo(tmp_path, {"a": lines})))
+    assert problems == []
+    boxes = tables["train"].column("boxes")[0]
+    assert [(box.name, box.is_outline) for box in boxes] == [("dog", True), ("cat", False), ("cat", True)]
+    assert boxes[0][1:5] == pytest.approx((0.4, 0.5, 0.4, 0.8))
+    assert boxes[2][1:5] == pytest.approx((0.2, 0.5, 0.2, 0.6))
+
+
+def test_key_points_are_not_taken_for_polygons(tmp_path: Path) -> None:
+    file = yolo(tmp_path, {"a": "0 .5 .5 .2 .2 .4 .4"})
+    file.write_text(file.read_text() + "kpt_shape: [1, 2]\n")
+    with pytest.raises(DataError, match=r"data\.yaml is of key points \(kpt_shape\).*keep the first 5 columns"):
+        read_boxes(str(file))
+
+
+def test_parts_are_found_beside_the_yaml_where_roboflow_writes_the_folder_above(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for part in ("train", "valid"):
+        picture(root / part / "images" / "a.png")
+        (root / part / "labels").mkdir()
+        (root / part / "labels" / "a.txt").write_text("0 .5 .5 .2 .2")
+    file = root / "data.yaml"
+    file.write_text("train: ../train/images\nval: [../valid/images]\nnames: [cat]\n")
+    tables, problems = read_boxes(str(file))
+    assert problems == []
+    assert [tables[part].where(0) for part in ("train", "valid")] == [
+        str(root / part / "images" / "a.png") for part in ("train", "valid")
+    ]
+    written = picture(tmp_path / "train" / "images" / "b.png")  # as it is written it comes first
+    assert read_boxes(str(file))[0]["train"].column("image")[0].endswith(written.name)
+    file.write_text("train: ../gone/images\nnames: [cat]\n")
+    with pytest.raises(DataError, match=r"there is no file or folder .*/set/\.\./gone/images"):
+        read_boxes(str(file))
 
 
 def test_labels_without_an_image_are_named(tmp_path: Path) -> None:

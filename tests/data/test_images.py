@@ -7,7 +7,17 @@ import torch
 from PIL import Image, ImageOps
 
 from smidgen.core.errors import DataError
-from smidgen.data.images import Fit, content_key, decode, decode_all, image_name, image_problem, image_size, is_image
+from smidgen.data.images import (
+    Fit,
+    content_key,
+    decode,
+    decode_all,
+    image_name,
+    image_problem,
+    image_size,
+    in_threads,
+    is_image,
+)
 
 RED, GREEN, BLUE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)
 
@@ -127,6 +137,24 @@ def test_damaged_images_are_named_all_together(tmp_path):
     assert "a:2: it cannot be decoded" in str(caught.value)
     assert "a:4: it cannot be decoded" in str(caught.value)
     assert decode_all(values[::2], Fit(height=8, width=8), ["a", "b"]).shape == (2, 3, 8, 8)
+
+
+def test_a_few_images_are_there_at_a_time_however_long_the_column_is():
+    there, most = set(), 0
+
+    def values():
+        nonlocal most
+        for i in range(500):
+            there.add(i)
+            most = max(most, len(there))
+            yield i
+
+    def done(i):
+        there.discard(i)
+        return 2 * i
+
+    assert in_threads(done, values()) == list(range(0, 1000, 2))
+    assert most <= 64
 
 
 def test_floating_point_pixels_are_refused():

@@ -205,8 +205,19 @@ def test_long_values_are_read_few_at_a_time() -> None:
 
     for _ in Lazy(read_them, range(300)):
         pass
-    assert asked[0] == 256
+    assert asked[0] == 16
     assert max(asked[1:]) == 4
+
+
+def test_images_with_their_path_are_as_long_as_their_bytes() -> None:
+    asked: list[int] = []
+
+    def read_them(some: Any) -> list[Any]:
+        asked.append(len(some))
+        return [{"bytes": bytes(1 << 20), "path": f"{i}.png"} for i in some]
+
+    assert len(list(Lazy(read_them, range(40)))) == 40
+    assert max(asked[1:]) <= 4
 
 
 def test_functions_of_columns_and_columns_behind_each_other_stay_lazy() -> None:

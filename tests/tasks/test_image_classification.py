@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from smidgen import attach
 from smidgen.auto.plan import Plan
 from smidgen.core.errors import DataError
+from smidgen.data.images import Fit
+from smidgen.data.lazy import Lazy
 from smidgen.data.table import Table
 from smidgen.methods.batchnorm_tuning import BatchNormTuning
 from smidgen.methods.lora import LoRA
@@ -19,7 +21,9 @@ from smidgen.recipes.run import tune
 from smidgen.recipes.schema import Recipe
 from smidgen.tasks.base import Asked
 from smidgen.tasks.image_classification import ImageClassification, ImageClassificationSettings
+from smidgen.tasks.images import pixels as pixels_module
 from smidgen.tasks.images.image_models import ImageClassifier
+from smidgen.tasks.images.pixels import Pixels
 from smidgen.tasks.models import locate
 
 MODEL = """
@@ -117,10 +121,61 @@ def test_images_become_bytes_in_memory_or_are_decoded_by_the_batch(asked):
     assert kept.lengths == [1] * 12
     task.pixels.room = 0
     later = task.encode(table)
-    assert "pixels" not in later.inputs[0]
+    assert kept.inputs.pixels is not None
+    assert later.inputs.pixels is None
     for name in ("pixels", "targets"):
         assert torch.equal(task.collate(kept, [3, 1])[name], task.collate(later, [3, 1])[name])
     assert task.collate(kept.select([5, 3]), [1])["targets"].tolist() == [0]
+
+
+def test_of_images_that_stay_in_their_file_those_of_the_batch_are_read_and_no_others(asked):
+    task, _, table = made(asked)
+    wanted = []
+
+    def read(numbers):
+        wanted.extend(numbers)
+        return [table.columns["image"][i] for i in numbers]
+
+    lazy = Table({**table.columns, "image": Lazy(read, range(12))}, table.origins)
+    task.pixels.room = 0
+    examples = task.encode(lazy)
+    assert wanted == []
+    batch = task.collate(examples.select([7, 5, 3]), [2, 0])
+    assert wanted == [3, 7]
+    assert torch.equal(batch["pixels"], task.collate(task.encode(table), [3, 7])["pixels"])
+
+
+def test_a_damaged_image_that_is_not_kept_is_named_by_its_row(asked):
+    task, _, table = made(asked)
+    table.columns["image"][4] = png(7)[:50]
+    task.pixels.room = 0
+    examples = task.encode(table)
+    with pytest.raises(DataError, match=r"1 of 2 images are damaged.*\n  t.parquet row 5: it cannot be decoded"):
+        task.collate(examples, [3, 4])
+
+
+def test_rows_have_the_same_digest_whether_images_are_kept_or_not_and_another_where_one_changes(asked):
+    task, _, table = made(asked)
+    kept = task.encode(table)
+    task.pixels.room = 0
+    later = task.encode(table)
+    digest = kept.inputs.sha256()
+    assert later.inputs.sha256() == digest
+    assert kept.select([3, 1]).inputs.sha256() == later.select([3, 1]).inputs.sha256() != digest
+    table.columns["image"][1] = png(200)
+    assert task.encode(table).inputs.sha256() != digest
+    larger, _, table = made(asked, image_size=20)
+    assert larger.encode(table).inputs.sha256() != digest
+
+
+def test_decoded_images_take_a_quarter_of_the_free_memory_and_2_gb_at_most(monkeypatch):
+    fit = Fit(height=12, width=12)
+    for free, room in ((4 * 12 * 432, 12 * 432), (4 * 12 * 432 - 4, 12 * 432 - 1), (1 << 40, 2 << 30), (None, 2 << 30)):
+        monkeypatch.setattr(pixels_module, "free_memory", lambda device, free=free: free)
+        pixels = Pixels()
+        found = pixels.rows(rows().columns["image"], rows().origins, fit)
+        assert (found.pixels is not None) is (room >= 12 * 432)
+        assert pixels.room == (room - 12 * 432 if room >= 12 * 432 else room)
 
 
 def test_augmented_batches_are_numbers_in_0_to_1_and_keep_their_targets(asked):

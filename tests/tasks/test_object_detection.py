@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from smidgen import attach
 from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.data.boxes import Box
+from smidgen.methods.batchnorm_tuning import BatchNormTuning
 from smidgen.tasks.base import Asked
 from smidgen.tasks.images.boxes import hits
 from smidgen.tasks.images.disturbed import GREY, disturbed
@@ -70,6 +72,32 @@ def test_classes_that_the_detector_lacks_grow_behind_its_own(tmp_path: Path) -> 
     assert model.taught.tolist() == [False, True, True]
     again = task.build(wanted)
     assert all(torch.equal(a, b) for a, b in zip(model.head.parameters(), again.head.parameters(), strict=True))
+
+
+def test_the_plan_says_once_how_many_polygons_are_read_as_boxes(tmp_path: Path) -> None:
+    assert "polygons" not in understood(scenes(tmp_path))[2].plan.entries  # type: ignore[attr-defined]
+    for i in range(2):
+        (tmp_path / "labels" / f"{i}.txt").write_text("0 .25 .25 .5 .25 .5 .75 .25 .75\n")
+    task, table, wanted = understood(tmp_path)
+    assert wanted.plan.entries["polygons"] == "2 read as boxes"  # type: ignore[attr-defined]
+    assert task.encode(table).targets[0].tolist() == [[1, 16, 24, 32, 40]]
+
+
+def test_the_plan_says_what_becomes_of_batch_statistics_and_a_method_may_keep_its_own(tmp_path: Path) -> None:
+    task, table, wanted = understood(scenes(tmp_path))
+    model: Any = task.build(wanted)
+    task.settle(model, table, wanted)
+    assert wanted.plan.entries["batch statistics"] == "frozen"  # type: ignore[attr-defined]
+    for statistics in ("frozen", "adapted"):
+        model = task.build(wanted)
+        adapters = attach(model.body, BatchNormTuning(statistics=statistics))
+        adapters.freeze_base()
+        before = {name: buffer.clone() for name, buffer in model.body.named_buffers()}
+        model.train()
+        model(task.collate(task.encode(table), range(6)))
+        moved = [name for name, buffer in model.body.named_buffers() if not torch.equal(buffer, before[name])]
+        assert bool(moved) is (statistics == "adapted")
+        assert all("smidgen" in name for name in moved)
 
 
 def test_without_new_classes_there_is_no_head_and_no_old_and_new(tmp_path: Path) -> None:
@@ -132,6 +160,19 @@ def test_images_are_letterboxed_and_boxes_with_them(tmp_path: Path) -> None:
     assert inside[0].min() > 0.9  # the red square is where the box is
     assert inside[1].max() < 0.1
     assert Letterbox.of((20, 40), 64) == Letterbox((20, 40), top=16, left=0, height=32, width=64)
+
+
+def test_images_that_are_not_kept_come_to_the_same_batches(tmp_path: Path) -> None:
+    task, table, _ = understood(scenes(tmp_path))
+    Image.new("RGB", (20, 90), "blue").save(table.column("image")[3])  # another shape
+    kept = task.encode(table)
+    task.pixels.room = 0
+    later = task.encode(table)
+    assert kept.inputs.pixels is not None  # type: ignore[attr-defined]
+    assert later.inputs.pixels is None  # type: ignore[attr-defined]
+    for some, same in ((kept, later), (kept.select([5, 3, 0]), later.select([5, 3, 0]))):
+        batches = [task.collate(examples, [2, 1]) for examples in (some, same)]
+        assert all(torch.equal(batches[0][name], batches[1][name]) for name in ("image", "targets"))
 
 
 def test_a_photo_that_lies_on_its_side_is_letterboxed_upright_and_boxes_refer_to_that(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Images with boxes: the folders of YOLO, and COCO's JSON.
 
     data.yaml                                    names, and where train, val and test are
-    folder/images/*.jpg, folder/labels/*.txt     also images/train, images/val ...; a line is: class cx cy width height
+    folder/images/*.jpg, folder/labels/*.txt     also images/train, images/val ...; a line is: class cx cy width height,
+                                                 or a polygon, class x1 y1 x2 y2 x3 y3 ..., whose bounding box is taken
     instances_train.json                         COCO; boxes are x, y, width, height in pixels
     folder/annotations/instances_train.json ...  several of them by part, named by it
     folder/*.jpg                                 images alone, to be predicted
@@ -16,6 +17,7 @@ the number at the end ("street_0041.jpg": "street"); and what COCO's JSON says o
 """
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -39,13 +41,17 @@ Row = tuple[str, list["Box"], Mapping[str, Any]]  # the image, its boxes, what e
 
 
 class Box(NamedTuple):
-    """A class by name and its box: centre and size, as shares of the image."""
+    """A class by name and its box: centre and size, as shares of the image.
+
+    is_outline: it was a polygon, and is the smallest box that holds it.
+    """
 
     name: str
     cx: float
     cy: float
     width: float
     height: float
+    is_outline: bool = False
 
 
 def read_boxes(where: str) -> Result:
@@ -104,6 +110,11 @@ def _read_yaml(file: Path) -> Result:
         raise DataError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(said, dict) or "train" not in said:
         raise DataError(f"{file} does not say where `train` is; it is to say names, train and val")
+    if "kpt_shape" in said:  # with few points a line looks like a polygon
+        raise DataError(
+            f"{file} is of key points (kpt_shape), which are not learned here: keep the first 5 columns of each line, "
+            "class cx cy width height, and take kpt_shape out"
+        )
     root = file.parent / str(said.get("path") or "")
     places = {part: said[part] if isinstance(said[part], list) else [said[part]] for part in _PARTS if said.get(part)}
     names = said.get("names")
@@ -113,8 +124,14 @@ def _read_yaml(file: Path) -> Result:
         names = [names[i] for i in range(len(names))]
     if names is not None and not isinstance(names, list):
         raise DataError(f"{file}: `names` is {names!r}; it is a list of the classes")
-    found = {str(split_name(part)): [root / str(place) for place in listed] for part, listed in places.items()}
+    found = {str(split_name(part)): [_place(root, str(place)) for place in listed] for part, listed in places.items()}
     return _read_yolo(found, None if names is None else list(map(str, names)))
+
+
+def _place(root: Path, said: str) -> Path:
+    """Where a part is.  Roboflow writes ../train/images for a folder beside data.yaml, as ultralytics reads it too."""
+    place, beside = root / said, root / said.removeprefix("../")
+    return beside if beside.exists() and not place.exists() else place
 
 
 def _read_yolo(parts: Mapping[str, Sequence[Path]], names: Sequence[str] | None) -> Result:
@@ -163,29 +180,44 @@ def _label_of(image: Path) -> Path:
 
 def _yolo_box(line: str, names: Sequence[str] | None) -> Box:
     words = line.split()
-    if len(words) != 5:
-        raise DataError(f"it has {len(words)} columns; a box has 5: class cx cy width height")
+    is_outline = len(words) >= 7 and len(words) % 2 == 1
+    if len(words) != 5 and not is_outline:
+        raise DataError(
+            f"it has {len(words)} columns; a box has 5: class cx cy width height; a polygon 7, 9, 11 ...: "
+            "class x1 y1 x2 y2 x3 y3 ..."
+        )
     try:
-        numbers = [float(word) for word in words]
+        index, *numbers = (float(word) for word in words)
     except ValueError:
-        raise DataError(f'"{line.strip()}" is not five numbers') from None
-    index = numbers[0]
+        raise DataError(f'"{line.strip()}" is not {len(words) if is_outline else "five"} numbers') from None
     if index != index // 1 or index < 0 or (names is not None and index >= len(names)):
         known = f"0 to {len(names) - 1}" if names is not None else "whole numbers from 0"
         raise DataError(f"class {words[0]} is out of range; there are {known}")
-    return _checked(Box(names[int(index)] if names is not None else str(int(index)), *numbers[1:]))
+    name = names[int(index)] if names is not None else str(int(index))
+    return (
+        _outline(name, numbers) if is_outline else _checked(Box(name, numbers[0], numbers[1], numbers[2], numbers[3]))
+    )
+
+
+def _outline(name: str, numbers: Sequence[float]) -> Box:
+    """The box round a polygon x1, y1, x2, y2 ...   Raises DataError."""
+    if not all(map(math.isfinite, numbers)):
+        raise DataError("the polygon has a corner that is no number")
+    xs, ys = numbers[::2], numbers[1::2]
+    cx, cy = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
+    return _checked(Box(name, cx, cy, max(xs) - min(xs), max(ys) - min(ys), is_outline=True))
 
 
 def _checked(box: Box) -> Box:
     """The box, cut at the image's edges.  Raises DataError if it lies outside by more than rounding."""
-    _, cx, cy, width, height = box
+    _, cx, cy, width, height, _ = box
     if not (width > 0 and height > 0):
         raise DataError(f"the box is {width:g} wide and {height:g} high; both are to be above 0")
     x1, y1, x2, y2 = cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2
     if not (min(x1, y1) >= -_SLACK and max(x2, y2) <= 1 + _SLACK):
         raise DataError(f"the box reaches from {x1:.3g}, {y1:.3g} to {x2:.3g}, {y2:.3g}, outside of [0, 1]")
     x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, 1.0), min(y2, 1.0)
-    return Box(box.name, (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)
+    return box._replace(cx=(x1 + x2) / 2, cy=(y1 + y2) / 2, width=x2 - x1, height=y2 - y1)
 
 
 # -- COCO -----------------------------------------------------------------------------------------------------------

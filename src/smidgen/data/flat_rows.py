@@ -12,17 +12,19 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from smidgen.data.made_rows import MadeRows
 
 Flat = Mapping[str, tuple[Tensor, Tensor]]  # name -> numbers (M,) and bounds (rows + 1,)
 
 _DIGESTED = 1 << 20  # numbers at once
 
 
-class FlatRows(Sequence[Mapping[str, list[int]]]):
+class FlatRows(MadeRows):
     """Rows of parts that follow on each other.   rows: which of them, in which order; None for all."""
 
     def __init__(self, parts: Sequence[Flat], rows: Sequence[int] | None = None) -> None:
@@ -33,14 +35,8 @@ class FlatRows(Sequence[Mapping[str, list[int]]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, list[int]]: ...
-    @overload
-    def __getitem__(self, index: slice) -> "FlatRows": ...
-    def __getitem__(self, index: int | slice) -> "dict[str, list[int]] | FlatRows":
-        if isinstance(index, slice):
-            return self.select(range(*index.indices(len(self))))
-        row = self._rows[index]
+    def row(self, i: int) -> dict[str, list[int]]:
+        row = self._rows[i]
         part = bisect_right(self._starts, row) - 1
         at = row - self._starts[part]
         found = {}

@@ -1,6 +1,7 @@
 """Which column holds the images, and which the labels.  What is not clear is not guessed."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from smidgen.core.errors import DataError
@@ -47,5 +48,5 @@ def label_column(table: Table, image: str, said: Mapping[str, str]) -> tuple[str
 
 
 def _mostly_images(values: Sequence[Any]) -> bool:
-    some = [value for value in values if value not in (None, "")][:_SAMPLE]
+    some = list(islice((value for value in values if value not in (None, "")), _SAMPLE))
     return bool(some) and 2 * sum(map(is_image, some)) > len(some)

@@ -10,13 +10,14 @@ channel).  Pillow does the decoding.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from smidgen.core.errors import DataError, MissingDependency
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 # of files that are taken for images; what Pillow cannot open of them is named, and not passed over
@@ -35,9 +37,21 @@ SUFFIXES = frozenset(
 )
 _ENDS = 1 << 12  # bytes of a file's start and end by which two files are told apart
 _THREADS = 8
+_TOGETHER = 64  # values that wait for a thread: they may be whole files
 _NAMED = 10  # broken images named in an error
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> Pillow's number of what turns it upright
 _SIDEWAYS = (5, 6, 7, 8)  # orientations in which height and width change places
+
+
+class Fitting(Protocol):
+    """How any image becomes bytes of one shape; two that print alike do the same."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+
+    def put(self, image: Any, pixels: Tensor) -> None:
+        """Decode an image into `pixels`, bytes of that shape.  Raises DataError."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +67,13 @@ class Fit:
     shortest: int | None = None
     channels: int = 3
     resample: int = 2
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.height, self.width
+
+    def put(self, image: Any, pixels: Tensor) -> None:
+        pixels.copy_(decode(image, self))
 
 
 def is_image(value: Any) -> bool:
@@ -104,18 +125,20 @@ def decode(value: Any, fit: Fit) -> Tensor:
     return pixels.view(fit.height, fit.width, fit.channels).permute(2, 0, 1).contiguous()
 
 
-def decode_all(values: Sequence[Any], fit: Fit, names: Sequence[str]) -> Tensor:
+def decode_all(values: Sequence[Any], fitting: Fitting, names: Sequence[str]) -> Tensor:
     """All images as uint8 (N, C, H, W).   names: of the rows, for the error.   Raises DataError naming the broken."""
-    pixels = torch.empty(len(values), fit.channels, fit.height, fit.width, dtype=torch.uint8)
+    pixels = torch.empty(len(values), *fitting.shape, dtype=torch.uint8)
 
-    def put(i: int) -> str | None:
+    def put(numbered: tuple[int, Any]) -> tuple[int, str] | None:
+        i, value = numbered
         try:
-            pixels[i] = decode(values[i], fit)
+            fitting.put(value, pixels[i])
         except DataError as error:
-            return f"{names[i]}: {error}"
+            return i, str(error)
         return None
 
-    if broken := list(filter(None, in_threads(put, range(len(values))))):
+    if found := list(filter(None, in_threads(put, enumerate(values)))):
+        broken = [f"{names[i]}: {what}" for i, what in found]
         rest = f"\n  and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         raise DataError(
             f"{len(broken)} of {len(values)} images are damaged. Mend or remove them:\n  "
@@ -139,10 +162,16 @@ def content_key(value: Any) -> str:
     return f"{size}:{hashlib.blake2b(ends, digest_size=16).hexdigest()}"
 
 
-def in_threads(function: Callable[[Any], T], values: Sequence[Any]) -> list[T]:
-    """The function of each value, in order; Pillow and the disk let other threads run."""
+def in_threads(function: Callable[[S], T], values: Iterable[S]) -> list[T]:
+    """The function of each value, in order; Pillow and the disk let other threads run.
+
+    A few values are there at a time: lazy ones are read by this thread, as the others come to need them.
+    """
+    found, rest = list[T](), iter(values)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(function, values))
+        while some := list(islice(rest, _TOGETHER)):
+            found += pool.map(function, some)
+    return found
 
 
 @contextmanager

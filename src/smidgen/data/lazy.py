@@ -14,7 +14,8 @@ T = TypeVar("T")
 Read = Callable[[Sequence[int]], list[Any]]  # row numbers -> their values
 
 _TOGETHER = 1 << 12  # rows read at once, fewer where they are long
-_CHARACTERS = 1 << 22  # that they may have
+_FIRST = 16  # rows read before it is known how long they are
+_CHARACTERS = 1 << 22  # or bytes, that they may have
 _LONG = 64  # characters of a string that is not kept in memory
 _DIFFERENT = 1 << 12  # values of a column that is kept in memory
 
@@ -25,7 +26,7 @@ class Lazy(Sequence[Any]):
     def __init__(self, read: Read, rows: Sequence[int]) -> None:
         self.read, self.rows = read, rows
         self._first, self._block = 0, list[Any]()  # the values read last, from which place on
-        self._together = _TOGETHER // 16
+        self._together = _FIRST
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,9 +68,16 @@ class Lazy(Sequence[Any]):
     def _from(self, start: int) -> list[Any]:
         """The next values from here on, as many as have a fair size together."""
         block = self.take(range(start, min(start + self._together, len(self))))
-        long = sum(len(value) if isinstance(value, Sized) else 1 for value in block)
+        long = sum(map(_length, block))
         self._together = min(max(1, _CHARACTERS * len(block) // max(1, long)), _TOGETHER)
         return block
+
+
+def _length(value: Any) -> int:
+    """About how many characters or bytes a value has; that of a dict is what it holds, as the bytes of an image."""
+    if isinstance(value, dict):
+        return sum(map(_length, value.values()))
+    return len(value) if isinstance(value, Sized) else 1
 
 
 def picked(columns: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, Sequence[Any]]:

@@ -17,7 +17,7 @@ from ..auto.plan import Plan
 from ..core.errors import DataError
 from ..core.prompt_method import PromptMethod
 from ..core.quantised_linear import parameter_count
-from ..data.flat_rows import FlatRows
+from ..data.made_rows import MadeRows
 from ..data.read import reading
 from ..data.table import Problem, Table
 from ..tasks.base import Asked, Examples, Task, TaskModel
@@ -247,9 +247,9 @@ def _hold_out(table: Table, task: Task, fraction: float, seed: int) -> tuple[Tab
 
 def digest_rows(digest: "hashlib._Hash", examples: Examples) -> None:
     """Let the digest depend on everything in these rows."""
-    if isinstance(examples.inputs, FlatRows):
+    if isinstance(examples.inputs, MadeRows):
         digest.update(examples.inputs.sha256().encode())
-    for row in () if isinstance(examples.inputs, FlatRows) else examples.inputs:
+    for row in () if isinstance(examples.inputs, MadeRows) else examples.inputs:
         for value in row.values():
             digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
     for tensor in (examples.targets, examples.weights):

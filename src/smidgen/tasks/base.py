@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Held
 from ..core.errors import DataError, RecipeError
-from ..data.flat_rows import FlatRows
+from ..data.made_rows import MadeRows
 from ..data.read import read_splits
 from ..data.split import split
 from ..data.table import Problem, Table
@@ -56,7 +56,7 @@ class Examples:
         some = list(indices)
         weights = None if self.weights is None else self.weights[some]
         inputs = self.inputs
-        inputs = inputs.select(some) if isinstance(inputs, FlatRows) else [inputs[i] for i in some]
+        inputs = inputs.select(some) if isinstance(inputs, MadeRows) else [inputs[i] for i in some]
         return Examples(inputs, self.targets[some], [self.lengths[i] for i in some], 0, weights)
 
     def targets_at(self, indices: Sequence[int]) -> Batch:

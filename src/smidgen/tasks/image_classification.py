@@ -26,9 +26,10 @@ from ..data.labels import Kind, Labels, understand_labels
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Examples, TaskModel
 from .images.augment import disturbed, flip_is_safe, usual_place
+from .images.batch_statistics import say_batch_statistics
 from .images.image_input import Seen, with_said
 from .images.image_models import ImageClassifier, load_image_model
-from .images.pixels import Pixels
+from .images.pixels import ImageRows, Pixels
 from .judging import seen_before
 from .labelled import LabelledTask, labels_in
 from .registry import task
@@ -131,9 +132,7 @@ class ImageClassification(LabelledTask):
         self.augmented = decide("augment", said.augment, *usual_place(train.column(self.image_column), asked.seed))
         flips, why = flip_is_safe(self.labels.kind, self.labels.names)
         self.flips = decide("flip", said.flip, flips, why) and self.augmented != "off"
-        if norms := sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.body.modules()):
-            what = f"{norms} BatchNorms keep the base's, but for a method with statistics of its own"
-            decide("batch statistics", None, "frozen", f"{what} (batchnorm_tuning, statistics: adapted)")
+        say_batch_statistics(model.body, asked.plan)
         self.learn_from(train)
 
     @property
@@ -143,12 +142,12 @@ class ImageClassification(LabelledTask):
 
     # -- batches ----------------------------------------------------------------------------------------------------
     def encode(self, table: Table) -> Examples:
-        inputs = self.pixels.inputs(table.column(self.image_column), table.origins, self._seen.fit)
+        inputs = self.pixels.rows(table.column(self.image_column), table.origins, self._seen.fit)
         return Examples(inputs, self.targets_of(table), [1] * len(table), 0, self.beside.weights(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        pixels = self.pixels.batch([examples.inputs[i] for i in indices], self._seen.fit)
-        return {"pixels": pixels, **examples.targets_at(indices)}
+        assert isinstance(examples.inputs, ImageRows)
+        return {"pixels": examples.inputs.batch(indices), **examples.targets_at(indices)}
 
     def augment(self, batch: Batch) -> Batch:
         if self.augmented == "off":

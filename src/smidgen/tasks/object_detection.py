@@ -20,10 +20,12 @@ from ..data.boxes import BOXES, IMAGE, read_boxes
 from ..data.images import content_key, image_problems, image_size, in_threads
 from ..data.table import Problem, Table
 from .base import Asked, Batch, Example, Examples, TaskModel
+from .images.batch_statistics import say_batch_statistics
 from .images.detectors import Detector, load_detector
 from .images.disturbed import disturbed
 from .images.found import Classes, answers_of, counts, rarest
-from .images.letterbox import Letterbox, letterboxed
+from .images.letterbox import Letterbox, Square, boxes_in_squares
+from .images.pixels import ImageRows, Pixels
 from .registry import task
 from .row_roles import RowRoles, TaskWithRoles
 
@@ -82,6 +84,7 @@ class ObjectDetection(TaskWithRoles):
         self.metrics = self.classes.metrics
         self.judge_by(metric)
         self.notes = []
+        self.pixels = Pixels()
 
     @classmethod
     def read(cls, where: str, settings: Any) -> tuple[dict[str, Table], list[Problem]]:
@@ -100,6 +103,8 @@ class ObjectDetection(TaskWithRoles):
         side = asked.plan.decide("image_size", settings.image_size, side, f"{why} on a {asked.device.type.upper()}")
         detector.refuse_side(side, asked.model.name)
         asked.plan.decide("classes", None, f"{detector.own} old, {len(new)} new", ", ".join(new) or "all are known")
+        if outlines := sum(box.is_outline for t in tables.values() for boxes in t.column(BOXES) for box in boxes):
+            asked.plan.decide("polygons", None, f"{outlines:,} read as boxes", "the smallest that hold them")
         why_not = "" if detector.can_remember else "no way known for this detector"
         if set(detector.names) <= set(marked):
             why_not = "all old classes are marked"
@@ -135,6 +140,9 @@ class ObjectDetection(TaskWithRoles):
         self.suppress = detector.suppress
         return detector
 
+    def settle(self, model: TaskModel, train: Table, asked: Asked) -> None:
+        say_batch_statistics(model.body, asked.plan)
+
     def method_settings(self, method: str, model: TaskModel) -> tuple[Mapping[str, Any], str]:
         if method != "selective":
             return {}, ""
@@ -146,12 +154,12 @@ class ObjectDetection(TaskWithRoles):
         return 0.5 if method == "selective" else 0.25
 
     def encode(self, table: Table) -> Examples:
-        pixels, targets = letterboxed(table, self.image_size, self.names)
-        return Examples([{IMAGE: image} for image in pixels], targets, [1] * len(table))
+        inputs = self.pixels.rows(table.column(IMAGE), table.origins, Square(self.image_size))
+        return Examples(inputs, boxes_in_squares(table, self.image_size, self.names), [1] * len(table))
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        images = torch.stack([examples.inputs[i][IMAGE] for i in indices])
-        return {IMAGE: images.float() / 255, **examples.targets_at(indices)}
+        assert isinstance(examples.inputs, ImageRows)
+        return {IMAGE: examples.inputs.batch(indices).float() / 255, **examples.targets_at(indices)}
 
     def augment(self, batch: Batch) -> Batch:
         if not self.augments:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...data.images import image_size, in_threads
+from ...data.lazy import taken
 from ...data.split import subset
 
 Place = Literal["crop", "shift"]
@@ -74,7 +75,7 @@ def _between(low: float, high: float, *shape: int, device: torch.device) -> Tens
 
 def usual_place(images: Sequence[Any], seed: int) -> tuple[Place, str]:
     """Whether to crop or shift images, by the size of some of them; and why."""
-    some = [images[i] for i in subset(len(images), None, _SAMPLE, seed)]
+    some = taken(images, subset(len(images), None, _SAMPLE, seed))
     side = sorted(min(size) for size in in_threads(image_size, some))[len(some) // 2]
     if side <= _SMALL:
         return "shift", f"images of {side} pixels are small: a crop would cut their subject"

@@ -3,7 +3,8 @@
     outputs = {"loss": (), "boxes": (N, A, 4), "scores": (N, A, K)}      boxes as x1, y1, x2, y2 in pixels
 
 The loss is the model's own; ultralytics is never imported here: a model of its kind is known by what it has.  BatchNorm
-and dropout of the body rest while training (`TaskModel`), so one forward gives both the loss and the boxes.
+and dropout of the body rest while training (`TaskModel`), so one forward gives both the loss and the boxes; BatchNorms
+with statistics of an adapter's own do not (images/batch_statistics.py).
 
 New classes grow behind the old ones, which keep their weights and names on disk:
 
@@ -18,7 +19,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from ...core.errors import MissingDependency, ModelError, RecipeError
 from ..base import Asked, Batch, TaskModel
 from ..loading import first_line, load_body
+from .batch_statistics import train_adapted_norms
 from .remembered import forgetting
 
 _YOLO = "a .loss(batch, predictions) and a Detect head as .model[-1], with nc, stride, reg_max and cv3"
@@ -55,6 +57,11 @@ class Detector(TaskModel):
         self.head = nn.ModuleList()  # the layers of the new classes
         self.appended: list[Appended] = []
         self.register_buffer("taught", torch.ones(len(names), dtype=torch.bool), persistent=False)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        train_adapted_norms(self.body, mode)
+        return self
 
     def refuse_side(self, side: int, name: str) -> None:
         """Raise RecipeError for a side S that the body cannot take.   name: of the model, for errors."""

@@ -18,12 +18,12 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from ...core.adapter import HELD
 from ...core.errors import MissingDependency, ModelError
 from ...core.targets import modules_of
 from ..base import Asked, Batch, TaskModel
 from ..loading import first_line, load_body
 from ..models import TIMM
+from .batch_statistics import train_adapted_norms
 from .image_input import Seen, seen_by_processor, seen_by_timm
 
 
@@ -158,9 +158,7 @@ class ImageClassifier(TaskModel):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        for norm in self.body.modules():  # those with running statistics of an adapter's own follow the batches
-            if any(getattr(adapter, "adapts", False) for adapter in getattr(norm, HELD, nn.Module()).children()):
-                norm.training = mode
+        train_adapted_norms(self.body, mode)
         return self
 
     def features(self, batch: Batch) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ...core.errors import DataError
 from ...data.boxes import BOXES, IMAGE, Box
 from ...data.images import Fit, decode, image_size, in_threads
 from ...data.table import Table
@@ -34,11 +33,6 @@ class Letterbox:
         height, width = (max(1, round(length * scale)) for length in size)
         return cls(size, (side - height) // 2, (side - width) // 2, height, width)
 
-    def put(self, image: str, square: Tensor) -> None:
-        """Decode an image into its place in a square (3, S, S).  Raises DataError."""
-        pixels = decode(image, Fit(height=self.height, width=self.width))
-        square[:, self.top : self.top + self.height, self.left : self.left + self.width] = pixels
-
     def placed(self, box: Box) -> list[float]:
         """The corners of a box in the square."""
         x1, y1 = box.cx - box.width / 2, box.cy - box.height / 2
@@ -53,24 +47,33 @@ class Letterbox:
         return ((corners - shift) * scale).clamp(min=0).minimum(torch.tensor([width, height, width, height]))
 
 
-def letterboxed(table: Table, side: int, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """All images in squares, (N, 3, S, S) bytes, and their boxes, (N, G, 5) class and corners, padded with -1.
+@dataclass(frozen=True)
+class Square:
+    """How any image becomes a square of `side` pixels: letterboxed."""
 
-    names: of the classes; of equal ones the first counts.   Raises DataError for an image that cannot be decoded.
+    side: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return 3, self.side, self.side
+
+    def put(self, image: str, pixels: Tensor) -> None:
+        """Decode an image into its place in a square (3, S, S).  Raises DataError."""
+        place = Letterbox.of(image_size(image), self.side)
+        inner = pixels.fill_(GREY)[:, place.top : place.top + place.height, place.left : place.left + place.width]
+        inner.copy_(decode(image, Fit(height=place.height, width=place.width)))
+
+
+def boxes_in_squares(table: Table, side: int, names: Sequence[str]) -> Tensor:
+    """The boxes of all images in their squares, (N, G, 5) class and corners, padded with -1.
+
+    names: of the classes; of equal ones the first counts.   Raises DataError for an image whose size is not known.
     """
     images, boxes = table.column(IMAGE), table.column(BOXES)
     index = {name: i for i, name in reversed(list(enumerate(names)))}
-    placed = [Letterbox.of(size, side) for size in in_threads(image_size, images)]
-    pixels = torch.full((len(table), 3, side, side), GREY, dtype=torch.uint8)
     targets = torch.full((len(table), max(map(len, boxes), default=0), 5), -1.0)
-
-    def put(i: int) -> None:
-        try:
-            placed[i].put(images[i], pixels[i])
-        except DataError as error:
-            raise DataError(f"{table.where(i)}: {error}") from None
+    for i, size in enumerate(in_threads(image_size, images)):
+        place = Letterbox.of(size, side)
         for j, box in enumerate(boxes[i]):
-            targets[i, j] = torch.tensor([index[box.name], *placed[i].placed(box)])
-
-    in_threads(put, range(len(table)))
-    return pixels, targets
+            targets[i, j] = torch.tensor([index[box.name], *place.placed(box)])
+    return targets

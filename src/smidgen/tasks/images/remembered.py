@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters import adapters_of
+from .batch_statistics import at_rest
 
 WEIGHT = 0.1  # g: docs/decisions/0022-a-detector-is-held-to-what-it-knew.md
 
@@ -28,7 +29,7 @@ def forgetting(body: nn.Module, images: Tensor, raw: Any, classes: Tensor) -> Te
     adapters = adapters_of(body)
     if adapters is None or not torch.is_grad_enabled() or not any(p.requires_grad for p in adapters.parameters()):
         return None
-    with adapters.off(), torch.no_grad():
+    with adapters.off(), at_rest(body), torch.no_grad():
         _, before = body(images)
     return WEIGHT * _drift(raw, before, classes)
 
