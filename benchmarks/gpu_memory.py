@@ -6,7 +6,7 @@ more: what its allocator rounds up, the workspaces of its libraries and some 0.5
 bitsandbytes' CUDA code, which cannot be counted. The last table counts a step of a small model, and beside it is what
 PyTorch's allocator gave at most in the same step with memory, on the CPU.
 
-    python benchmarks/gpu_memory.py [--shapes 1b 8b 8b-nf4 70b-nf4] [--sequences 2048 4096 32768]
+    python benchmarks/gpu_memory.py [--shapes 1b 8b 8b-nf4 70b-nf4] [--sequences 2048 4096]
 """
 
 import argparse
@@ -34,7 +34,7 @@ from smidgen.core import quantised_linear, recompute
 _GPU = torch.device("cuda")
 _SMALL = Shape(512, 8, 8, 2, 1536, 32_000)
 _SMALL_TOKENS = 1024
-SAVED, SEQUENCES = ["1b", "8b", "8b-nf4", "70b-nf4"], [2048, 4096, 32_768]  # whose results are saved
+SAVED, SEQUENCES = ["1b", "8b", "8b-nf4", "70b-nf4"], [2048, 4096]  # whose results are saved
 
 
 class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
