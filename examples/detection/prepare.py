@@ -14,16 +14,14 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from safetensors.torch import save_file
-from torch import nn
+
+from smidgen.tasks.images import yolo
 
 OUT = Path(".cache/detection")
 INSTALLED = Path("usr/share/datasets/fashion-mnist")
@@ -63,20 +61,9 @@ def main() -> None:
 
 
 def convert() -> None:
-    """The checkpoint's tensors, and none of its code: modules are read into stand-ins that hold their parts."""
-    file = package("fall_detection") / "models" / "best.pt"
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    with torch.serialization.safe_globals([stand_in(name) for name in unknown]):
-        model: Any = torch.load(file, map_location="cpu", weights_only=True)["model"]  # noqa: TID251  # weights_only
-    save_file({name: t.float().contiguous() for name, t in model.state_dict().items()}, OUT / "detector.safetensors")
-
-
-def stand_in(name: str) -> tuple[Callable[..., Any], str]:
-    """torch's own classes as they are; an empty module for any other."""
-    module, _, cls = name.rpartition(".")
-    if module.startswith("torch.nn."):
-        return getattr(import_module(module), cls), name
-    return type(cls, (nn.Module,), {}), name
+    """The checkpoint with names as the scenes have them; it calls its classes Normal and Fall."""
+    checkpoint = yolo.read(package("fall_detection") / "models" / "best.pt")
+    replace(checkpoint, names=NAMES[:2]).write(OUT / "detector.safetensors")
 
 
 def crowd(photos: dict[str, Image.Image], chance: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, Place]]]:

@@ -29,7 +29,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelPart(Part):
-    """The pre-trained model.   path: a folder, a name on the hub, or package:NAME."""
+    """The pre-trained model.   path: a folder, a name on the hub, package:NAME, or the file of a YOLO."""
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None

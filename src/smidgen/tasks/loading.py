@@ -25,6 +25,7 @@ _LONGEST_ON_CPU, _LONGEST = 128, 512
 
 def load_tokenizer(located: Located, revision: str | None = None) -> Tokenizer:
     """The model's own tokenizer, with a padding token.  Raises ModelError."""
+    located.refuse_yolo()
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
@@ -54,6 +55,7 @@ def load_body(
     kind: a class of transformers, "AutoModelForCausalLM"; None for the class that the model was saved as, head
     included.   whole: refuse weights that leave a part of it to chance.   Raises ModelError.
     """
+    located.refuse_yolo()
     if dtype not in (None, *_DTYPES):
         raise ModelError(f'"{dtype}" is no dtype for a model; there are: {", ".join(_DTYPES)}')
     try:

