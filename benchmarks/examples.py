@@ -3,6 +3,8 @@
 Each run is `smidgen tune examples/NAME/recipe.yaml` in a process of its own, with full fine-tuning beside it; where a
 folder has more recipes, NAME/RECIPE is another of them.  The figures are those of its report.json: the metric with its
 interval, and in the last table what else the task measures and what the models come to on other data, seed by seed.
+Other runs may have gone on beside one: compare its seconds with full's, of the same run, and not with another's.
+Where "tuned over full" is empty, the run is older than that column.
 Examples whose packages and data are not there are passed over: make example NAME=... brings them.
 
     python benchmarks/examples.py [NAME ...] [--seeds 0 1 2] [--minutes 5]
