@@ -146,15 +146,20 @@ def test_the_latest_rows_judge_where_a_column_says_the_time(models, name):
     assert list(task.check(wrong)) == [5]
 
 
-@pytest.mark.parametrize("name", ["causal_lm", "seq2seq"])
-def test_a_rows_loss_counts_as_much_as_its_weight(models, name):
+def weighted(models, name):
+    """The task, all rows, a batch of the first twelve, what these are to weigh, and what the model makes of them."""
     task, model, rows = ready(models, name, weight="counts")
     batch = task.collate(task.encode(rows), range(12))
     weights = torch.tensor([i % 4 for i in range(12)]) / 1.5  # 1 on average of all rows
     torch.testing.assert_close(batch["weights"], weights)
     with torch.no_grad():
-        outputs = model(batch)
-        loss, count = task.loss(outputs, batch)
+        return task, rows, batch, weights, model(batch)
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "seq2seq"])
+def test_a_rows_loss_counts_as_much_as_its_weight(models, name):
+    task, rows, batch, weights, outputs = weighted(models, name)
+    loss, count = task.loss(outputs, batch)
     torch.testing.assert_close(loss, (outputs["loss"] * weights).sum())
     assert count == int(outputs["tokens"].sum())
     assert torch.equal(task.answer(outputs, batch)[:, 0], outputs["loss"])  # figures count each row once
@@ -164,12 +169,7 @@ def test_a_rows_loss_counts_as_much_as_its_weight(models, name):
 
 
 def test_a_words_loss_counts_as_much_as_its_rows_weight_in_the_probe_too(models):
-    task, model, rows = ready(models, "token_classification", weight="counts")
-    batch = task.collate(task.encode(rows), range(12))
-    weights = torch.tensor([i % 4 for i in range(12)]) / 1.5  # 1 on average of all rows
-    torch.testing.assert_close(batch["weights"], weights)
-    with torch.no_grad():
-        outputs = model(batch)
+    task, _, batch, weights, outputs = weighted(models, "token_classification")
     loss, count = task.loss(outputs, batch)
     by_word = weights.repeat_interleave((batch["words"] >= 0).sum(1))
     targets = task.feature_targets(batch)

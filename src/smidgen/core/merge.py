@@ -45,8 +45,9 @@ def merge_into_base(model: nn.Module, sites: list[Site], expression: Expression,
     sites = sorted(sites, key=lambda site: site.parameter is None)  # while running, a call sees changed parameters
     _refuse_unmergeable(sites, expression)
     _refuse_tied(model, sites)
-    norms = {site.name: _norm_if_it_fits(site, expression, max_error) for site in sites}
-    errors = {site.name: 0.0 if norms[site.name] else _error(site, expression) for site in sites}
+    norms = {site.name: _update_norm(site, expression) for site in sites}
+    sure = {site.name for site in sites if _surely_fits(site, expression, norms[site.name], max_error)}
+    errors = {site.name: 0.0 if site.name in sure else _error(site, expression, norms[site.name]) for site in sites}
     bad = [name for name, error in errors.items() if not error < float("inf")]
     if bad:
         raise MergeError(f"merging would write values that are not finite at {', '.join(bad[:5])}; nothing was changed")
@@ -64,9 +65,9 @@ def merge_into_base(model: nn.Module, sites: list[Site], expression: Expression,
         )
     _compare_with_running(sites, expression)
     for site in sites:
-        lost = _write(site, expression, measured=norms[site.name] is not None)
-        if norm := norms[site.name]:
-            errors[site.name] = lost / norm
+        lost = _write(site, expression, measured=site.name in sure)
+        if site.name in sure:
+            errors[site.name] = lost / cast(float, norms[site.name])
     return MergeReport(errors)
 
 
@@ -114,34 +115,43 @@ def _blocks(site: Site, expression: Expression) -> Blocks:
         yield rows, *_merged_rows(site, expression, own, b, rows)
 
 
+def _update_norm(site: Site, expression: Expression) -> float | None:
+    """The norm of what is added to the weight, where it is known without its entries."""
+    adding = _adding(site, expression)
+    return None if adding is None or _quantised(site) is not None else adding.weight_delta_norm()
+
+
 @torch.no_grad()
-def _norm_if_it_fits(site: Site, expression: Expression, max_error: float) -> float | None:
-    """The norm of the update if norms alone show that the merge may be written, else None.
+def _surely_fits(site: Site, expression: Expression, update: float | None, max_error: float) -> bool:
+    """Whether norms alone show that the merge may be written.   update: the norm of what is added to the weight.
 
     |round(x) - x| <= eps / 2 (|x| + tiny), so rounding loses at most eps / 2 (|W| + |update| + tiny sqrt(n)).
     """
-    adding = _adding(site, expression)
-    if adding is None or _quantised(site) is not None or not site.storage.plain:
-        return None
-    update, W, bias = adding.weight_delta_norm(), site.storage.writable(site.stored), site.bias
+    if not update or not site.storage.plain:
+        return False
+    W, bias = site.storage.writable(site.stored), site.bias
     about, wide = torch.finfo(W.dtype), _wide(W.dtype)
-    if not update or about.bits < 16:  # of 8 bits no norm is to be had
-        return None
+    if about.bits < 16:  # of 8 bits no norm is to be had
+        return False
     norm = _MARGIN * (_norm(W) + update)
     lost = 0.0 if W.dtype == wide else about.eps / 2 * (norm + about.tiny * W.numel() ** 0.5)
     if not (norm < about.max and lost <= max_error * update):
-        return None
-    b = None if bias is None else adding.merged_bias(bias.detach().flatten().to(wide), slice(None))
-    return update if bias is None or b is None or bool(torch.isfinite(b.to(bias.dtype)).all()) else None
+        return False
+    if bias is None:
+        return True
+    b = cast(AdditiveAdapter, _adding(site, expression)).merged_bias(bias.detach().flatten().to(wide), slice(None))
+    return bool(torch.isfinite(cast(Tensor, b).to(bias.dtype)).all())
 
 
 @torch.no_grad()
-def _error(site: Site, expression: Expression) -> float:
-    """norm(round(W + update) - (W + update)) / norm(update); infinite if a merged value is not finite."""
+def _error(site: Site, expression: Expression, known: float | None) -> float:
+    """norm(round(W + update) - (W + update)) / norm(update); infinite if a merged value is not finite.
+
+    known: the norm of the update, where it is.
+    """
     if (layer := _quantised(site)) is not None:
         return requantised(layer, lambda: _blocks(site, expression))[1]
-    dtype, adding, update, lost = site.storage.writable(site.stored).dtype, _adding(site, expression), 0.0, 0.0
-    known = None if adding is None else adding.weight_delta_norm()
+    dtype, update, lost = site.storage.writable(site.stored).dtype, 0.0, 0.0
     for rows, own, b in _own_blocks(site, expression):
         new, b = _merged_rows(site, expression, own, b, rows)
         if b is not None and not torch.isfinite(b.to(cast(Tensor, site.bias).dtype)).all():
@@ -179,9 +189,9 @@ def _write(site: Site, expression: Expression, *, measured: bool) -> float:
     if layer is None:
         return _write_into(site.storage.writable(site.stored), bias, site, expression, measured=measured)
     pieces, _ = requantised(layer, lambda: _blocks(site, expression))
-    lost = _write_into(None, bias, site, expression)
+    _write_into(None, bias, site, expression)
     layer.take(pieces)
-    return lost
+    return 0.0
 
 
 @torch.no_grad()

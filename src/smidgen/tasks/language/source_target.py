@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Self
 
 from ...core.errors import DataError
-from ...data.conversations import Shape, Turn, in_lines, recognise
+from ...data.conversations import SAID, Shape, Turn, in_lines, recognise
 from ...data.lazy import Lazy, mapped
 from ...data.table import Table
 from ..text.rows import said_rows, wrong_texts
@@ -139,7 +139,7 @@ def source_and_target(table: Table, said: Mapping[str, str]) -> SourceTarget:
     for name in said.values():
         table.column(name)
     if set(said) == {"messages"}:
-        return SourceTarget(dict(said), "you said so")
+        return SourceTarget(dict(said), SAID)
     found = _recognised(table)
     if not said:
         if found is None:
