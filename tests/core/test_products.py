@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import smidgen
 from smidgen.core import products
-from smidgen.core.products import linear, products_by, times
+from smidgen.core.products import add_times_, linear, products_by, thin, times
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 
@@ -29,10 +29,12 @@ def test_onednn_makes_the_products_of_the_usual_library(operands):
     with products_by("onednn"):
         assert products._by_onednn(x, W)
         y, z, dx = linear(x, W, b), linear(x, W, None), times(dy, W)
+        added = add_times_(torch.ones(36, 12), dy, W)
     exact = [t.double() for t in operands]
     torch.testing.assert_close(y.double(), F.linear(*exact[:3]), rtol=0, atol=1e-5)
     torch.testing.assert_close(z.double(), F.linear(*exact[:2]), rtol=0, atol=1e-5)
     torch.testing.assert_close(dx.double(), exact[3] @ exact[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(added.double(), 1 + exact[3] @ exact[1], rtol=0, atol=1e-5)
     assert y.shape == (4, 9, 20)
 
 
@@ -52,6 +54,7 @@ def test_nothing_changes_unless_it_is_asked_for_and_after_the_context(operands):
     with pytest.raises(KeyError), products_by("onednn"):
         raise KeyError
     assert torch.equal(times(dy, W), dy @ W)
+    assert torch.equal(add_times_(torch.ones(36, 12), dy, W), torch.ones(36, 12).addmm_(dy, W))
     assert not products._by_onednn(x, W)
 
 
@@ -89,3 +92,13 @@ def test_what_autograd_records_is_left_to_the_usual_library(operands):
     x, W, b, _ = operands
     with torch.enable_grad(), products_by("onednn"):
         assert linear(x.requires_grad_(), W, b).requires_grad
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 17, 40])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_the_product_of_a_thin_factor_is_right_in_either_layout(rank, is_transposed):
+    generator = torch.Generator().manual_seed(0)
+    x, A = torch.randn(30, 24, generator=generator), torch.randn(rank, 24, generator=generator)
+    given = A.T.contiguous().T if is_transposed else A
+    torch.testing.assert_close(thin(x, given).double(), x.double() @ A.double().T, rtol=0, atol=1e-5)
+    assert thin(x, given).shape == (30, rank)

@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from .products import linear, times
+from .products import add_times_, linear, thin, times
 from .site import compute_dtype
 
 
@@ -220,7 +220,7 @@ class _FrozenLinearScaled(torch.autograd.Function):
         mask: Tensor | None,
     ) -> Tensor:
         rows, A_cast = with_dropout(x, A, mask)
-        h = torch.mm(rows, A_cast.T)
+        h = thin(rows, A_cast)
         z = torch.mm(h * d.to(x.dtype), B.to(x.dtype).T)
         y = linear(x, W, b)
         y.view(z.shape).addcmul_(z, u.to(x.dtype), value=scale)
@@ -233,7 +233,7 @@ class _FrozenLinearScaled(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         W, A, B, d, u, h, z, mask = ctx.saved_tensors
         dy_rows = dy.reshape(-1, dy.shape[-1])
-        g = torch.mm(dy_rows * (ctx.scale * u).to(h.dtype), B.to(h.dtype))  # (N, R)
+        g = thin(dy_rows * (ctx.scale * u).to(h.dtype), B.T.to(h.dtype))  # (N, R)
         dd = (g * h).sum(0).to(d.dtype)
         du = (dy_rows * z).sum(0).to(u.dtype) * ctx.scale
         dx = None
@@ -242,7 +242,7 @@ class _FrozenLinearScaled(torch.autograd.Function):
             if mask is None or is_of_features(mask):
                 dx = times(dy_rows, W).addmm_(g, A if mask is None else A * mask)
             else:
-                dx = dropped_(torch.mm(g, A), mask).addmm_(dy_rows, W)
+                dx = add_times_(dropped_(torch.mm(g, A), mask), dy_rows, W)
             dx = dx.view(*dy.shape[:-1], -1)
         return dx, None, None, None, None, dd, du, None, None
 
@@ -281,7 +281,7 @@ def _forward(
     """y, and x A^T (N, R)."""
     y = linear(x, W, b)
     rows, A_cast = with_dropout(x, A, mask)
-    h = torch.mm(rows, A_cast.T)
+    h = thin(rows, A_cast)
     y.view(-1, y.shape[-1]).addmm_(h, B.to(x.dtype).T, alpha=scale)
     return y, h
 
@@ -301,9 +301,8 @@ def _backward(
     rows, A_cast = with_dropout(x, A, mask)
     dy_rows = dy.reshape(-1, dy.shape[-1])
     if h is not None and torch.is_grad_enabled():  # this backward is itself differentiated; h was outside any graph
-        h = torch.mm(rows, A_cast.T)
-    # B^T is laid out anew, it is small: this product is up to twice as fast so
-    g = torch.mm(dy_rows, B.T.to(x.dtype).contiguous().T).mul_(scale)  # (N, R)
+        h = thin(rows, A_cast)
+    g = thin(dy_rows, B.T.to(x.dtype)).mul_(scale)  # (N, R)
     dx = dA = dB = None
     if needed[1]:
         dA = torch.mm(g.T, rows)
@@ -315,7 +314,7 @@ def _backward(
         if mask is None or is_of_features(mask):
             dx = times(dy_rows, W).addmm_(g, A_cast)
         else:
-            dx = dropped_(torch.mm(g, A_cast), mask).addmm_(dy_rows, W)
+            dx = add_times_(dropped_(torch.mm(g, A_cast), mask), dy_rows, W)
         dx = dx.view(x.shape)
     return dx, dA, dB
 

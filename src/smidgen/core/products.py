@@ -1,4 +1,4 @@
-"""The two products with a frozen weight, x W^T and dy W, and by which library a processor makes them.
+"""The products of a frozen linear layer and its low-rank change: x W^T and dy W, by one library or another, and x A^T.
 
 PyTorch hands fp32 products on a CPU to MKL, which is slow on processors that are not Intel's; oneDNN, which it has as
 well, needs up to a quarter less time there (`benchmarks/kernels.py`).  Sums are rounded in another order, so which one
@@ -15,6 +15,7 @@ from torch import Tensor
 
 Library = Literal["usual", "onednn"]
 LEAST_ROWS = 16  # below, a product is one reading of W, and packing costs more than it brings
+_THIN = 16  # rows of a factor up to which its product is faster made transposed
 _library: Library = "usual"
 
 
@@ -43,6 +44,22 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 def times(dy: Tensor, W: Tensor) -> Tensor:
     """dy W.   dy: (N, O)   W: (O, I)."""
     return _onednn(dy, W.T, None) if _by_onednn(dy, W) else torch.mm(dy, W)
+
+
+def add_times_(dx: Tensor, dy: Tensor, W: Tensor) -> Tensor:
+    """dx + dy W, in place.   dx: (N, I)   dy: (N, O)   W: (O, I)."""
+    return dx.add_(_onednn(dy, W.T, None)) if _by_onednn(dy, W) else dx.addmm_(dy, W)
+
+
+def thin(x: Tensor, A: Tensor) -> Tensor:
+    """x A^T (N, R) for a factor A of few rows.   x: (N, I)   A: (R, I), transposed or not.
+
+    Up to rank 16 a processor makes A x^T, and this is its transpose: the libraries' kernels fill blocks of 16 and more
+    columns, and take up to twice as long for the few of x A^T as for the N of A x^T.
+    """
+    if len(A) <= _THIN and x.device.type == "cpu":
+        return torch.mm(A, x.T).T
+    return torch.mm(x, A.contiguous().T)  # of a transposed one, which is small: up to twice as fast laid out anew
 
 
 def has_onednn() -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import NonFiniteError, require
 from .kernels import Pull, dropped_, is_of_features, remake, with_dropout
+from .products import thin
 from .quantised import Format, Pieces, Read, blocks_of, format_named, in_blocks
 from .site import compute_dtype
 from .storage import WeightStorage, master_dtype, register_storage
@@ -280,7 +281,7 @@ class _QuantisedLinear(torch.autograd.Function):
             y.add_(b)
         if A is not None and B is not None:
             rows, A_cast = with_dropout(x, A, mask)
-            h = torch.mm(rows, A_cast.T)  # (N, R)
+            h = thin(rows, A_cast)  # (N, R)
             y.addmm_(h, _as(B, x).T, alpha=scale)
         kept = (A, B, h if ctx.needs_input_grad[3] else None, mask, *made_of) if h is not None else (None,) * 4
         ctx.save_for_backward(*(piece for _, piece in pieces), *kept)
@@ -297,7 +298,7 @@ class _QuantisedLinear(torch.autograd.Function):
         pull: Pull = _itself
         dx = db = dA = dB = None
         if A is not None:
-            g = torch.mm(dy_rows, _as(B, dy)).mul_(ctx.scale)  # (N, R)
+            g = thin(dy_rows, _as(B, dy).T).mul_(ctx.scale)  # (N, R)
         if ctx.make is not None:
             x, pull = remake(ctx.make, made_of, of_made)
         if g is not None:
