@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smidgen.core.kernels import frozen_linear_low_rank, frozen_linear_stretched
+from smidgen.core.kernels import frozen_linear_low_rank, frozen_linear_projected, frozen_linear_stretched
 
 FAN_IN, FAN_OUT, RANK, SCALE = 3, 5, 2, 1.7
 
@@ -172,3 +172,53 @@ def test_the_places_that_dropout_drops_do_what_their_mask_does():
     )
     assert all(map(torch.equal, by_place, by_mask))
     assert torch.autograd.gradgradcheck(lambda x, A, B: frozen_linear_low_rank(x, W, b, A, B, SCALE, places), (x, A, B))
+
+
+@pytest.mark.parametrize("mask_shape", [None, "elements", "features", "places"])
+@pytest.mark.parametrize("inner", [True, False], ids=["A", "no_A"])
+def test_behind_a_fixed_projection_the_gradients_are_those_of_the_formula(inner: bool, mask_shape: str | None):
+    x, W, b, _, B = operands()
+    P = torch.randn(4 if inner else RANK, FAN_IN, dtype=torch.float64)
+    A = torch.randn(RANK, 4, dtype=torch.float64, requires_grad=True) if inner else None
+    mask = torch.ones(8, FAN_IN, dtype=torch.uint8)
+    mask[0, 1] = mask[5, 2] = 0
+    given = {None: None, "elements": mask, "features": mask[0], "places": torch.tensor([1, 17])}[mask_shape]
+    applied = torch.ones(()) if given is None else mask[0] if mask_shape == "features" else mask.view(x.shape)
+    trained = [p for p in (x, A, B) if p is not None]
+
+    def run(*_: Tensor) -> Tensor:
+        return frozen_linear_projected(x, W, b, P, A, B, SCALE, given)
+
+    h = (x * applied) @ P.T
+    expected = x @ W.T + b + SCALE * (h if A is None else h @ A.T) @ B.T
+    torch.testing.assert_close(run(), expected)
+    dy = torch.randn_like(expected)
+    torch.testing.assert_close(torch.autograd.grad(run(), trained, dy), torch.autograd.grad(expected, trained, dy))
+    assert torch.autograd.gradcheck(run, trained)
+    assert torch.autograd.gradgradcheck(run, trained)
+    with torch.no_grad():
+        torch.testing.assert_close(run(), expected)
+
+
+def test_behind_a_fixed_projection_what_it_gives_is_all_that_is_kept():
+    x, W, b, _, B = operands()
+    P, A = torch.randn(4, FAN_IN, dtype=torch.float64), torch.randn(RANK, 4, dtype=torch.float64, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        frozen_linear_projected(x, W, b, P, A, B, SCALE)
+    known = {t.data_ptr() for t in (W, P, A, B)}
+    assert [tuple(t.shape) for t in kept if t.data_ptr() not in known] == [(8, 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_behind_a_fixed_projection_masters_keep_their_dtype(dtype: torch.dtype):
+    x, W, b, _, B = (p.detach().float().requires_grad_(p.requires_grad) for p in operands())
+    P, A = torch.randn(4, FAN_IN), torch.randn(RANK, 4, requires_grad=True)
+    expected = torch.autograd.grad((x @ W.T + b + SCALE * x @ P.T @ A.T @ B.T).square().sum(), (A, B))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        y = frozen_linear_projected(x.to(dtype), W.to(dtype), b.to(dtype), P, A, B, SCALE)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    for parameter, theirs in zip((A, B), expected, strict=True):
+        assert parameter.grad.dtype == torch.float32
+        assert (parameter.grad - theirs).norm() < 0.03 * theirs.norm()
