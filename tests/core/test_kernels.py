@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from smidgen.core.kernels import frozen_linear_low_rank, frozen_linear_projected, frozen_linear_stretched
+from smidgen.core.kernels import (
+    frozen_linear_low_rank,
+    frozen_linear_low_rank_and_fixed,
+    frozen_linear_projected,
+    frozen_linear_stretched,
+)
 
 FAN_IN, FAN_OUT, RANK, SCALE = 3, 5, 2, 1.7
 
@@ -220,5 +225,45 @@ def test_behind_a_fixed_projection_masters_keep_their_dtype(dtype: torch.dtype):
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
     for parameter, theirs in zip((A, B), expected, strict=True):
+        assert parameter.grad.dtype == torch.float32
+        assert (parameter.grad - theirs).norm() < 0.03 * theirs.norm()
+
+
+@pytest.mark.parametrize("x_trains", [True, False], ids=["x_trains", "x_fixed"])
+def test_beside_a_fixed_change_the_gradients_are_those_of_the_formula(x_trains: bool):
+    x, W, b, A, B = operands()
+    x, d = x.detach().requires_grad_(x_trains), torch.randn(RANK, dtype=torch.float64, requires_grad=True)
+    A0, B0 = torch.randn(RANK, FAN_IN, dtype=torch.float64), torch.randn(FAN_OUT, RANK, dtype=torch.float64)
+    trained = [p for p in (x, A, B, d) if p.requires_grad]
+
+    def run(*_: Tensor) -> Tensor:
+        return frozen_linear_low_rank_and_fixed(x, W, b, A, B, d, A0, B0, SCALE)
+
+    expected = x @ W.T + b + SCALE * x @ (B @ d.diag() @ A + B0 @ A0).T
+    torch.testing.assert_close(run(), expected)
+    dy = torch.randn_like(expected)
+    torch.testing.assert_close(torch.autograd.grad(run(), trained, dy), torch.autograd.grad(expected, trained, dy))
+    assert torch.autograd.gradcheck(run, trained)
+    assert torch.autograd.gradgradcheck(run, trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beside_a_fixed_change_masters_keep_their_dtype_and_little_is_kept(dtype: torch.dtype):
+    x, W, b, A, B = (p.detach().float().requires_grad_(p.requires_grad) for p in operands())
+    d, A0, B0 = torch.randn(RANK, requires_grad=True), torch.randn(RANK, FAN_IN), torch.randn(FAN_OUT, RANK)
+    expected = torch.autograd.grad((x @ W.T + b + SCALE * x @ (B @ d.diag() @ A + B0 @ A0).T).square().sum(), (A, B, d))
+    kept: list[Tensor] = []
+    inputs = [t.to(dtype) for t in (x, W, b)]
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        y = frozen_linear_low_rank_and_fixed(*inputs, A, B, d, A0, B0, SCALE)
+    assert y.dtype == torch.bfloat16
+    if dtype == torch.bfloat16:
+        known = {t.data_ptr() for t in (*inputs, A, B, d, A0, B0)}
+        assert [tuple(t.shape) for t in kept if t.data_ptr() not in known] == [(8, RANK)]
+    y.float().square().sum().backward()
+    for parameter, theirs in zip((A, B, d), expected, strict=True):
         assert parameter.grad.dtype == torch.float32
         assert (parameter.grad - theirs).norm() < 0.03 * theirs.norm()

@@ -354,6 +354,76 @@ def frozen_linear_projected(
     return cast(Tensor, y)
 
 
+class _FrozenLinearLowRankAndFixed(torch.autograd.Function):
+    """As the first with [A; A0] and [B diag(d), B0], of which A0 and B0 get no gradient.   Kept: x, and x A^T.
+
+    g  = s dy [B diag(d), B0]         (N, 2 R)
+    dA = g_B^T x                      (R, I)         g_B: the first R columns of g
+    P  = s dy^T (x A^T)               (O, R)         dB = P diag(d)     dd = sum_o B * P
+    dx = dy W + g [A; A0]             (N, I)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        d: Tensor,
+        A0: Tensor,
+        B0: Tensor,
+        scale: float,
+    ) -> Tensor:
+        y = linear(x, W, b)
+        both_A, both_B = _both(A, B, d, A0, B0, x.dtype)
+        h = torch.mm(x.reshape(-1, x.shape[-1]), both_A.T)  # (N, 2 R)
+        y.view(-1, y.shape[-1]).addmm_(h, both_B.T, alpha=scale)
+        ctx.save_for_backward(x, W, A, B, d, A0, B0, h[:, : len(A)].clone())
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, W, A, B, d, A0, B0, h = ctx.saved_tensors
+        rows, dy_rows, R = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), len(A)
+        if torch.is_grad_enabled():  # this backward is itself differentiated; h was outside any graph
+            h = torch.mm(rows, A.to(x.dtype).T)
+        both_A, both_B = _both(A, B, d, A0, B0, x.dtype)
+        g = torch.mm(dy_rows, both_B.T.contiguous().T).mul_(ctx.scale)  # laid out anew: faster so
+        dA = torch.mm(g[:, :R].T, rows).to(A.dtype)
+        P = torch.mm(h.T, dy_rows).mul_(ctx.scale).T.to(B.dtype)
+        dx = times(dy_rows, W).addmm_(g, both_A).view(x.shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, dA, P * d, (B * P).sum(0), None, None, None
+
+
+def _both(A: Tensor, B: Tensor, d: Tensor, A0: Tensor, B0: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[A; A0] (2 R, I) and [B diag(d), B0] (O, 2 R)."""
+    return torch.cat([A, A0]).to(dtype), torch.cat([B * d, B0], 1).to(dtype)
+
+
+def frozen_linear_low_rank_and_fixed(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    d: Tensor,
+    A0: Tensor,
+    B0: Tensor,
+    scale: float,
+) -> Tensor:
+    """x W^T + b + scale x (B diag(d) A + B0 A0)^T, with gradients for x, A, B and d only.
+
+    x: (..., I)   W: (O, I)   A, A0: (R, I)   B, B0: (O, R)   d: (R,)   Under autocast all runs in its dtype.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return _outside_autocast(frozen_linear_low_rank_and_fixed, x, W, b, A, B, d, A0, B0, scale)
+    result: Tensor = _FrozenLinearLowRankAndFixed.apply(x, W, b, A, B, d, A0, B0, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
 def _outside_autocast(run: Callable[..., Tensor], x: Tensor, W: Tensor, b: Tensor | None, *rest: Any) -> Tensor:
     """The same with autocast off, in the dtype that the frozen layer alone would compute in."""
     dtype = compute_dtype(x)

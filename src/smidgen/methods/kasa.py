@@ -21,6 +21,7 @@ from ..core.adapter import Adapter, AdditiveAdapter, Call
 from ..core.checks import require_above_zero
 from ..core.disk_names import DiskNames
 from ..core.errors import require
+from ..core.kernels import frozen_linear_low_rank_and_fixed
 from ..core.method import method
 from ..core.site import Site
 from .lora import DRAWN, LoRA, LoRAAdapter
@@ -81,6 +82,7 @@ class KaSAAdapter(LoRAAdapter):
 
     def __init__(self, method: KaSA, site: Site) -> None:
         super().__init__(method, site)
+        self._fuses = True  # a layer in few bits takes both as the factors that they are
         self.d = site.empty(self.A.shape[0])
         self.register_buffer("noise_A", torch.empty_like(self.A, requires_grad=False), persistent=False)
         self.register_buffer("noise_B", torch.empty_like(self.B, requires_grad=False), persistent=False)
@@ -104,6 +106,10 @@ class KaSAAdapter(LoRAAdapter):
         if stack == 1:
             return self.A, self.B * self.d
         return self.A, (self.B.view(stack, -1, self.rank) * self.d.view(stack, 1, -1)).flatten(0, 1)
+
+    def fused(self, x: Tensor, W: Tensor, b: Tensor | None, scale: float, mask: Tensor | None) -> Tensor:
+        # without dropout: `forward`
+        return frozen_linear_low_rank_and_fixed(x, W, b, self.A, self.B, self.d, self.noise_A, self.noise_B, scale)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = self.learned()
