@@ -9,6 +9,8 @@ from smidgen.core.method import Method
 from smidgen.methods.fourierft import FourierFT
 from smidgen.methods.hira import HiRA
 from smidgen.methods.loha import LoHa
+from smidgen.methods.shira import SHiRA
+from smidgen.methods.supertuning import SuperTuning
 from smidgen.methods.vera import VeRA
 
 EVERYTHING = slice(None)
@@ -19,6 +21,10 @@ METHODS = [
     LoHa(rank=1, targets="0"),
     VeRA(rank=3, targets="0"),
     VeRA(rank=200, targets="0"),
+    SHiRA(rank=1, targets="0"),
+    SuperTuning(sparsity=0.95, targets="0"),
+    SuperTuning(sparsity=0.95, rank=2, targets="0"),
+    SuperTuning(sparsity=0.4, rank=2, targets="0"),
 ]
 
 
@@ -52,7 +58,7 @@ def test_gradients_are_those_of_finite_differences(method: Method):
     assert torch.autograd.gradcheck(lambda x, *_: model(x), (x, *parameters))
 
 
-@pytest.mark.parametrize("method", [*METHODS[:2], LoHa(rank=4, targets="0")], ids=repr)
+@pytest.mark.parametrize("method", [*METHODS[:2], LoHa(rank=4, targets="0"), SHiRA(rank=1, targets="0")], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_of_the_weights_size_is_kept(method: Method, dtype: torch.dtype):
     model, _ = moved(method, 40, 50, dtype)
