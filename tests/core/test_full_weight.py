@@ -7,18 +7,26 @@ from torch import Tensor, nn
 from smidgen import attach
 from smidgen.core.method import Method
 from smidgen.methods.fourierft import FourierFT
+from smidgen.methods.glora import GLoRA
 from smidgen.methods.hira import HiRA
 from smidgen.methods.loha import LoHa
+from smidgen.methods.shira import SHiRA
+from smidgen.methods.supertuning import SuperTuning
 from smidgen.methods.vera import VeRA
 
 EVERYTHING = slice(None)
 METHODS = [
     FourierFT(frequencies=40, targets="0"),
+    GLoRA(rank=3, targets="0"),
     HiRA(rank=3, targets="0"),
     LoHa(rank=3, targets="0"),
     LoHa(rank=1, targets="0"),
     VeRA(rank=3, targets="0"),
     VeRA(rank=200, targets="0"),
+    SHiRA(rank=1, targets="0"),
+    SuperTuning(sparsity=0.95, targets="0"),
+    SuperTuning(sparsity=0.95, rank=2, targets="0"),
+    SuperTuning(sparsity=0.4, rank=2, targets="0"),
 ]
 
 
@@ -37,7 +45,9 @@ def test_gradients_are_those_of_the_merged_weight(method: Method, fan_in: int, f
     model, parameters = moved(method, fan_in, fan_out)
     x = torch.randn(1, tokens, fan_in, dtype=torch.float64, requires_grad=True)
     part = model[0].smidgen.get_submodule("default")
+    change = part.bias_delta(EVERYTHING)
     y, expected = model(x), x @ (model[0].weight + part.weight_delta(EVERYTHING)).T + model[0].bias
+    expected = expected if change is None else expected + change
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-10)
     dy = torch.randn_like(y)
     ours, theirs = (torch.autograd.grad(of, [x, *parameters], dy) for of in (y, expected))
@@ -52,7 +62,7 @@ def test_gradients_are_those_of_finite_differences(method: Method):
     assert torch.autograd.gradcheck(lambda x, *_: model(x), (x, *parameters))
 
 
-@pytest.mark.parametrize("method", [*METHODS[:2], LoHa(rank=4, targets="0")], ids=repr)
+@pytest.mark.parametrize("method", [*METHODS[:3], LoHa(rank=4, targets="0"), SHiRA(rank=1, targets="0")], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_of_the_weights_size_is_kept(method: Method, dtype: torch.dtype):
     model, _ = moved(method, 40, 50, dtype)

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from smidgen.core.kernels import frozen_linear_low_rank, frozen_linear_stretched
+from smidgen.core.kernels import (
+    frozen_linear_low_rank,
+    frozen_linear_stretched,
+)
+from smidgen.core.projected import frozen_linear_projected
+from smidgen.methods.kasa import linear_beside_noise
 
 FAN_IN, FAN_OUT, RANK, SCALE = 3, 5, 2, 1.7
 
@@ -172,3 +177,93 @@ def test_the_places_that_dropout_drops_do_what_their_mask_does():
     )
     assert all(map(torch.equal, by_place, by_mask))
     assert torch.autograd.gradgradcheck(lambda x, A, B: frozen_linear_low_rank(x, W, b, A, B, SCALE, places), (x, A, B))
+
+
+@pytest.mark.parametrize("mask_shape", [None, "elements", "features", "places"])
+@pytest.mark.parametrize("inner", [True, False], ids=["A", "no_A"])
+def test_behind_a_fixed_projection_the_gradients_are_those_of_the_formula(inner: bool, mask_shape: str | None):
+    x, W, b, _, B = operands()
+    P = torch.randn(4 if inner else RANK, FAN_IN, dtype=torch.float64)
+    A = torch.randn(RANK, 4, dtype=torch.float64, requires_grad=True) if inner else None
+    mask = torch.ones(8, FAN_IN, dtype=torch.uint8)
+    mask[0, 1] = mask[5, 2] = 0
+    given = {None: None, "elements": mask, "features": mask[0], "places": torch.tensor([1, 17])}[mask_shape]
+    applied = torch.ones(()) if given is None else mask[0] if mask_shape == "features" else mask.view(x.shape)
+    trained = [p for p in (x, A, B) if p is not None]
+
+    def run(*_: Tensor) -> Tensor:
+        return frozen_linear_projected(x, W, b, P, A, B, SCALE, given)
+
+    h = (x * applied) @ P.T
+    expected = x @ W.T + b + SCALE * (h if A is None else h @ A.T) @ B.T
+    torch.testing.assert_close(run(), expected)
+    dy = torch.randn_like(expected)
+    torch.testing.assert_close(torch.autograd.grad(run(), trained, dy), torch.autograd.grad(expected, trained, dy))
+    assert torch.autograd.gradcheck(run, trained)
+    assert torch.autograd.gradgradcheck(run, trained)
+    with torch.no_grad():
+        torch.testing.assert_close(run(), expected)
+
+
+def test_behind_a_fixed_projection_what_it_gives_is_all_that_is_kept():
+    x, W, b, _, B = operands()
+    P, A = torch.randn(4, FAN_IN, dtype=torch.float64), torch.randn(RANK, 4, dtype=torch.float64, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        frozen_linear_projected(x, W, b, P, A, B, SCALE)
+    known = {t.data_ptr() for t in (W, P, A, B)}
+    assert [tuple(t.shape) for t in kept if t.data_ptr() not in known] == [(8, 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_behind_a_fixed_projection_masters_keep_their_dtype(dtype: torch.dtype):
+    x, W, b, _, B = (p.detach().float().requires_grad_(p.requires_grad) for p in operands())
+    P, A = torch.randn(4, FAN_IN), torch.randn(RANK, 4, requires_grad=True)
+    expected = torch.autograd.grad((x @ W.T + b + SCALE * x @ P.T @ A.T @ B.T).square().sum(), (A, B))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        y = frozen_linear_projected(x.to(dtype), W.to(dtype), b.to(dtype), P, A, B, SCALE)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    for parameter, theirs in zip((A, B), expected, strict=True):
+        assert parameter.grad.dtype == torch.float32
+        assert (parameter.grad - theirs).norm() < 0.03 * theirs.norm()
+
+
+@pytest.mark.parametrize("x_trains", [True, False], ids=["x_trains", "x_fixed"])
+def test_beside_a_fixed_change_the_gradients_are_those_of_the_formula(x_trains: bool):
+    x, W, b, A, B = operands()
+    x, d = x.detach().requires_grad_(x_trains), torch.randn(RANK, dtype=torch.float64, requires_grad=True)
+    A0, B0 = torch.randn(RANK, FAN_IN, dtype=torch.float64), torch.randn(FAN_OUT, RANK, dtype=torch.float64)
+    trained = [p for p in (x, A, B, d) if p.requires_grad]
+
+    def run(*_: Tensor) -> Tensor:
+        return linear_beside_noise(x, W, b, A, B, d, A0, B0, SCALE)
+
+    expected = x @ W.T + b + SCALE * x @ (B @ d.diag() @ A + B0 @ A0).T
+    torch.testing.assert_close(run(), expected)
+    dy = torch.randn_like(expected)
+    torch.testing.assert_close(torch.autograd.grad(run(), trained, dy), torch.autograd.grad(expected, trained, dy))
+    assert torch.autograd.gradcheck(run, trained)
+    assert torch.autograd.gradgradcheck(run, trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beside_a_fixed_change_masters_keep_their_dtype_and_little_is_kept(dtype: torch.dtype):
+    x, W, b, A, B = (p.detach().float().requires_grad_(p.requires_grad) for p in operands())
+    d, A0, B0 = torch.randn(RANK, requires_grad=True), torch.randn(RANK, FAN_IN), torch.randn(FAN_OUT, RANK)
+    expected = torch.autograd.grad((x @ W.T + b + SCALE * x @ (B @ d.diag() @ A + B0 @ A0).T).square().sum(), (A, B, d))
+    kept: list[Tensor] = []
+    inputs = [t.to(dtype) for t in (x, W, b)]
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        y = linear_beside_noise(*inputs, A, B, d, A0, B0, SCALE)
+    assert y.dtype == torch.bfloat16
+    if dtype == torch.bfloat16:
+        known = {t.data_ptr() for t in (*inputs, A, B, d, A0, B0)}
+        assert [tuple(t.shape) for t in kept if t.data_ptr() not in known] == [(8, RANK)]
+    y.float().square().sum().backward()
+    for parameter, theirs in zip((A, B, d), expected, strict=True):
+        assert parameter.grad.dtype == torch.float32
+        assert (parameter.grad - theirs).norm() < 0.03 * theirs.norm()

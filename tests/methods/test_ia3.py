@@ -218,3 +218,12 @@ def test_the_rows_of_a_mixed_batch_share_one_call_of_the_base() -> None:
     first = ((rows[:2] * b["0"]) @ W0.T + b0) @ W1.T * b["1"] + b1 * b["1"]
     last = (a["0"] * (rows[4:] @ W0.T + b0) * a["1"]) @ W1.T + b1
     torch.testing.assert_close(out, torch.cat([first, rows[2:4] @ W0.T @ W1.T + b0 @ W1.T + b1, last]))
+
+
+def test_the_backward_by_hand_is_that_of_the_formula():
+    x, l = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True), torch.randn(3, 1, dtype=torch.float64)
+    part = next(iter(attach(nn.Linear(5, 3).double(), IA3(targets="", feedforward=())).parts("default").values()))
+    part.l.data.copy_(l)
+    torch.testing.assert_close(part.scaled(x), x * l.flatten())
+    assert torch.autograd.gradcheck(lambda x, _: part.scaled(x), (x, part.l))
+    assert torch.autograd.gradgradcheck(lambda x, _: part.scaled(x), (x, part.l))

@@ -8,7 +8,7 @@ from torch import nn
 
 from smidgen import Targets, attach, load
 from smidgen.core.errors import ConfigError, FolderError
-from smidgen.methods.lokr import LoKr, split
+from smidgen.methods.lokr import LoKr, kronecker, split
 
 from ..formats.both_ways import from_peft, run_on, to_peft_and_back
 from ..formats.models import llama
@@ -51,6 +51,24 @@ def test_a_linear_layer_runs_by_the_kronecker_product(settings):
     x = torch.randn(2, 3, 12, dtype=torch.float64)
     torch.testing.assert_close(part.weight_delta(slice(None)), D, rtol=0, atol=1e-12)
     torch.testing.assert_close(model(x), x @ (model[0].weight + D).T + model[0].bias, rtol=0, atol=1e-12)
+
+
+def test_the_backward_by_hand_keeps_the_input_alone():
+    x, W1, W2 = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in [(7, 3, 4), (2, 3), (5, 4)])
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = kronecker(x, W1, W2)
+    torch.testing.assert_close(y, torch.einsum("ac,ncd,bd->nab", W1, x, W2))
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, W1, W2)}
+    assert torch.autograd.gradcheck(kronecker, (x, W1, W2))
+    assert torch.autograd.gradgradcheck(kronecker, (x, W1, W2))
+
+
+def test_a_second_factor_much_wider_than_the_rank_stays_apart():
+    model, part = attached(nn.Linear(60, 80), rank=1, factor=2)
+    x = torch.randn(3, 60, dtype=torch.float64)
+    D = 8.0 * torch.kron(part.W1, part.B2 @ part.A2)
+    torch.testing.assert_close(model(x), x @ (model[0].weight + D).T + model[0].bias, rtol=0, atol=1e-11)
 
 
 def test_on_a_convolution_the_kernel_belongs_to_the_second_factor():

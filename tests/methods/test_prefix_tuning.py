@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smidgen import attach
 from smidgen.adapters import AdapterSet, load
+from smidgen.core import attention_calls
 from smidgen.core.composition import Rows, Stack, Weighted
 from smidgen.core.errors import AttachError, ConfigError, FolderError, NotMergeable, TargetError
 from smidgen.core.prefixes import PrefixAdapter
@@ -110,6 +111,23 @@ def test_plain_torch_attention_equals_the_formula(case: str) -> None:
     K, V = strong(layer).parameters()
     expected = layer.proj(by_hand(q, k, v, K, V, 6**-0.5, added))
     torch.testing.assert_close(layer(x, mask), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [lambda: Plain(causal=True), lambda: tiny("LlamaForCausalLM")], ids=["torch", "llama"])
+def test_a_mask_and_rows_of_zeros_are_two_ways_to_the_same(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, padding = [], []
+    monkeypatch.setattr(F, "pad", lambda *args, pad=F.pad, **kwargs: padding.append(1) or pad(*args, **kwargs))
+    for block, padded in ((512, False), (0, True)):
+        monkeypatch.setattr(attention_calls, "_BLOCK", block)
+        torch.manual_seed(0)
+        model = make().double()
+        adapters = strong(model)
+        padding.clear()
+        y = run(model) if hasattr(model, "config") else model(torch.ones(2, 5, 24, dtype=torch.float64).cumsum(1))
+        assert bool(padding) == padded
+        y.square().sum().backward()
+        results.append([y, *(parameter.grad for parameter in adapters.parameters())])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

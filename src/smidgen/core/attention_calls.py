@@ -13,8 +13,10 @@ cache.  How the attention is reached depends on who computes it:
 
 Masks are extended so that every query sees what stands in front.  Where the call is causal without a mask, N queries of
 zeros go in front too and their outputs are dropped: the diagonal stays where it was, and so does the fast kernel.
+Where that kernel would skip little for being causal, a mask costs less.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +33,7 @@ Beside = Callable[[Tensor, float], Tensor]  # queries (B, H, T, d), scale of the
 
 _NAME = "smidgen_changed"  # of our function in transformers' AttentionInterface
 _REACHED = ("eager", "sdpa")  # the implementations whose mask we can extend
+_BLOCK = 512  # keys that the processor's causal kernel goes through at once, seen or not
 
 
 def register() -> None:
@@ -149,8 +152,12 @@ def _attend(
     elif name == "sdpa" and query.shape[2] > 1:  # eager attention without a mask is not causal
         causal = kwargs.get("is_causal")
         if getattr(module, "is_causal", True) if causal is None else causal:
-            rows = count
-            query = F.pad(query, (0, 0, rows, 0))
+            seen = key.shape[-2] - count
+            if _is_better_masked(query, seen, count):
+                attention_mask, kwargs["is_causal"] = _causal_mask(query.shape[-2], seen, count, query.dtype), False
+            else:
+                rows = count
+                query = F.pad(query, (0, 0, rows, 0))
     if count and kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (count, 0, rows, 0))
     out, weights = function(module, query, key, value, attention_mask, **kwargs)
@@ -194,12 +201,15 @@ def _scaled_dot_product(
     **kwargs: Any,
 ) -> Tensor:
     K, V = front
+    attn_mask = None if attn_mask is None else _widened(attn_mask, K.shape[0])
+    if is_causal and attn_mask is None and _is_better_masked(query, key.shape[-2], len(K)):
+        attn_mask, is_causal = _causal_mask(query.shape[-2], key.shape[-2], len(K), query.dtype), False
     rows = K.shape[0] if is_causal else 0
     out = F.scaled_dot_product_attention(
         F.pad(query, (0, 0, rows, 0)) if rows else query,
         _in_front(K, key),
         _in_front(V, value),
-        None if attn_mask is None else _widened(attn_mask, K.shape[0]),
+        attn_mask,
         dropout_p,
         is_causal,
         **kwargs,
@@ -251,3 +261,17 @@ def _in_front(learned: Tensor, held: Tensor) -> Tensor:
 def _widened(mask: Tensor, count: int) -> Tensor:
     """A mask (..., S), True or 0 where a key is seen, with `count` keys in front that all queries see."""
     return F.pad(mask, (count, 0), value=mask.dtype == torch.bool)
+
+
+def _is_better_masked(query: Tensor, keys: int, count: int) -> bool:
+    """True where queries (..., T, d) take less time with a mask over `keys` + `count` keys than with rows of zeros."""
+    if query.device.type != "cpu" or type(query) is not Tensor or torch.compiler.is_compiling():
+        return False  # a compiled shape may stand for any other
+    return keys + count <= _BLOCK or count >= query.shape[-2]
+
+
+@functools.lru_cache(maxsize=1)  # the same for every layer
+def _causal_mask(T: int, keys: int, count: int, dtype: torch.dtype) -> Tensor:
+    """(T, count + keys): 0 where a query sees a key, the `count` in front and those up to its own; else -inf."""
+    with torch.inference_mode(False):
+        return torch.full((T, count + keys), -torch.inf, dtype=dtype).triu_(count + 1)

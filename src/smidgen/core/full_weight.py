@@ -75,6 +75,13 @@ class FullWeightAdapter(AdditiveAdapter):
 
         return D.detach() if W is None else W + D.detach(), back
 
+    def pull(self, back: Pullback, dy: Tensor, x: Tensor, dtype: torch.dtype, gradients: Gradients) -> None:
+        """Add to the gradients what follows from dD = dy^T x, in this dtype, by the `back` of `changed`.
+
+        dy: (N, rows)   x: (N, I).   Written by hand where it can be had for less than dD.
+        """
+        back(torch.mm(dy.T, x).to(dtype), gradients)
+
     def _learned(self) -> list[Tensor]:
         """What D is made of and is trained: also what several sites share."""
         found = list(self.parameters())
@@ -85,8 +92,9 @@ class FullWeightAdapter(AdditiveAdapter):
 
     def _linear(self, x: Tensor, W: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """x (W + D)^T + b, or x D^T; nothing of the size of D is kept."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides itself what to keep
-            D = self.weight_delta(_WHOLE).to(x.dtype)
+        by_hand = type(self).changed is not FullWeightAdapter.changed  # then rounded alike with and without gradients
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or by_hand):
+            D = self.weight_delta(_WHOLE).to(x.dtype)  # a compiler decides itself what to keep
             return F.linear(x, D if W is None else W + D, b)
         result: Tensor = _LinearOfChange.apply(x, W, b, self, *self._learned())  # type: ignore[no-untyped-call]
         return result
@@ -127,7 +135,7 @@ class _LinearOfChange(torch.autograd.Function):
                 part = V.to(x.dtype)
                 dx = times(dy_rows[:, rows], part) if dx is None else dx.addmm_(dy_rows[:, rows], part)
             if gradients:
-                back(torch.mm(dy_rows[:, rows].T, x_rows).to(V.dtype), gradients)
+                adapter.pull(back, dy_rows[:, rows], x_rows, V.dtype, gradients)
         return None if dx is None else dx.view(x.shape), None, None, None, *(gradients[p] for p in ctx.learned)
 
 

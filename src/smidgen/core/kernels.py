@@ -127,7 +127,7 @@ def frozen_linear_low_rank(
     Under autocast everything runs in its dtype, as the frozen layer alone would.
     """
     if torch.is_autocast_enabled(x.device.type):
-        return _outside_autocast(frozen_linear_low_rank, x, W, b, A, B, scale, mask)
+        return outside_autocast(frozen_linear_low_rank, x, W, b, A, B, scale, mask)
     if torch.is_grad_enabled():
         result: Tensor = _FrozenLinearLowRank.apply(x, W, b, A, B, scale, mask)  # type: ignore[no-untyped-call]
         return result
@@ -191,7 +191,7 @@ def frozen_linear_stretched(
 ) -> Tensor:
     """(1 + c) * (x W^T + scale x A^T B^T) + b, with gradients for x, A, B and c (O,) only; autocast as above."""
     if torch.is_autocast_enabled(x.device.type):
-        return _outside_autocast(frozen_linear_stretched, x, W, b, A, B, c, scale)
+        return outside_autocast(frozen_linear_stretched, x, W, b, A, B, c, scale)
     result: Tensor = _FrozenLinearStretched.apply(x, W, b, A, B, c, scale)  # type: ignore[no-untyped-call]
     return result
 
@@ -263,12 +263,12 @@ def frozen_linear_scaled(
     A, B, mask and autocast as in `frozen_linear_low_rank`.
     """
     if torch.is_autocast_enabled(x.device.type):
-        return _outside_autocast(frozen_linear_scaled, x, W, b, A, B, d, u, scale, mask)
+        return outside_autocast(frozen_linear_scaled, x, W, b, A, B, d, u, scale, mask)
     result: Tensor = _FrozenLinearScaled.apply(x, W, b, A, B, d, u, scale, mask)  # type: ignore[no-untyped-call]
     return result
 
 
-def _outside_autocast(run: Callable[..., Tensor], x: Tensor, W: Tensor, b: Tensor | None, *rest: Any) -> Tensor:
+def outside_autocast(run: Callable[..., Tensor], x: Tensor, W: Tensor, b: Tensor | None, *rest: Any) -> Tensor:
     """The same with autocast off, in the dtype that the frozen layer alone would compute in."""
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):

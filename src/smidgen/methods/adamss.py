@@ -21,8 +21,8 @@ from ..core.adapter import Adapter, Call
 from ..core.checks import require_above_zero, require_schedule, require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import ConfigError
-from ..core.low_rank import LowRankAdapter
 from ..core.method import Method, method
+from ..core.projected import ProjectedAdapter
 from ..core.site import Site
 from ..core.subspaces import Importance, Subspaces, decomposed
 from ..core.targets import last_match
@@ -143,7 +143,7 @@ def _block_diagonal(blocks: nn.ParameterList) -> Tensor:
     return matrix
 
 
-class AdaMSSAdapter(LowRankAdapter):
+class AdaMSSAdapter(ProjectedAdapter):
     """A_k and B_k at one site, V, and where each output stands among the clusters' rows."""
 
     additive = False  # its bias comes after the fused product
@@ -173,17 +173,20 @@ class AdaMSSAdapter(LowRankAdapter):
             A.copy_(start)
             B.zero_()
 
-    def _both(self) -> tuple[Tensor, Tensor]:
-        """A V (sum R_k, I + 1) of all clusters, and their B_k in the rows (O, sum R_k) of their outputs."""
-        return torch.cat(list(self.A)) @ self.V, _block_diagonal(self.B)[self.places]
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.V[:, : self.site.fan_in], *self._both()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        A, B = self._both()
-        return A[:, : self.site.fan_in], B
+        V, A, B = self.parts()
+        return A @ V, B
 
     def bias_delta(self, rows: slice) -> Tensor:
         A, B = self._both()
-        return B[rows] @ A[:, -1]
+        return B[rows] @ (A @ self.V[:, -1])
+
+    def _both(self) -> tuple[Tensor, Tensor]:
+        """A_k (sum R_k, R) of all clusters, and their B_k in the rows (O, sum R_k) of their outputs."""
+        return torch.cat(list(self.A)), _block_diagonal(self.B).index_select(0, self.places)
 
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.importance and self.training and torch.is_grad_enabled() and not self.followed:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.adapter import Call
 from ..core.checks import require_one_of, require_whole
 from ..core.disk_names import DiskNames
-from ..core.full_weight import FullWeightAdapter
+from ..core.full_weight import FullWeightAdapter, Gradients, Pullback
 from ..core.method import Method, method
 from ..core.site import Site
 
@@ -68,6 +68,7 @@ class GLoRA(Method):
 class GLoRAAdapter(FullWeightAdapter):
     """A to E at one site: Xd and Xu of those in "lora" form are called Ad and Au, the others A."""
 
+    blockwise = True
     additive = False  # its bias comes after the fused product
     A: Tensor
     B: Tensor
@@ -123,8 +124,20 @@ class GLoRAAdapter(FullWeightAdapter):
         shift = self.site.expand(self.site.project(x, ones), self.B.view(-1, 1).expand(O, 1))
         return torch.addcmul(y, product, self.site.channels(self.A.view(-1).expand(O), y)) + shift.to(y.dtype)
 
-    def delta(self, x: Tensor) -> Tensor:
-        return self.site.apply(x, self.weight_delta(slice(None)))
+    @torch.no_grad()
+    def changed(self, W: Tensor | None, rows: slice) -> tuple[Tensor, Pullback]:
+        Ad, Au, Bd, Bu = self.Ad[rows], self.Au, self.Bd[rows], self.Bu
+        own = self.site.weight(rows).to(Ad.dtype)
+
+        def back(dD: Tensor, gradients: Gradients) -> None:
+            gradients[self.Bd][rows].addmm_(dD, Bu.T)
+            gradients[Bu].addmm_(Bd.T, dD)
+            dP = dD.mul_(own)
+            gradients[self.Ad][rows].addmm_(dP, Au.T)
+            gradients[Au].addmm_(Ad.T, dP)
+
+        D = (Ad @ Au).mul_(own).addmm_(Bd, Bu)
+        return D if W is None else D.add_(W), back
 
     def weight_delta(self, rows: slice) -> Tensor:
         W = self.site.weight(rows)

@@ -109,7 +109,7 @@ class IA3Adapter(Adapter):
 
     def scaled(self, x: Tensor) -> Tensor:
         """l * x, as x + (l - 1) * x: l itself in bf16 would be off by up to 0.004, often all that was learned."""
-        return torch.addcmul(x, x, self.site.channels(self.l.flatten() - 1, x))
+        return _stretched(x, self.site.channels(self.l.flatten() - 1, x))
 
 
 class IA3Output(IA3Adapter):
@@ -142,3 +142,27 @@ class IA3Input(IA3Adapter):
 
     def merged(self, W: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
         return self.site.linear.scale_columns(self.site.layer, W, self.l.flatten().to(W.dtype), rows), b
+
+
+def _stretched(x: Tensor, m: Tensor) -> Tensor:
+    """x + m * x, for m of x's dtype that broadcasts to it."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return torch.addcmul(x, x, m)
+    result: Tensor = _Stretched.apply(x, m)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Stretched(torch.autograd.Function):
+    """dx = dy + m * dy at once, where autograd would make both and then their sum.   dm = sum dy * x"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, m: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, m)
+        return torch.addcmul(x, x, m)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, m = ctx.saved_tensors
+        of_x, of_m = ctx.needs_input_grad
+        dx = torch.addcmul(dy, dy, m) if of_x else None
+        return dx, (dy * x).sum_to_size(m.shape) if of_m else None

@@ -21,7 +21,9 @@ from ..core.adapter import Adapter, AdditiveAdapter, Call
 from ..core.checks import require_above_zero
 from ..core.disk_names import DiskNames
 from ..core.errors import require
+from ..core.kernels import outside_autocast
 from ..core.method import method
+from ..core.products import linear, thin, times
 from ..core.site import Site
 from .lora import DRAWN, LoRA, LoRAAdapter
 
@@ -81,6 +83,7 @@ class KaSAAdapter(LoRAAdapter):
 
     def __init__(self, method: KaSA, site: Site) -> None:
         super().__init__(method, site)
+        self._fuses = True  # a layer in few bits takes both as the factors that they are
         self.d = site.empty(self.A.shape[0])
         self.register_buffer("noise_A", torch.empty_like(self.A, requires_grad=False), persistent=False)
         self.register_buffer("noise_B", torch.empty_like(self.B, requires_grad=False), persistent=False)
@@ -104,6 +107,10 @@ class KaSAAdapter(LoRAAdapter):
         if stack == 1:
             return self.A, self.B * self.d
         return self.A, (self.B.view(stack, -1, self.rank) * self.d.view(stack, 1, -1)).flatten(0, 1)
+
+    def fused(self, x: Tensor, W: Tensor, b: Tensor | None, scale: float, mask: Tensor | None) -> Tensor:
+        # without dropout: `forward`
+        return linear_beside_noise(x, W, b, self.A, self.B, self.d, self.noise_A, self.noise_B, scale)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = self.learned()
@@ -130,3 +137,73 @@ class KaSAAdapter(LoRAAdapter):
         one = torch.eye(self.rank, dtype=A.dtype, device=A.device)
         norms = torch.linalg.matrix_norm(B.mT @ B - one) + torch.linalg.matrix_norm(A @ A.mT - one)
         return cast(Tensor, norms).sum()
+
+
+class _LinearBesideNoise(torch.autograd.Function):
+    """`frozen_linear_low_rank` with [A; A0] and [B diag(d), B0], of which A0 and B0 get no gradient.   Kept: x, x A^T.
+
+    g  = s dy [B diag(d), B0]         (N, 2 R)
+    dA = g_B^T x                      (R, I)         g_B: the first R columns of g
+    P  = s dy^T (x A^T)               (O, R)         dB = P diag(d)     dd = sum_o B * P
+    dx = dy W + g [A; A0]             (N, I)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        d: Tensor,
+        A0: Tensor,
+        B0: Tensor,
+        scale: float,
+    ) -> Tensor:
+        y = linear(x, W, b)
+        both_A, both_B = _both(A, B, d, A0, B0, x.dtype)
+        h = thin(x.reshape(-1, x.shape[-1]), both_A)  # (N, 2 R)
+        y.view(-1, y.shape[-1]).addmm_(h, both_B.T, alpha=scale)
+        ctx.save_for_backward(x, W, A, B, d, A0, B0, h[:, : len(A)].clone())
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, W, A, B, d, A0, B0, h = ctx.saved_tensors
+        rows, dy_rows, R = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), len(A)
+        if torch.is_grad_enabled():  # this backward is itself differentiated; h was outside any graph
+            h = thin(rows, A.to(x.dtype))
+        both_A, both_B = _both(A, B, d, A0, B0, x.dtype)
+        g = thin(dy_rows, both_B.T).mul_(ctx.scale)
+        dA = torch.mm(g[:, :R].T, rows).to(A.dtype)
+        P = torch.mm(h.T, dy_rows).mul_(ctx.scale).T.to(B.dtype)
+        dx = times(dy_rows, W).addmm_(g, both_A).view(x.shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, dA, P * d, (B * P).sum(0), None, None, None
+
+
+def _both(A: Tensor, B: Tensor, d: Tensor, A0: Tensor, B0: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[A; A0] (2 R, I) and [B diag(d), B0] (O, 2 R)."""
+    return torch.cat([A, A0]).to(dtype), torch.cat([B * d, B0], 1).to(dtype)
+
+
+def linear_beside_noise(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    d: Tensor,
+    A0: Tensor,
+    B0: Tensor,
+    scale: float,
+) -> Tensor:
+    """x W^T + b + scale x (B diag(d) A + B0 A0)^T, with gradients for x, A, B and d only.
+
+    x: (..., I)   W: (O, I)   A, A0: (R, I)   B, B0: (O, R)   d: (R,)   Under autocast all runs in its dtype.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return outside_autocast(linear_beside_noise, x, W, b, A, B, d, A0, B0, scale)
+    result: Tensor = _LinearBesideNoise.apply(x, W, b, A, B, d, A0, B0, scale)  # type: ignore[no-untyped-call]
+    return result

@@ -24,7 +24,7 @@ from ..core.errors import require
 from ..core.full_weight import FullWeightAdapter
 from ..core.layers import ConvKind, LinearKind
 from ..core.method import method
-from ..core.site import Site
+from ..core.site import Site, compute_dtype
 from .loha import Lycoris, LycorisAdapter, stacked_product, with_core
 
 
@@ -135,13 +135,13 @@ class LoKrAdapter(LycorisAdapter, FullWeightAdapter):
     def whole_delta(self, x: Tensor) -> Tensor:
         if not self.thin:
             return super().whole_delta(x)
-        W1, cast = self._first() * self.scale, x.dtype
-        h = x.reshape(-1, self.I2)  # (N I1, I2)
-        if self.W2 is not None:
-            h = F.linear(h, self.W2.to(cast))  # (N I1, O2)
-        elif self.A2 is not None and self.B2 is not None:
-            h = F.linear(F.linear(h, self.A2.to(cast)), self.B2.to(cast))
-        y = torch.matmul(W1.to(cast), h.view(-1, self.I1, h.shape[-1]))  # (N, O1, O2)
+        dtype, device = compute_dtype(x), x.device.type
+        with torch.autocast(device, enabled=False):
+            W1, rows = (self._first() * self.scale).to(dtype), x.to(dtype).reshape(-1, self.I1, self.I2)
+            if self.A2 is not None and self.B2 is not None and _is_thin(self.A2, self.B2):
+                y = torch.matmul(W1, F.linear(F.linear(rows, self.A2.to(dtype)), self.B2.to(dtype)))
+            else:
+                y = kronecker(rows, W1, self._second().to(dtype))
         return y.view(*x.shape[:-1], -1)
 
     def weight_delta(self, rows: slice) -> Tensor:
@@ -163,3 +163,50 @@ class LoKrAdapter(LycorisAdapter, FullWeightAdapter):
             return stacked_product(self.B2, with_core(self.A2, self.T2), self.site.linear.stack)
         assert self.W2 is not None
         return self.W2
+
+
+def _is_thin(A: Tensor, B: Tensor) -> bool:
+    """True where B A (O2, I2) is so large that x goes through both rather than through their product."""
+    (R, I2), O2 = A.shape, len(B)
+    return 4 * R * (I2 + O2) < I2 * O2
+
+
+def kronecker(x: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
+    """Rows x (N, I1, I2) by the Kronecker product of W1 (O1, I1) and W2 (O2, I2): (N, O1, O2)."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides itself what to keep
+        return _product(x, W1, W2)
+    result: Tensor = _Kronecker.apply(x, W1, W2)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Kronecker(torch.autograd.Function):
+    """Y = W1 X W2^T of each row.   Kept: x alone, which what reads it keeps anyway.
+
+    G   = dY W2                    (N, O1, I2)
+    dX  = W1^T G                   (N, I1, I2)
+    dW1 = sum_n G X^T              (O1, I1)
+    dW2 = sum_n (W1^T dY)^T X      (O2, I2)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W1, W2)
+        return _product(x, W1, W2)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, W1, W2 = ctx.saved_tensors
+        first = W1.T.expand(len(x), -1, -1)
+        dx = dW1 = dW2 = None
+        G = torch.matmul(dy, W2)
+        if ctx.needs_input_grad[0]:
+            dx = torch.bmm(first, G)
+        if ctx.needs_input_grad[1]:
+            dW1 = torch.bmm(G, x.mT).sum(0)
+        if ctx.needs_input_grad[2]:
+            dW2 = torch.bmm(first, dy).flatten(0, 1).T @ x.flatten(0, 1)
+        return dx, dW1, dW2
+
+
+def _product(x: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
+    return torch.bmm(W1.expand(len(x), -1, -1), F.linear(x, W2))

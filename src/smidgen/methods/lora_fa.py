@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.layers import LinearKind
 from ..core.method import method
+from ..core.projected import frozen_linear_projected
 from ..core.site import Site
 from .lora import LoRA, LoRAAdapter
 
@@ -41,7 +43,7 @@ class LoRAFAAdapter(LoRAAdapter):
         A = self.A.detach()
         del self.A
         self.register_buffer("A", A)
-        self.plain = False  # the fused pass would keep x
+        self.plain &= isinstance(site.kind, LinearKind)  # a convolution with W + D would keep x
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None) -> None:
@@ -53,3 +55,6 @@ class LoRAFAAdapter(LoRAAdapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B
+
+    def fused(self, x: Tensor, W: Tensor, b: Tensor | None, scale: float, mask: Tensor | None) -> Tensor:
+        return frozen_linear_projected(x, W, b, self.A, None, self.B, scale, mask)

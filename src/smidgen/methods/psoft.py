@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..core.checks import require_above_zero, require_one_of, require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
-from ..core.low_rank import LowRankAdapter
 from ..core.method import Method, method
+from ..core.projected import ProjectedAdapter
 from ..core.rotation import cayley, skew, upper_places
 from ..core.site import Site
 
@@ -99,7 +99,7 @@ class PSOFT(Method):
         return PSOFTAdapter(self, site)
 
 
-class PSOFTAdapter(LowRankAdapter):
+class PSOFTAdapter(ProjectedAdapter):
     """R at one site: the numbers above Q's diagonal, or the matrix itself; a and b."""
 
     A: Tensor
@@ -149,7 +149,16 @@ class PSOFTAdapter(LowRankAdapter):
             if vector is not None:
                 nn.init.ones_(vector)
 
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.A, self._change()[0], self.B
+
     def factors(self) -> tuple[Tensor, Tensor]:
+        E, rank = self.site.linear.stack, self.method.rank
+        with torch.autocast(self.R.device.type, enabled=False):  # small
+            return self.A, torch.bmm(self.B.view(E, -1, rank), self._change()).flatten(0, 1)
+
+    def _change(self) -> Tensor:
+        """diag(b) R diag(a) - I (E, K, K)."""
         rank, E = self.method.rank, self.site.linear.stack
         eye = torch.eye(rank, dtype=self.R.dtype, device=self.R.device)
         R = eye + self._turn() if self.method.orthogonal else self.R.view(E, rank, rank)
@@ -157,8 +166,7 @@ class PSOFTAdapter(LowRankAdapter):
             R = self.b.view(E, rank, 1) * R
         if self.a is not None:
             R = R * self.a.view(E, 1, rank)
-        with torch.autocast(R.device.type, enabled=False):  # small
-            return self.A, torch.bmm(self.B.view(E, -1, rank), R - eye).flatten(0, 1)
+        return R - eye
 
     def _turn(self) -> Tensor:
         """R - I (E, R, R), before it is scaled."""

@@ -20,6 +20,7 @@ from ..core.adapter import AdditiveAdapter, Call
 from ..core.checks import require_finite, require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
+from ..core.full_weight import Gradients, Pullback
 from ..core.method import Method, method
 from ..core.site import Site
 from ..core.sparse import SparseAdapter, check_places, matrix_shape
@@ -132,6 +133,26 @@ class SuperTuningAdapter(SparseAdapter):
             return super().delta(x)
         low_rank = self.site.expand(self.site.project(F.dropout(x, self.dropout), self.A), self.B)
         return self.site.apply(x, self.sparse_delta(slice(None))) + self.scale * low_rank
+
+    @torch.no_grad()
+    def changed(self, W: Tensor | None, rows: slice) -> tuple[Tensor, Pullback]:
+        V, back_sparse = super().changed(W, rows)
+        A, B = self.A, self.B
+        if A is None or B is None:
+            return V, back_sparse
+
+        def back(dD: Tensor, gradients: Gradients) -> None:
+            back_sparse(dD, gradients)
+            gradients[A].addmm_(B.T, dD, alpha=self.scale)
+            gradients[B].addmm_(dD, A.T, alpha=self.scale)
+
+        return V.addmm_(B, A, alpha=self.scale), back
+
+    def pull(self, back: Pullback, dy: Tensor, x: Tensor, dtype: torch.dtype, gradients: Gradients) -> None:
+        super().pull(back, dy, x, dtype, gradients)
+        if self.A is not None and self.B is not None and self.pulls_few(dy):  # else `back` has done it
+            gradients[self.A].addmm_((dy @ self.B).T, x, alpha=self.scale)
+            gradients[self.B].addmm_(dy.T, x @ self.A.T, alpha=self.scale)
 
     def weight_delta(self, rows: slice) -> Tensor:
         if self.A is None or self.B is None:

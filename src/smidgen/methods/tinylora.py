@@ -17,8 +17,8 @@ from ..core.checks import require_share, require_whole
 from ..core.disk_names import DiskNames
 from ..core.errors import require
 from ..core.layers import EmbeddingKind
-from ..core.low_rank import LowRankAdapter
 from ..core.method import Method, Shared, method
+from ..core.projected import ProjectedAdapter
 from ..core.site import Site
 
 
@@ -83,7 +83,7 @@ class Vectors(Shared):
             nn.init.zeros_(v)
 
 
-class TinyLoRAAdapter(LowRankAdapter):
+class TinyLoRAAdapter(ProjectedAdapter):
     """A, B and the P_k at one site; stacked experts have A (E R, I) and B (E O, R), and share the P_k."""
 
     shared: Vectors
@@ -115,6 +115,10 @@ class TinyLoRAAdapter(LowRankAdapter):
         self.A = (root[:, :, None] * Vh[:, : self.rank]).flatten(0, 1).contiguous()
         self.B = (U[:, :, : self.rank] * root[:, None]).flatten(0, 1).contiguous()
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         v = self.shared.v[self.group].to(self.P.device)
-        return self.A, self.B @ (v @ self.P.flatten(1)).view(self.rank, self.rank)
+        return self.A, (v @ self.P.flatten(1)).view(self.rank, self.rank), self.B
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, middle, B = self.parts()
+        return A, B @ middle
