@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import described, interleaved, kept_for_backward, llama, one_thread, over, save
+from common import described, kept_for_backward, llama, one_thread, over, save, timed
 from torch import Tensor, nn
 from training_step import FLOOR, loss_of, step_of
 
@@ -111,7 +111,8 @@ def measured(name: str, method: type[Method], base: nn.Module, rounds: int) -> l
             failed[key] = type(error).__name__
             del variants[key]
     kept = {key: kept_for_backward(model, functools.partial(loss_of, model, x)) for key, model in variants.items()}
-    seconds = over(interleaved({key: step_of(m, x) for key, m in variants.items()}, rounds), FLOOR)
+    times = timed({key: step_of(m, x) for key, m in variants.items()}, rounds)
+    seconds = over(times.cpu, FLOOR)
     columns = [
         [seconds.get(key, failed.get(key, "")), kept[key] / kept[FLOOR] if key in kept else ""]
         for key in ("ours", "theirs")

@@ -21,7 +21,18 @@ from typing import Any
 
 import presets
 import torch
-from common import described, interleaved, kept_for_backward, llama, one_thread, over, peak_extra_bytes, save
+from common import (
+    cpu_seconds,
+    described,
+    interleaved,
+    kept_for_backward,
+    llama,
+    one_thread,
+    over,
+    peak_extra_bytes,
+    save,
+    timed,
+)
 from torch import nn
 from training_step import hf_peft, loss_of, ours, step_of
 
@@ -104,7 +115,7 @@ def product(rounds: int) -> dict[str, Any]:
             x = torch.randn(count, SIDE, dtype=dtype)
             with torch.no_grad():
                 runs = {name: functools.partial(model, x) for name, model in there.items()}
-                spreads = over(interleaved(runs, rounds), DENSE)
+                spreads = over(interleaved(runs, rounds, cpu_seconds), DENSE)
             for name, spread in spreads.items():
                 columns[name].append(spread)
         rows += [[f"{name}, {dtype_name}", *figures] for name, figures in columns.items() if name != DENSE]
@@ -147,13 +158,22 @@ def step(dtype_name: str, rounds: int) -> dict[str, Any]:
             for piece in layer.pieces.values()
         )
     floor = f"smidgen, {DENSE}"
-    seconds = over(interleaved({name: step_of(model, x) for name, model in models.items()}, rounds), floor)
+    times = timed({name: step_of(model, x) for name, model in models.items()}, rounds)
+    cpu, wall = over(times.cpu, floor), over(times.wall, floor)
     rows = [
-        [name, seconds[name], sizes[name.partition(", ")[2]] / 1e6, kept[name] / kept[floor], kept[name] / 1e6]
+        [
+            name,
+            cpu[name],
+            wall[name].median,
+            sizes[name.partition(", ")[2]] / 1e6,
+            kept[name] / kept[floor],
+            kept[name] / 1e6,
+        ]
         for name in models
     ]
-    columns = ["", "time / dense", "weights, MB", "kept / dense", "kept, MB"]
-    return {"title": f"A LoRA step, Llama of 4 layers of 1024, {dtype_name}", "columns": columns, "rows": rows}
+    columns = ["", "time / dense", "wall time / dense", "weights, MB", "kept / dense", "kept, MB"]
+    title = f"A LoRA step, Llama of 4 layers of 1024, {dtype_name}"
+    return {"title": title, "columns": columns, "rows": rows, "plot": [["time / dense"], ["weights, MB"]]}
 
 
 # -- loading
@@ -173,7 +193,8 @@ def load() -> dict[str, Any]:
         peak, size = _loaded(folder, "nf4", whole=True)
         rows.append(["loaded, then quantised to nf4", size / 1e6, peak / 1e6])
     title = f"Loading a file of {file_bytes / 1e6:.0f} MB"
-    return {"title": title, "columns": ["", "weights, MB", "peak above before, MB"], "rows": rows}
+    columns = ["", "weights, MB", "peak above before, MB"]
+    return {"title": title, "columns": columns, "rows": rows, "plot": [[column] for column in columns[1:]]}
 
 
 def _loaded(folder: str, name: str | None, *, whole: bool) -> tuple[float, int]:
@@ -239,7 +260,7 @@ def main() -> None:
         for row in tables[name]["rows"]:
             print("  " + " | ".join(map(_shown, row)), flush=True)
     if not asked.only:
-        kept = next(row[3] for row in tables["step-bf16"]["rows"] if row[0] == "smidgen, nf4")
+        kept = next(row[4] for row in tables["step-bf16"]["rows"] if row[0] == "smidgen, nf4")
         claim = {
             "claim": "LoRA on an NF4 base keeps for backward, over a dense base, bf16",
             "limit": KEPT_LIMIT,
