@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import described, interleaved, one_thread, over, save
+from common import cpu_seconds, described, interleaved, one_thread, over, save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smidgen.core.attention_backward import short_attention_backward_in_fp32
@@ -62,13 +62,14 @@ def main() -> None:
     rows = []
     for shape in SHAPES:
         steps = {name: step_of(shape, context) for name, context in contexts.items()}
-        seconds = interleaved(steps, asked.rounds)
+        seconds = interleaved(steps, asked.rounds, cpu_seconds)
         found = over(seconds, USUAL)
         line = "{} rows, {} heads, {} tokens, {} features".format(*shape)
         print(f"{line:45s} math {found[MATH].median:.2f}  ours {found[OURS].median:.2f}", flush=True)
         rows.append([line, 1e3 * sorted(seconds[USUAL])[asked.rounds // 2], found[MATH], found[OURS]])
     columns = ["", f"{USUAL}, CPU ms", f"{MATH} / {USUAL}", f"{OURS} / {USUAL}"]
-    table = {"title": "forward and backward, bfloat16, one thread", "columns": columns, "rows": rows}
+    title = "forward and backward, bfloat16, one thread"
+    table = {"title": title, "columns": columns, "rows": rows, "plot": [columns[2:]]}
     save("attention", "Attention of short rows", described(__doc__), [table], [])
 
 

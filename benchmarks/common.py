@@ -1,8 +1,9 @@
 """What the benchmarks share: interleaved timing, memory kept for backward, models of a shape, and results as JSON.
 
 The machines they run on are shared and differ, so absolute times say little. What is compared runs in one process on
-one thread, in rounds that run everything once in random order; process CPU time is taken, and the ratio is formed
-inside each round. Reported are the median and the quartiles over rounds.
+one thread, in rounds that run everything once in random order; CPU time of the process and wall time are taken of the
+same run, and the ratio is formed inside each round. Reported are the median and the quartiles over rounds by CPU time,
+which other work on the machine disturbs least, and the median by wall time.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # read when torch is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,6 +33,7 @@ from smidgen.training.memory import kept_for_backward as kept_for_backward
 
 RESULTS = Path(__file__).parent / "results"
 Run = Callable[[], Any]
+Figure = TypeVar("Figure")
 
 
 @dataclass(frozen=True)
@@ -61,24 +63,63 @@ def one_thread() -> None:
     torch.manual_seed(0)
 
 
-def cpu_seconds(run: Run) -> float:
-    """Process CPU time of one run, garbage collection kept out of it."""
+@dataclass(frozen=True)
+class Seconds:
+    """CPU time of the process and wall time: what a run took, or a moment."""
+
+    cpu: float
+    wall: float
+
+    @staticmethod
+    def now() -> "Seconds":
+        return Seconds(time.process_time(), time.perf_counter())
+
+    def __sub__(self, earlier: "Seconds") -> "Seconds":
+        return Seconds(self.cpu - earlier.cpu, self.wall - earlier.wall)
+
+
+def seconds_of(run: Run) -> Seconds:
+    """What one run takes, garbage collection kept out of it."""
     gc.collect()
     gc.disable()
     try:
-        start = time.process_time()
+        start = Seconds.now()
         run()
-        return time.process_time() - start
+        return Seconds.now() - start
     finally:
         gc.enable()
 
 
+def cpu_seconds(run: Run) -> float:
+    """CPU time of one run alone."""
+    return seconds_of(run).cpu
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every variant and round by both clocks."""
+
+    cpu: dict[str, list[float]]
+    wall: dict[str, list[float]]
+
+
+def timed(
+    variants: Mapping[str, Run], rounds: int, measure: Callable[[Run], Seconds] = seconds_of, *, warm_up: bool = True
+) -> Times:
+    """`interleaved`, in seconds by both clocks."""
+    samples = interleaved(variants, rounds, measure, warm_up=warm_up)
+    return Times(
+        cpu={name: [each.cpu for each in taken] for name, taken in samples.items()},
+        wall={name: [each.wall for each in taken] for name, taken in samples.items()},
+    )
+
+
 def interleaved(
-    variants: Mapping[str, Run], rounds: int, measure: Callable[[Run], float] = cpu_seconds, *, warm_up: bool = True
-) -> dict[str, list[float]]:
+    variants: Mapping[str, Run], rounds: int, measure: Callable[[Run], Figure], *, warm_up: bool = True
+) -> dict[str, list[Figure]]:
     """One figure per variant and round; every round runs all variants once, in random order."""
     order, shuffle = list(variants), random.Random(0).shuffle
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    samples: dict[str, list[Figure]] = {name: [] for name in variants}
     for run in variants.values() if warm_up else ():
         measure(run)
     for _ in range(rounds):
@@ -107,6 +148,13 @@ def peak_extra_bytes(run: Run) -> float:
     before = _resident("VmRSS")
     run()
     return max(0.0, _resident("VmHWM") - before)
+
+
+def peak_of_step(model: nn.Module, step: Run) -> float:
+    """`peak_extra_bytes` of a training step from a model without gradients: those it makes count."""
+    step()  # what is made once and stays
+    model.zero_grad(set_to_none=True)
+    return peak_extra_bytes(step)
 
 
 def _resident(field: str) -> float:
@@ -159,7 +207,7 @@ def save(name: str, title: str, text: str, tables: list[dict[str, Any]], claims:
         "text": text,
         "machine": _machine(),
         "run": {"command": _command(), "date": datetime.now(UTC).date().isoformat()},
-        "versions": {package: version(package) for package in ("smidgen", "torch", "transformers", "peft")},
+        "versions": {package: version(package) for package in packages()},
         "tables": tables,
         "claims": claims,
     }
@@ -176,6 +224,11 @@ def plain(data: Any) -> Any:
 def described(doc: str | None) -> str:
     """What a benchmark's docstring says, without its command."""
     return (doc or "").partition("\n\n    ")[0]
+
+
+def packages() -> list[str]:
+    """What the figures depend on: always these, and what quantises where it was imported."""
+    return ["smidgen", "torch", "transformers", "peft", *(p for p in ("bitsandbytes", "torchao") if p in sys.modules)]
 
 
 def _command() -> str:

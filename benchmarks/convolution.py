@@ -2,7 +2,7 @@
 
 Six residual blocks of 1x1, 3x3 and 1x1 convolutions with BatchNorm (64 to 256 channels), 16 images of 64 pixels, LoRA
 of rank 4, fp32, one thread; forward and backward, no optimiser step. The floor is a frozen model whose input wants its
-gradient.
+gradient. The peak is resident memory of one step above that before it, with the models loaded and no gradients.
 
     python benchmarks/convolution.py [--rounds 7]
 """
@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from common import Spread, described, interleaved, kept_for_backward, one_thread, over, save
+from common import Spread, described, kept_for_backward, one_thread, over, peak_of_step, save, timed
 from torch import Tensor, nn
 
 import smidgen
@@ -70,13 +70,18 @@ def main() -> None:
         loss = loss_of(name)
         return lambda: torch.autograd.backward(loss())
 
-    seconds = interleaved({name: step_of(name) for name in models}, said.rounds)
-    ratios = over(seconds, FLOOR)
+    times = timed({name: step_of(name) for name in models}, said.rounds)
+    ratios, walls = over(times.cpu, FLOOR), over(times.wall, FLOOR)
     kept = {name: kept_for_backward(models[name][0], loss_of(name)) / 2**20 for name in models}
-    rows = [[name, Spread.of(seconds[name]), ratios[name], kept[name]] for name in models]
-    for name, spread, ratio, size in rows:
-        print(f"{name:20s} {spread.median:.3f} s  {ratio.median:.2f} of the floor  keeps {size:.0f} MB")
-    columns = ["", "CPU seconds", "over the floor", "kept for backward, MB"]
+    peaks = {name: peak_of_step(models[name][0], step_of(name)) / 2**20 for name in models}
+    rows = [
+        [name, Spread.of(times.cpu[name]), ratios[name], walls[name].median, kept[name], peaks[name]] for name in models
+    ]
+    for name, spread, ratio, wall, size, peak in rows:
+        ratio_text = f"{ratio.median:.2f} of the floor, {wall:.2f} by wall time"
+        print(f"{name:20s} {spread.median:.3f} s  {ratio_text}  keeps {size:.0f} MB, peak {peak:.0f} MB")
+    columns = ["", "CPU seconds", "over the floor", "wall time over the floor", "kept for backward, MB"]
+    columns.append("peak above the model, MB")
     tables = [{"title": "one step", "columns": columns, "rows": rows}]
     save("convolution", "LoRA on convolutions", described(__doc__), tables, [])
 

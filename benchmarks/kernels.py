@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Spread, described, interleaved, kept_for_backward, one_thread, over, save
+from common import Spread, cpu_seconds, described, interleaved, kept_for_backward, one_thread, over, save
 from torch import Tensor, nn
 from training_step import DROPOUT, FLOOR
 
@@ -104,8 +104,8 @@ def measure(
     x = torch.randn(shape.rows, shape.fan_in).to(dtype).requires_grad_()
     dy = torch.randn(shape.rows, shape.fan_out).to(dtype)
     models = {name: model.train() for name, model in variants_of(shape, dtype).items()}
-    forward = interleaved({name: functools.partial(model, x) for name, model in models.items()}, rounds)
-    both = interleaved({name: backward_of(model, x, dy) for name, model in models.items()}, rounds)
+    forward = interleaved({name: functools.partial(model, x) for name, model in models.items()}, rounds, cpu_seconds)
+    both = interleaved({name: backward_of(model, x, dy) for name, model in models.items()}, rounds, cpu_seconds)
     size = x.untyped_storage().nbytes()
     kept = {name: kept_for_backward(model, functools.partial(model, x)) / size for name, model in models.items()}
     return over(forward, FLOOR), over(both, FLOOR), kept
@@ -131,6 +131,7 @@ def main() -> None:
                     "title": title,
                     "columns": ["", "forward / floor", "forward and backward / floor", "kept for backward / x"],
                     "rows": [[name, forward[name], both[name], kept[name]] for name in both],
+                    "plot": [["forward and backward / floor"]],
                 }
             )
     if not asked.only:

@@ -1,9 +1,10 @@
 """What a LoRA training step keeps, takes at most and costs when blocks compute again what they did not keep.
 
 Rank 16 on every linear layer of the body; forward and backward, no optimiser step, one thread. "Kept" is what the graph
-holds between forward and backward, "peak" the resident memory of a step above that before it. HF is HF PEFT's LoRA with
-the model in training mode, checkpointed as HF Trainer does it. Second table: one optimiser step over an adapter's
-tensors, clipping included.
+holds between forward and backward, "peak" the resident memory of a step above that before it, gradients included. The
+floor is the frozen model with a gradient to its inputs. HF is HF PEFT's LoRA with the model in training mode, as it
+comes and with adapters in bf16 where the base is, checkpointed as HF Trainer does it. Second table: one optimiser step
+over an adapter's tensors, clipping included.
 
     python benchmarks/memory.py [--rounds 7] [--only llama-bf16]
 """
@@ -16,15 +17,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import Spread, described, interleaved, kept_for_backward, llama, one_thread, over, peak_extra_bytes, save
+from common import Spread, described, kept_for_backward, llama, one_thread, over, peak_of_step, save, timed
 from torch import Tensor, nn
-from training_step import bert, hf_peft, loss_of, ours, step_of
+from training_step import FLOOR, bert, hf_peft, loss_of, ours, step_of
 
 from smidgen import recompute
 from smidgen.core.recompute import LEVELS
 from smidgen.training.optim import Group, optimizer_of
 
-HF, CHECKPOINTED, IN_EVAL = "HF PEFT", "HF PEFT, gradient checkpointing", "the same, model in eval()"
+FULL, HF, BF16, CHECKPOINTED = "full fine-tuning", "HF PEFT", ", bf16 adapters", ", gradient checkpointing"
+IN_EVAL = "the same, model in eval()"
 OURS = {level: f"**smidgen**, recompute: {level}" for level in LEVELS}
 CASES: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
     "llama-bf16": ("Llama, 8 layers of 512, 1 x 1024 tokens, bf16", lambda: _llama(torch.bfloat16), (1, 1024, 512)),
@@ -38,24 +40,29 @@ def _llama(dtype: torch.dtype) -> nn.Module:
     return llama(hidden=512, layers=8, feed_forward=1408, heads=8, dtype=dtype)
 
 
-def checkpointed(base: nn.Module, *, training: bool) -> nn.Module:
-    model: Any = hf_peft(base)
+def checkpointed(base: nn.Module, *, training: bool = True, autocast_adapters: bool = True) -> nn.Module:
+    model: Any = hf_peft(base, autocast_adapters=autocast_adapters)
     model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train(training)
 
 
 def variants_of(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield FLOOR, copy.deepcopy(base).requires_grad_(False)
+    yield FULL, copy.deepcopy(base)
     for level, name in OURS.items():
         model = ours(copy.deepcopy(base)).eval()
         recompute(model, level)
         yield name, model
     yield HF, hf_peft(copy.deepcopy(base))
-    yield CHECKPOINTED, checkpointed(copy.deepcopy(base), training=True)
+    yield HF + CHECKPOINTED, checkpointed(copy.deepcopy(base))
     yield IN_EVAL, checkpointed(copy.deepcopy(base), training=False)
+    if next(base.parameters()).dtype == torch.bfloat16:
+        yield HF + BF16, hf_peft(copy.deepcopy(base), autocast_adapters=False)
+        yield HF + BF16 + CHECKPOINTED, checkpointed(copy.deepcopy(base), autocast_adapters=False)
 
 
 def measure(key: str, rounds: int) -> list[list[Any]]:
-    """Per variant: MB kept, MB at most, and time over that of ours which keeps all."""
+    """Per variant: MB kept, MB at most, and time over that of ours which keeps all, by both clocks."""
     _, build, shape = CASES[key]
     base = build()
     x = torch.randn(shape, dtype=next(base.parameters()).dtype, requires_grad=True)
@@ -63,11 +70,11 @@ def measure(key: str, rounds: int) -> list[list[Any]]:
     steps = {name: step_of(model, x) for name, model in models.items()}
     found = {}
     for name, model in models.items():
-        steps[name]()  # what is made once and stays
         kept = kept_for_backward(model, functools.partial(loss_of, model, x))
-        found[name] = kept / 2**20, peak_extra_bytes(steps[name]) / 2**20
-    seconds = over(interleaved(steps, rounds), OURS["off"])
-    return [[name, *found[name], seconds[name]] for name in models]
+        found[name] = kept / 2**20, peak_of_step(model, steps[name]) / 2**20
+    times = timed(steps, rounds)
+    cpu, wall = over(times.cpu, OURS["off"]), over(times.wall, OURS["off"])
+    return [[name, *found[name], cpu[name], wall[name].median] for name in models]
 
 
 def shapes(layers: int, linears: list[tuple[int, int]], rank: int) -> list[tuple[int, int]]:
@@ -83,7 +90,7 @@ ADAPTERS = {
 
 
 def optimizers(which: str, rounds: int) -> list[list[Any]]:
-    """Per optimiser: ms of a step, bytes of its states per parameter."""
+    """Per optimiser: ms of a step by both clocks, bytes of its states per parameter."""
     steps, states = {}, {}
 
     def add(name: str, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -114,9 +121,10 @@ def optimizers(which: str, rounds: int) -> list[list[Any]]:
     if importlib.util.find_spec("bitsandbytes") is not None:
         eight = fresh()
         add("**smidgen**, adamw8bit", eight, optimizer_of(grouped(eight), "adamw8bit"))
-    seconds = interleaved(steps, rounds)
+    times = timed(steps, rounds)
+    cpu, wall = ({name: Spread.of(taken).over(1e-3) for name, taken in by.items()} for by in (times.cpu, times.wall))
     numbers = sum(p.numel() for p in own)
-    return [[name, Spread.of(seconds[name]).over(1e-3), _bytes(states[name]) / numbers] for name in steps]
+    return [[name, cpu[name], wall[name].median, _bytes(states[name]) / numbers] for name in steps]
 
 
 def _bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -134,11 +142,13 @@ def main() -> None:
     for key in CASES if asked.only is None else [asked.only] if asked.only in CASES else []:
         rows = measure(key, asked.rounds)
         print(CASES[key][0])
-        for name, kept, peak, time in rows:
-            spread = f"{time.median:5.2f} ({time.low:.2f} to {time.high:.2f})"
-            print(f"  {name:40s} kept {kept:6.1f} MB  peak {peak:6.0f} MB  time {spread}")
-        columns = ["", "kept for backward, MB", "peak above the model, MB", "time / recompute: off"]
-        tables.append({"title": CASES[key][0], "columns": columns, "rows": rows})
+        for name, kept, peak, time, wall in rows:
+            spread = f"{time.median:5.2f} ({time.low:.2f} to {time.high:.2f}), wall {wall:5.2f}"
+            print(f"  {name:48s} kept {kept:6.1f} MB  peak {peak:6.0f} MB  time {spread}")
+        drawn = ["kept for backward, MB", "peak above the model, MB", "time / recompute: off"]
+        columns = ["", *drawn, "wall time / recompute: off"]
+        plot = [[column] for column in drawn]
+        tables.append({"title": CASES[key][0], "columns": columns, "rows": rows, "plot": plot})
         if key == HELD:
             by_name = {row[0]: row for row in rows}
             whole, cheap, least = (by_name[OURS[level]] for level in LEVELS)
@@ -149,16 +159,17 @@ def main() -> None:
                 {
                     "claim": "time of recompute: all, over HF PEFT with gradient checkpointing",
                     "limit": 1.0,
-                    "is": least[3].median / by_name[CHECKPOINTED][3].median,
+                    "is": least[3].median / by_name[HF + CHECKPOINTED][3].median,
                 },
             ]
     for which in ADAPTERS if asked.only in (None, "optimizers") else ():
         rows = optimizers(which, 5 * asked.rounds)
         title = f"One optimiser step: {which}, {len(ADAPTERS[which])} tensors"
         print(title)
-        for name, time, size in rows:
-            print(f"  {name:40s} {time.median:6.2f} ms  {size:4.1f} bytes a parameter")
-        tables.append({"title": title, "columns": ["", "ms", "bytes of states per parameter"], "rows": rows})
+        for name, time, wall, size in rows:
+            print(f"  {name:40s} {time.median:6.2f} ms, wall {wall:6.2f} ms  {size:4.1f} bytes a parameter")
+        columns = ["", "ms", "ms, wall", "bytes of states per parameter"]
+        tables.append({"title": title, "columns": columns, "rows": rows})
     if asked.only is None:
         save("memory", "Memory of a training step", described(__doc__), tables, claims)
 

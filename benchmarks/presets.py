@@ -15,12 +15,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import one_thread, plain, save
+from common import Seconds, one_thread, peak_extra_bytes, plain, save
 from torch import Tensor
 
 from smidgen.adapters import AdapterSet
@@ -63,7 +62,8 @@ class Trained:
     adapters: AdapterSet | None
     parameters: int
     loop: Loop
-    seconds: float  # of CPU time, without the preparation
+    seconds: Seconds  # without the preparation
+    peak_bytes: float  # while it trained, above what was held before
 
 
 def bench(cache: Path, steps: int) -> Bench:
@@ -129,11 +129,16 @@ def train(bench: Bench, name: str, rates: Preset, *, at_the_end: bool = False) -
         adapters = adapt.attach_used(MethodPart(name=name, **rates.settings).build(), work, plan, Plan())
         groups = adapt.groups_of(adapters, model, plan)
     loop = Loop(model, work.task, groups, work.train, work.valid, adapt.settings_of(plan, ""), bench.accelerator, None)
-    started = time.process_time()
-    with short_attention_backward_in_fp32():  # as `smidgen tune` has it
-        loop.run(Progress(None, name, bench.steps))
-    seconds = time.process_time() - started
-    return Trained(work, adapters, sum(p.numel() for p in loop.trained.values()), loop, seconds)
+    taken: list[Seconds] = []
+
+    def run() -> None:
+        start = Seconds.now()
+        with short_attention_backward_in_fp32():  # as `smidgen tune` has it
+            loop.run(Progress(None, name, bench.steps))
+        taken.append(Seconds.now() - start)
+
+    peak_bytes = peak_extra_bytes(run)
+    return Trained(work, adapters, sum(p.numel() for p in loop.trained.values()), loop, taken[0], peak_bytes)
 
 
 def judged(bench: Bench, name: str, trained: Trained) -> tuple[Row, Tensor]:
@@ -146,7 +151,7 @@ def judged(bench: Bench, name: str, trained: Trained) -> tuple[Row, Tensor]:
         found,
         trainable=trained.parameters,
         peak_bytes=None,
-        seconds=trained.seconds,
+        seconds=trained.seconds.cpu,
         disk_bytes=size_bytes(trained),
     )
     return row, found
@@ -228,7 +233,7 @@ def sweep(bench: Bench, name: str, rates: list[Preset]) -> None:
         )
         result = f"accuracy {start:.3f} -> {end:.3f}, loss {start_loss:.3f} -> {end_loss:.3f}"
         share = f"{trained.parameters / bench.work.total_parameters:.2%}"
-        print(f"{name} {settings}: {result}, {share}, {trained.seconds:.0f} s", flush=True)
+        print(f"{name} {settings}: {result}, {share}, {trained.seconds.cpu:.0f} s", flush=True)
 
 
 def shared_out(names: list[str], processes: int) -> list[list[Any]]:

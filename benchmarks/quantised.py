@@ -1,10 +1,11 @@
 """What a base in few bits costs and saves: a product, a training step, loading, and what is learned on it.
 
 The product is x W^T with a weight of 4096 x 4096. The step is LoRA of rank 16 on every linear layer of a Llama of 4
-layers of 1024, 512 tokens, forward and backward; "kept" is what autograd keeps for backward, and weights are those of
-the whole model. Loading is a Llama of 8 layers of 1024 from a file in bf16; its peak is resident memory above that
-before it. Learning is the demo's task on all-MiniLM-L6-v2, equally many steps. bitsandbytes and torchao run where they
-are installed: pip install --no-deps bitsandbytes torchao.
+layers of 1024, 512 tokens, forward and backward, by smidgen and by HF PEFT, as it comes and with adapters in bf16 where
+the base is; "kept" is what autograd keeps for backward (of torchao's tensors that cannot be counted), and weights are
+those of the whole model, scales included. Loading is a Llama of 8 layers of 1024 from a file in bf16; its peak is
+resident memory above that before it. Learning is the demo's task on all-MiniLM-L6-v2, equally many steps. bitsandbytes
+and torchao run where they are installed: pip install --no-deps bitsandbytes torchao.
 
     python benchmarks/quantised.py [--rounds 7] [--steps 160] [--only product]
 """
@@ -21,8 +22,19 @@ from typing import Any
 
 import presets
 import torch
-from common import described, interleaved, kept_for_backward, llama, one_thread, over, peak_extra_bytes, save
-from torch import nn
+from common import (
+    cpu_seconds,
+    described,
+    interleaved,
+    kept_for_backward,
+    llama,
+    one_thread,
+    over,
+    peak_extra_bytes,
+    save,
+    timed,
+)
+from torch import Tensor, nn
 from training_step import hf_peft, loss_of, ours, step_of
 
 import smidgen
@@ -41,6 +53,7 @@ SIDE, ROWS = 4096, (1, 32, 512)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = ("nf4", "int8")
 DENSE = "dense"
+THEIRS = (DENSE, "nf4, bitsandbytes", "int8, torchao")  # bases on which HF PEFT is measured too
 KEPT_LIMIT = 1.3  # of the dense base's, with what is saved of the weights beside it
 
 
@@ -73,11 +86,13 @@ def in_bitsandbytes(model: nn.Module) -> nn.Module | None:
 
 
 def in_torchao(model: nn.Module) -> nn.Module | None:
-    """The model with torchao's int8 weights."""
+    """The model with torchao's int8 weights, the head left."""
     library = installed("torchao.quantization")
-    if library is not None:
-        library.quantize_(model, library.Int8WeightOnlyConfig())
-    return model if library is not None else None
+    if library is None:
+        return None
+    config = library.Int8WeightOnlyConfig()
+    library.quantize_(model, config, lambda layer, path: isinstance(layer, nn.Linear) and path != "lm_head")
+    return model
 
 
 def in_format(model: nn.Module, name: str) -> nn.Module:
@@ -104,7 +119,7 @@ def product(rounds: int) -> dict[str, Any]:
             x = torch.randn(count, SIDE, dtype=dtype)
             with torch.no_grad():
                 runs = {name: functools.partial(model, x) for name, model in there.items()}
-                spreads = over(interleaved(runs, rounds), DENSE)
+                spreads = over(interleaved(runs, rounds, cpu_seconds), DENSE)
             for name, spread in spreads.items():
                 columns[name].append(spread)
         rows += [[f"{name}, {dtype_name}", *figures] for name, figures in columns.items() if name != DENSE]
@@ -116,8 +131,16 @@ def product(rounds: int) -> dict[str, Any]:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.nbytes for t in tensors.values())
+    return sum({id(t): _stored_bytes(t) for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def _stored_bytes(tensor: Any) -> int:
+    """Of a tensor with what belongs to it: scales in bitsandbytes' quant_state, the parts of one of torchao's."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(getattr(tensor, part).nbytes for part in tensor.__tensor_flatten__()[0])
+    state = getattr(tensor, "quant_state", None)
+    scales = [part for part in vars(state).values() if isinstance(part, Tensor)] if state is not None else []
+    return int(tensor.nbytes + sum(part.nbytes for part in scales))
 
 
 def step(dtype_name: str, rounds: int) -> dict[str, Any]:
@@ -127,33 +150,47 @@ def step(dtype_name: str, rounds: int) -> dict[str, Any]:
         DENSE: copy.deepcopy(base),
         **{name: in_format(copy.deepcopy(base), name) for name in FORMATS},
         "nf4, bitsandbytes": in_bitsandbytes(copy.deepcopy(base)),
+        "int8, torchao": in_torchao(copy.deepcopy(base)),
     }
     sizes = {name: weights_bytes(body) for name, body in bodies.items() if body is not None}
     models: dict[str, nn.Module] = {}
     for name, body in bodies.items():
-        if body is not None and "bitsandbytes" not in name:
-            models[f"smidgen, {name}"] = ours(body)
-    four = bodies["nf4, bitsandbytes"]
-    if four is not None:
-        models["smidgen, nf4, bitsandbytes"] = ours(copy.deepcopy(four))
-        models["HF PEFT, nf4, bitsandbytes"] = hf_peft(four)
-    kept = {name: kept_for_backward(model, functools.partial(loss_of, model, x)) for name, model in models.items()}
+        if body is not None:
+            models[f"smidgen, {name}"] = ours(copy.deepcopy(body))
+            if name in THEIRS:
+                models[f"HF PEFT, {name}"] = hf_peft(copy.deepcopy(body))
+                if dtype_name == "bf16":
+                    models[f"HF PEFT, bf16 adapters, {name}"] = hf_peft(body, autocast_adapters=False)
+    kept = {
+        name: kept_for_backward(model, functools.partial(loss_of, model, x))
+        for name, model in models.items()
+        if "torchao" not in name  # its tensors have no storage of their own that could be counted
+    }
     # pieces of quantised weights are no parameters, and are there without a backward
-    for name, model in models.items():
+    for name in kept:
         kept[name] -= sum(
             piece.nbytes
-            for layer in model.modules()
+            for layer in models[name].modules()
             if isinstance(layer, QuantisedLinear)
             for piece in layer.pieces.values()
         )
     floor = f"smidgen, {DENSE}"
-    seconds = over(interleaved({name: step_of(model, x) for name, model in models.items()}, rounds), floor)
+    times = timed({name: step_of(model, x) for name, model in models.items()}, rounds)
+    cpu, wall = over(times.cpu, floor), over(times.wall, floor)
     rows = [
-        [name, seconds[name], sizes[name.partition(", ")[2]] / 1e6, kept[name] / kept[floor], kept[name] / 1e6]
+        [
+            name,
+            cpu[name],
+            wall[name].median,
+            next(size for body, size in sizes.items() if name.endswith(f", {body}")) / 1e6,
+            kept[name] / kept[floor] if name in kept else None,
+            kept[name] / 1e6 if name in kept else None,
+        ]
         for name in models
     ]
-    columns = ["", "time / dense", "weights, MB", "kept / dense", "kept, MB"]
-    return {"title": f"A LoRA step, Llama of 4 layers of 1024, {dtype_name}", "columns": columns, "rows": rows}
+    columns = ["", "time / dense", "wall time / dense", "weights, MB", "kept / dense", "kept, MB"]
+    title = f"A LoRA step, Llama of 4 layers of 1024, {dtype_name}"
+    return {"title": title, "columns": columns, "rows": rows, "plot": [["time / dense"], ["weights, MB"]]}
 
 
 # -- loading
@@ -173,7 +210,8 @@ def load() -> dict[str, Any]:
         peak, size = _loaded(folder, "nf4", whole=True)
         rows.append(["loaded, then quantised to nf4", size / 1e6, peak / 1e6])
     title = f"Loading a file of {file_bytes / 1e6:.0f} MB"
-    return {"title": title, "columns": ["", "weights, MB", "peak above before, MB"], "rows": rows}
+    columns = ["", "weights, MB", "peak above before, MB"]
+    return {"title": title, "columns": columns, "rows": rows, "plot": [[column] for column in columns[1:]]}
 
 
 def _loaded(folder: str, name: str | None, *, whole: bool) -> tuple[float, int]:
@@ -239,7 +277,7 @@ def main() -> None:
         for row in tables[name]["rows"]:
             print("  " + " | ".join(map(_shown, row)), flush=True)
     if not asked.only:
-        kept = next(row[3] for row in tables["step-bf16"]["rows"] if row[0] == "smidgen, nf4")
+        kept = next(row[4] for row in tables["step-bf16"]["rows"] if row[0] == "smidgen, nf4")
         claim = {
             "claim": "LoRA on an NF4 base keeps for backward, over a dense base, bf16",
             "limit": KEPT_LIMIT,
@@ -249,6 +287,8 @@ def main() -> None:
 
 
 def _shown(cell: Any) -> str:
+    if cell is None:
+        return "–"
     if hasattr(cell, "median"):
         return f"{cell.median:.2f} ({cell.low:.2f} to {cell.high:.2f})"
     return cell if isinstance(cell, str) else f"{cell:.2f}"

@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PLOTS, PAGE = ROOT / "docs" / "plots", ROOT / "docs" / "benchmarks.md"
-PLOTTED = {  # result -> columns of its tables that are drawn as bars
+PLOTTED = {  # result -> columns that are drawn of tables made before a table said so itself, in "plot"
     "end_to_end": ("over HF as it comes",),
     "kernels": ("forward and backward / floor",),
     "linear_cross_entropy": ("of HF's",),
@@ -19,15 +19,18 @@ PLOTTED = {  # result -> columns of its tables that are drawn as bars
     "quantised": ("time / dense", "weights, MB"),
     "training_step": ("time / floor", "kept for backward / floor"),
 }
-OURS, OTHERS = "#2563eb", "#94a3b8"
+OURS, OTHERS, EDGE = "#2563eb", ("#94a3b8", "#cbd5e1"), "#334155"
+UNITS = (", MB", ", CPU s")  # at the end of a column that is no ratio
+SPAN = 10  # largest over smallest of ratios from which their axis is logarithmic
 INTRODUCTION = """# Benchmarks
 
 *Made by `benchmarks/report.py` from `benchmarks/results/*.json`. Change the benchmarks, not this page.*
 
 Every claim about speed or memory is a command that runs ours and the other tool side by side: in one process, on one
-thread, in rounds that run everything once in random order. Times are process CPU time. A figure over a floor is formed
-inside each round; "times ours" is formed of the two medians. What stands here is the median, with the quartiles in
-brackets where there were several rounds. The machines are shared and small: compare ratios, not seconds.
+thread, in rounds that run everything once in random order. Times are CPU time of the process; columns that say wall
+are wall time of the same runs. A figure over a floor is formed inside each round; "times ours" is formed of the two
+medians. What stands here is the median, with the quartiles in brackets where there were several rounds. The machines
+are shared and small: compare ratios, not seconds.
 
 ```console
 make bench                                                # all, in full
@@ -41,8 +44,8 @@ def main() -> None:
     results = read()
     for name, result in results.items():
         for number, each in enumerate(result["tables"]):
-            if columns := drawn_columns(name, each):
-                draw(each, columns, PLOTS / plot_of(name, number))
+            if panels := panels_of(name, each):
+                draw(each, panels, PLOTS / plot_of(name, number))
     PAGE.write_text(page(results))
 
 
@@ -90,55 +93,95 @@ def section(name: str, result: dict[str, Any]) -> str:
     parts = [f"## {result['title']}\n\n{result['text']}\n\n*{where}*\n"]
     for number, each in enumerate(result["tables"]):
         parts.append(f"### {each['title']}\n\n{table_of(each)}")
-        if drawn_columns(name, each):
+        if panels_of(name, each):
             parts.append(f"![{each['title']}](plots/{plot_of(name, number)})\n")
     return "\n".join(parts)
 
 
-def drawn_columns(name: str, each: dict[str, Any]) -> list[str]:
-    return [column for column in PLOTTED.get(name, ()) if column in each["columns"]]
+def panels_of(name: str, each: dict[str, Any]) -> list[list[str]]:
+    """The columns of a table that are drawn: those of one panel share its axis."""
+    if "plot" in each:
+        return list(each["plot"])
+    return [[column] for column in PLOTTED.get(name, ()) if column in each["columns"]]
 
 
 def plot_of(name: str, number: int) -> str:
     return f"{name}-{number}.svg"
 
 
-def draw(each: dict[str, Any], columns: list[str], file: Path) -> None:
-    """Bars of some columns of a table, ours in blue, with the quartiles where there were several rounds."""
+def draw(each: dict[str, Any], panels: list[list[str]], file: Path) -> None:
+    """Bars of a table, ours in blue, with the quartiles where there were several rounds.
+
+    A row is drawn where all drawn columns have figures. In a panel of one column ours is a row with our name, in a
+    panel of more a column.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = file.stem  # the same numbers give the same file
     from matplotlib import pyplot
 
-    names = [str(row[0]).replace("**", "") for row in each["rows"]]
-    size = (5.2 * len(columns) + 2, 0.34 * len(names) + 1.1)
-    figure, axes = pyplot.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis, column in zip(axes[0], columns, strict=True):
-        cells = [row[each["columns"].index(column)] for row in each["rows"]]
-        spreads = [cell if isinstance(cell, dict) else {"median": cell, "low": cell, "high": cell} for cell in cells]
-        values, lows, highs = (
-            [math.nan if spread[end] is None else spread[end] for spread in spreads]
-            for end in ("median", "low", "high")
-        )
-        ends = [
-            [v - low for v, low in zip(values, lows, strict=True)],
-            [h - v for v, h in zip(values, highs, strict=True)],
-        ]
-        colours = [OURS if "smidgen" in name else OTHERS for name in names]
-        axis.barh(names, values, color=colours, xerr=ends, error_kw={"elinewidth": 1, "ecolor": "#334155"})
-        for place, value in enumerate(values):
-            if not math.isnan(value):
-                axis.annotate(number(value), (value, place), (6, 0), textcoords="offset points", va="center", size=8)
-        if "MB" not in column:  # a ratio
-            axis.axvline(1, color="#334155", linewidth=0.8, linestyle=":")
-        axis.set_xlim(0, 1.15 * max([1.0, *(value for value in values if not math.isnan(value))]))
-        axis.set_xlabel(column)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].invert_yaxis()
+    places = {column: each["columns"].index(column) for panel in panels for column in panel}
+    rows = [row for row in each["rows"] if not any(isinstance(row[place], str | None) for place in places.values())]
+    names, widest = [str(row[0]).replace("**", "") for row in rows], max(map(len, panels))
+    size = (5.2 * len(panels) + 2, (0.14 + 0.2 * widest) * len(names) + 1.1)
+    picture, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, panel in zip(axes[0], panels, strict=True):
+        draw_panel(axis, names, {column: [spread_of(row[places[column]]) for row in rows] for column in panel})
+    axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].set_ylim(len(names) - 0.4, -0.6)
     file.parent.mkdir(exist_ok=True)
-    figure.savefig(file, metadata={"Date": None})
-    pyplot.close(figure)
+    picture.savefig(file, metadata={"Date": None})
+    pyplot.close(picture)
+
+
+def draw_panel(axis: Any, names: list[str], figures: dict[str, list[dict[str, float]]]) -> None:
+    """The bars of some columns on one axis; ratios that span much start at 1, on a logarithmic one."""
+    medians = [each["median"] for spreads in figures.values() for each in spreads]
+    known = [median for median in medians if not math.isnan(median)] or [1.0]
+    is_ratio = not any(column.endswith(UNITS) for column in figures)
+    start = 1 if is_ratio and max(known) > SPAN * min(known) else 0
+    others, height = iter(OTHERS), 0.8 / len(figures)
+    for position, (column, spreads) in enumerate(figures.items()):
+        colours: Any = [OURS if "smidgen" in name else OTHERS[0] for name in names]
+        if len(figures) > 1:
+            colours = OURS if "smidgen" in column else next(others)
+        ends = [[each["median"] - each["low"] for each in spreads], [each["high"] - each["median"] for each in spreads]]
+        places = [row + height * (position - (len(figures) - 1) / 2) for row in range(len(names))]
+        axis.barh(
+            places,
+            [each["median"] - start for each in spreads],
+            height,
+            left=start,
+            color=colours,
+            xerr=ends,
+            error_kw={"elinewidth": 1, "ecolor": EDGE},
+            label=column.replace("**", ""),
+        )
+        for place, each in zip(places, spreads, strict=True):
+            if not math.isnan(each["median"]):
+                text = {"textcoords": "offset points", "va": "center", "size": 8}
+                axis.annotate(number(each["median"]), (max(each["high"], start), place), (4, 0), **text)
+    if is_ratio:
+        axis.axvline(1, color=EDGE, linewidth=0.8, linestyle=":")
+    if start:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlim(0.9 * min(1, *known), 2 * max(known))
+    else:
+        axis.set_xlim(0, 1.15 * max(1, *known))
+    if len(figures) > 1:
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    else:
+        axis.set_xlabel(next(iter(figures)).replace("**", ""))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def spread_of(cell: Any) -> dict[str, float]:
+    """A number as a spread of no width."""
+    if isinstance(cell, dict):
+        return {end: math.nan if cell[end] is None else cell[end] for end in ("median", "low", "high")}
+    return {"median": cell, "low": cell, "high": cell}
 
 
 def table_of(each: dict[str, Any]) -> str:
@@ -150,7 +193,7 @@ def table_of(each: dict[str, Any]) -> str:
 
 def figure(value: Any) -> str:
     """A number, or a spread with its quartiles; a dash for what was not measured."""
-    if value is None:
+    if value is None or value != value:
         return "–"
     if isinstance(value, dict):
         if value["rounds"] == 1:

@@ -4,7 +4,8 @@ LoRA and DoRA of rank 16, in BERT 8, on every linear layer of the body; forward 
 variant also computes the gradient to the inputs, so what is above 1 is what adapting costs. Smidgen, HF PEFT and full
 fine-tuning in one process. "lean" is `adapters.lean()`, as `smidgen tune` has it: frozen norms and feed-forwards keep
 less than the floor's own. "oneDNN": products with frozen weights are made by it and not by MKL, as `smidgen tune` does
-where it measures that to be faster. "compiled": block by block, as `train.compile: true` has it.
+where it measures that to be faster. "compiled": block by block, as `train.compile: true` has it. The peak is resident
+memory of one step above that before it, with the models loaded and no gradients.
 
     python benchmarks/training_step.py [--rounds 9] [--only bert-fp32]
 """
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Spread, described, interleaved, kept_for_backward, llama, one_thread, over, save
+from common import Spread, described, kept_for_backward, llama, one_thread, over, peak_of_step, save, timed
 from torch import Tensor, nn
 
 import smidgen
@@ -161,8 +162,18 @@ def by_onednn(step: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def measure(key: str, rounds: int, held: ExitStack) -> tuple[dict[str, Spread], dict[str, float]]:
-    """Time and memory kept for backward of every variant, over the floor's.   held: what lasts meanwhile."""
+@dataclass(frozen=True)
+class Found:
+    """Of one variant: times and memory kept for backward, over the floor's; bytes of a step beside the model."""
+
+    cpu: Spread
+    wall: float
+    kept: float
+    peak_bytes: float
+
+
+def measure(key: str, rounds: int, held: ExitStack) -> dict[str, Found]:
+    """What every variant takes.   held: what lasts meanwhile."""
     case = CASES[key]
     base = case.build().train()
     x = torch.randn(case.shape, dtype=next(base.parameters()).dtype, requires_grad=True)
@@ -172,11 +183,15 @@ def measure(key: str, rounds: int, held: ExitStack) -> tuple[dict[str, Spread], 
             held.enter_context(compiled(model, blocks(model)))
     kept = {name: kept_for_backward(model, functools.partial(loss_of, model, x)) for name, model in models.items()}
     steps = {name: step_of(model, x) for name, model in models.items()}
+    peaks = {name: peak_of_step(model, steps[name]) for name, model in models.items()}
     if x.dtype == torch.float32:  # 16-bit products are oneDNN's in any case
         mine = [name for name in models if OURS in name and LEAN not in name and COMPILED not in name]
         steps |= {name + ONEDNN: by_onednn(steps[name]) for name in mine}
         kept |= {name + ONEDNN: kept[name] for name in mine}
-    return over(interleaved(steps, rounds), FLOOR), {name: size / kept[FLOOR] for name, size in kept.items()}
+        peaks |= {name + ONEDNN: peak_of_step(models[name], steps[name + ONEDNN]) for name in mine}
+    times = timed(steps, rounds)
+    cpu, wall = over(times.cpu, FLOOR), over(times.wall, FLOOR)
+    return {name: Found(cpu[name], wall[name].median, kept[name] / kept[FLOOR], peaks[name]) for name in steps}
 
 
 def main() -> None:
@@ -189,20 +204,25 @@ def main() -> None:
     claims: list[dict[str, Any]] = []
     for key in [asked.only] if asked.only else CASES:
         with ExitStack() as held:
-            seconds, kept = measure(key, asked.rounds, held)
+            found = measure(key, asked.rounds, held)
         print(CASES[key].title)
-        for name, spread in seconds.items():
-            print(f"  {name:52s} {spread.median:5.2f} ({spread.low:.2f} to {spread.high:.2f})  kept {kept[name]:5.2f}")
+        for name, each in found.items():
+            time = f"{each.cpu.median:5.2f} ({each.cpu.low:.2f} to {each.cpu.high:.2f}), wall {each.wall:5.2f}"
+            print(f"  {name:52s} {time}  kept {each.kept:5.2f}  peak {each.peak_bytes / 2**20:5.0f} MB")
+        columns = ["time / floor", "wall time / floor", "kept for backward / floor", "peak above the model, MB"]
         tables.append(
             {
                 "title": CASES[key].title,
-                "columns": ["", "time / floor", "kept for backward / floor"],
-                "rows": [[name, seconds[name], kept[name]] for name in seconds],
+                "columns": ["", *columns],
+                "rows": [
+                    [name, each.cpu, each.wall, each.kept, each.peak_bytes / 2**20] for name, each in found.items()
+                ],
+                "plot": [[columns[0]], *([column] for column in columns[2:])],
             }
         )
         for what, model, variant, limit in CLAIMS:
             if model == key:
-                figure = seconds[variant].median if what == "time" else kept[variant]
+                figure = found[variant].cpu.median if what == "time" else found[variant].kept
                 claims.append(
                     {"claim": f"{what} of a step over the floor, {model}: {variant}", "limit": limit, "is": figure}
                 )

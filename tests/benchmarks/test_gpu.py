@@ -16,11 +16,8 @@ LENGTH = 1024  # at which what is kept for backward outweighs the optimiser's st
 
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """`gpu` and `gpu_memory`; what they set in the environment is taken back."""
-    monkeypatch.syspath_prepend(FOLDER)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE"):
-        monkeypatch.setenv(name, "1")
+def modules() -> tuple[Any, Any]:
+    """`gpu` and `gpu_memory`."""
     import gpu
     import gpu_memory
 
