@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from smidgen import attach
 from smidgen.core.method import Method
 from smidgen.methods.fourierft import FourierFT
+from smidgen.methods.frod import FRoD
 from smidgen.methods.hira import HiRA
 from smidgen.methods.loha import LoHa
 from smidgen.methods.vera import VeRA
@@ -19,6 +20,8 @@ METHODS = [
     LoHa(rank=1, targets="0"),
     VeRA(rank=3, targets="0"),
     VeRA(rank=200, targets="0"),
+    FRoD(density=0.04, targets="0"),
+    FRoD(density=0.4, targets="0"),
 ]
 
 

@@ -31,7 +31,7 @@ def test_a_weight_is_rotated_and_scaled_within_a_shared_basis():
     model, x = Blocks().double(), torch.randn(2, 3, 4, dtype=torch.float64)
     adapters = attach(model, FRoD(density=0.4, targets="*.up"), seed=0)
     shared = adapters.parts("default")["layers.0.up"].shared
-    assert [name for name, _ in shared.named_buffers()] == ["V_up", "places_up"]
+    assert list(shared.state_dict()) == ["V_up", "places_up"]
     for block, out in zip(model.layers, model(x), strict=True):
         W, part = block["up"].weight, block["up"].smidgen.get("default")
         V, places = shared.V_up, shared.places_up
@@ -46,6 +46,18 @@ def test_a_weight_is_rotated_and_scaled_within_a_shared_basis():
         expected = x @ (part.U @ (S + torch.diag(part.l)) @ V.T).T + block["up"].bias
         torch.testing.assert_close(block["up"](x), expected, rtol=0, atol=1e-12)
         assert sum(p.numel() for p in part.parameters(recurse=False)) == 4 + int(0.4 * 4 * 4)
+
+
+@pytest.mark.parametrize("tokens", [3, 60])
+def test_one_activation_is_kept_for_few_tokens_and_none_for_many(tokens):
+    model, kept = nn.Sequential(nn.Linear(40, 30)), []
+    attach(model, FRoD(targets="0"), seed=0)
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    x = torch.randn(tokens, 40, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(x)
+    of_size = [t for t in kept if t.numel() >= 40 * tokens and t.untyped_storage().data_ptr() not in weights]
+    assert [tuple(t.shape) for t in of_size] == ([(40, 3)] if tokens == 3 else [(60, 40)])
 
 
 def test_layers_of_one_role_share_a_basis():

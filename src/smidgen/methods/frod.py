@@ -6,24 +6,30 @@ V: (I, I), from the weights of all layers of a role (every q_proj, say), by thei
 l0: (I,), from V and W.   l: (I,), and n entries of S (I, I) off its diagonal, at places drawn from `seed`, are trained.
 l starts as l0 and S at zero, so training starts from the base model, bit for bit; the paper and Hugging Face PEFT put
 U diag(l0) V^T, which is W but for rounding, in its place.   Trainable parameters: I + n per site, n = density I^2.
+
+V, S and U act on the activations one after the other, 3 N I (I + 2 O) multiplications forward and backward with the
+layer's own.  From about N = I tokens on, one product with W' costs less: 3 O I (N + I).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import AdditiveAdapter
+from ..core.adapter import AdditiveAdapter, Call
 from ..core.checks import require_above_zero, require_share
 from ..core.disk_names import DiskNames
 from ..core.errors import require
+from ..core.full_weight import FullWeightAdapter
 from ..core.layers import EmbeddingKind, LinearKind
 from ..core.method import Method, Shared, method
 from ..core.site import Site
 from ..core.storage import master_dtype
+
+_SPARSE = 0.05  # share of S's entries up to which a sum over them costs less than a dense product
 
 
 @method("frod")
@@ -118,11 +124,29 @@ class Bases(Shared):
                 )
                 places = torch.empty(2, n, dtype=torch.long, device=like.device)
                 self.register_buffer(f"places_{role}", places, persistent=save)
+                for name, count in (("order", n + I), ("columns", n + I), ("starts", I)):
+                    by_row = torch.empty(count, dtype=torch.long, device=like.device)
+                    self.register_buffer(f"{name}_{role}", by_row, persistent=False)
 
     def basis(self, site: Site) -> tuple[Tensor, Tensor]:
         """V and the places of S's entries, for a site."""
         role = self.role[site.name]
         return cast(Tensor, self._buffers[f"V_{role}"]), cast(Tensor, self._buffers[f"places_{role}"])
+
+    def sort(self, site: Site) -> None:
+        """Put the entries of S and of the diagonal behind them in the order of their rows."""
+        order, columns, starts = self.by_row(site)
+        diagonal, (_, places) = torch.arange(len(starts), device=starts.device), self.basis(site)
+        row, column = torch.cat([places, diagonal.expand(2, -1)], dim=1)
+        order.copy_(row.argsort(stable=True))
+        columns.copy_(column[order])
+        starts.copy_(torch.searchsorted(row[order], diagonal))
+
+    def by_row(self, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+        """How to sort the entries of S + diag (n + I,) by row, their columns then, and where each row starts (I,)."""
+        role = self.role[site.name]
+        order, columns, starts = (self.get_buffer(f"{name}_{role}") for name in ("order", "columns", "starts"))
+        return order, columns, starts
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -168,7 +192,7 @@ def _joint_basis(matrices: Sequence[Tensor], regularisation: float) -> Tensor:
     return V
 
 
-class FRoDAdapter(AdditiveAdapter):
+class FRoDAdapter(FullWeightAdapter):
     """l and the entries s of S at one site."""
 
     in_blocks = False
@@ -187,7 +211,11 @@ class FRoDAdapter(AdditiveAdapter):
     def prepare(self) -> None:
         if self.site.stored.is_meta:
             return
-        V, W = self._basis[0].to("cpu", torch.float64), self.site.weight().detach().to("cpu", torch.float64)
+        self._bases.sort(self.site)
+        V, W = (
+            self._bases.basis(self.site)[0].to("cpu", torch.float64),
+            self.site.weight().detach().to("cpu", torch.float64),
+        )
         try:
             scaled = torch.linalg.solve(V, W.T).T  # U diag(l0)
         except RuntimeError:  # singular
@@ -204,22 +232,34 @@ class FRoDAdapter(AdditiveAdapter):
         with torch.no_grad():
             self.l.copy_(self.l0)
 
-    @property
-    def _basis(self) -> tuple[Tensor, Tensor]:
-        return cast(Bases, self.shared).basis(self.site)
-
-    def _middle(self) -> Tensor:
-        """S + diag(l - l0): (I, I)."""
-        _, places = self._basis
-        return torch.diag(self.l - self.l0).index_put((places[0], places[1]), self.s)
+    def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        few, dropped = x.numel() <= self.site.fan_in * x.shape[-1], self.training and self.dropout
+        with_delta = AdditiveAdapter if few or dropped else FullWeightAdapter
+        return with_delta.forward(self, call, x, *args, **kwargs)
 
     def delta(self, x: Tensor) -> Tensor:
-        V, _ = self._basis
+        V, _ = self._bases.basis(self.site)
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        h = self.site.project(x, V.T)  # (..., I)
-        return self.site.expand(self.site.expand(h, self._middle()), self.U)
+        h = V.T.to(x.dtype) @ x.reshape(-1, x.shape[-1]).T  # (I, N)
+        return F.linear(self._by_middle(h).T, self.U.to(x.dtype)).view(*x.shape[:-1], -1)
 
     def weight_delta(self, rows: slice) -> Tensor:
-        V, _ = self._basis
-        return self.U[rows].to(self.l.dtype) @ (self._middle() @ V.T.to(self.l.dtype))
+        V, _ = self._bases.basis(self.site)
+        return self.U[rows].to(self.l.dtype) @ self._by_middle(V.T.to(self.l.dtype))
+
+    def _by_middle(self, h: Tensor) -> Tensor:
+        """(S + diag(l - l0)) h of h (I, N)."""
+        diagonal, I = self.l - self.l0, len(self.l)
+        is_sparse = len(self.s) <= _SPARSE * I * I and h.device.type == "cpu" and h.dtype == self.l.dtype
+        if not is_sparse or torch.compiler.is_compiling():  # in 16 bits sums would be rounded after each entry
+            _, places = self._bases.basis(self.site)
+            return torch.diag(diagonal).index_put((places[0], places[1]), self.s).to(h.dtype) @ h
+        order, columns, starts = self._bases.by_row(self.site)
+        entries = torch.cat([self.s, diagonal])[order]
+        # row i of the result is the sum of the rows of h that row i of S has entries for
+        return F.embedding_bag(columns, h, starts, mode="sum", per_sample_weights=entries)
+
+    @property
+    def _bases(self) -> Bases:
+        return cast(Bases, self.shared)
