@@ -10,6 +10,7 @@ from smidgen.methods.fourierft import FourierFT
 from smidgen.methods.frod import FRoD
 from smidgen.methods.hira import HiRA
 from smidgen.methods.loha import LoHa
+from smidgen.methods.randlora import RandLoRA
 from smidgen.methods.vera import VeRA
 
 EVERYTHING = slice(None)
@@ -22,6 +23,7 @@ METHODS = [
     VeRA(rank=200, targets="0"),
     FRoD(density=0.04, targets="0"),
     FRoD(density=0.4, targets="0"),
+    RandLoRA(rank=3, alpha=3, targets="0"),
 ]
 
 

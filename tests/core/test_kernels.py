@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smidgen.core.kernels import frozen_linear_low_rank, frozen_linear_stretched
+from smidgen.core.kernels import frozen_linear_low_rank, frozen_linear_low_rank_by_making, frozen_linear_stretched
 
 FAN_IN, FAN_OUT, RANK, SCALE = 3, 5, 2, 1.7
 
@@ -59,6 +59,26 @@ def test_first_and_second_derivatives_pass_gradcheck(mask_shape: str | None):
 
     assert torch.autograd.gradcheck(run, (x, A, B))
     assert torch.autograd.gradgradcheck(run, (x, A, B))
+
+
+@pytest.mark.parametrize("mask_shape", [None, "elements", "features"])
+@pytest.mark.parametrize("trained", ["A", "B", "both", "neither"])
+def test_factors_that_are_made_again_give_the_same_gradients(mask_shape: str | None, trained: str):
+    x, W, b, A, B = operands()
+    mask = dropout_mask(mask_shape)
+    learned = [factor.detach() for factor in (A, B)]
+    for factor, name in zip(learned, "AB", strict=True):
+        factor.requires_grad_(trained in (name, "both"))
+    of = [x, *(factor for factor in learned if factor.requires_grad)]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = frozen_linear_low_rank_by_making(x, W, b, lambda: (learned[0].sin(), learned[1].exp()), of[1:], SCALE, mask)
+    expected = formula(x, W, b, learned[0].sin(), learned[1].exp(), mask)
+    torch.testing.assert_close(y, expected)
+    assert any(t is x for t in kept) == (trained in ("A", "both"))
+    dy = torch.randn_like(y)
+    for ours, theirs in zip(torch.autograd.grad(y, of, dy), torch.autograd.grad(expected, of, dy), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -149,6 +149,71 @@ def frozen_linear_low_rank_of_made(
     return result
 
 
+class _FrozenLinearLowRankByMaking(torch.autograd.Function):
+    """The same of A and B = make(), which are made again in backward and kept by nobody, of the parameters `learned`.
+
+    Kept: x if A is trained, x A^T if B is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        make: Callable[[], tuple[Tensor, Tensor]],
+        scale: float,
+        mask: Tensor | None,
+        *learned: Tensor,
+    ) -> Tensor:
+        with torch.enable_grad():
+            A, B = make()
+        y, h = _forward(x, W, b, A.detach(), B.detach(), scale, mask)
+        ctx.save_for_backward(W, x if A.requires_grad else None, h if B.requires_grad else None, mask, *learned)
+        ctx.make, ctx.scale, ctx.learned = make, scale, learned
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        W, x, h, mask, *_ = ctx.saved_tensors  # and looked whether the parameters have changed since
+        with torch.autocast(dy.device.type, enabled=False):  # as the forward was
+            with torch.enable_grad():
+                A, B = ctx.make()
+            needed = (ctx.needs_input_grad[0], A.requires_grad, B.requires_grad)
+            dx, dA, dB = _backward(dy, x, W, A.detach(), B.detach(), h, mask, ctx.scale, needed)
+            trained = [(factor, d) for factor, d in ((A, dA), (B, dB)) if d is not None]
+            if not trained:
+                return dx, *[None] * (5 + len(ctx.learned))
+            factors, gradients = zip(*trained, strict=True)
+            # by the parameters of the forward, not the saved ones: checkpointing hands back copies
+            found = torch.autograd.grad(factors, ctx.learned, gradients, allow_unused=True)
+        return dx, None, None, None, None, None, *found
+
+
+def frozen_linear_low_rank_by_making(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    make: Callable[[], tuple[Tensor, Tensor]],
+    learned: Sequence[Tensor],
+    scale: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`frozen_linear_low_rank` of A and B = make(), with gradients for x and the parameters that these are made of.
+
+    For factors that are large beside x and made of little: they are made twice and not kept.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides itself what to keep
+        return frozen_linear_low_rank(x, W, b, *make(), scale, mask)
+
+    def run(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        result: Tensor = _FrozenLinearLowRankByMaking.apply(x, W, b, make, scale, mask, *learned)  # type: ignore[no-untyped-call]
+        return result
+
+    return _outside_autocast(run, x, W, b) if torch.is_autocast_enabled(x.device.type) else run(x, W, b)
+
+
 class _FrozenLinearStretched(torch.autograd.Function):
     """As above with the outputs stretched: z = x W^T + s (x A^T) B^T, y = z + b + c * z.
 
@@ -288,7 +353,7 @@ def _forward(
 
 def _backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     W: Tensor,
     A: Tensor,
     B: Tensor,
@@ -297,15 +362,22 @@ def _backward(
     scale: float,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, A and B, those that are needed; some methods keep one of the factors as it is."""
-    rows, A_cast = with_dropout(x, A, mask)
-    dy_rows = dy.reshape(-1, dy.shape[-1])
-    if h is not None and torch.is_grad_enabled():  # this backward is itself differentiated; h was outside any graph
+    """The gradients of x, A and B, those that are needed; some methods keep one of the factors as it is.
+
+    x: None where A is fixed and this backward is not itself differentiated.
+    """
+    dy_rows, rows = dy.reshape(-1, dy.shape[-1]), None
+    if x is not None:
+        rows, A_cast = with_dropout(x, A, mask)
+    else:
+        A_cast = A.to(dy.dtype) * mask if is_of_features(mask) else A.to(dy.dtype)
+    if rows is not None and h is not None and torch.is_grad_enabled():  # it is; h was outside any graph
         h = torch.mm(rows, A_cast.T)
     # B^T is laid out anew, it is small: this product is up to twice as fast so
-    g = torch.mm(dy_rows, B.T.to(x.dtype).contiguous().T).mul_(scale)  # (N, R)
+    g = torch.mm(dy_rows, B.T.to(dy.dtype).contiguous().T).mul_(scale)  # (N, R)
     dx = dA = dB = None
     if needed[1]:
+        assert rows is not None
         dA = torch.mm(g.T, rows)
         dA = (dA.mul_(mask) if is_of_features(mask) else dA).to(A.dtype)
     if needed[2]:
@@ -316,7 +388,7 @@ def _backward(
             dx = times(dy_rows, W).addmm_(g, A_cast)
         else:
             dx = dropped_(torch.mm(g, A_cast), mask).addmm_(dy_rows, W)
-        dx = dx.view(x.shape)
+        dx = dx.view(*dy.shape[:-1], W.shape[1])
     return dx, dA, dB
 
 
