@@ -262,13 +262,15 @@ def frozen_linear_stretched(
 
 
 class _FrozenLinearScaled(torch.autograd.Function):
-    """As above with the change's fixed factors A and B scaled: z = ((x A^T) * d) B^T, y = x W^T + b + s u * z.
+    """As above with the change's fixed factors A and B scaled: h = (x A^T) * d, z = h B^T, y = x W^T + b + s u * z.
 
     Kept: x A^T and z, and not x.
         g  = s (dy * u) B           (N, R)
         dd = sum_n g * (x A^T)      (R,)
         du = s sum_n dy * z         (O,)
         dx = dy W + (g * d) A       (N, I)
+    With noise e, A and d are of 2R: the halves of (x A^T) * d are m and v, and h = m + exp(v / 2) e.  Then exp(v / 2) e
+    is kept too, and g has its product with g / 2 as a second half.
     """
 
     @staticmethod
@@ -283,33 +285,41 @@ class _FrozenLinearScaled(torch.autograd.Function):
         u: Tensor,
         scale: float,
         mask: Tensor | None,
+        noise: Tensor | None,
     ) -> Tensor:
         rows, A_cast = with_dropout(x, A, mask)
-        h = torch.mm(rows, A_cast.T)
-        z = torch.mm(h * d.to(x.dtype), B.to(x.dtype).T)
+        a = torch.mm(rows, A_cast.T)
+        h, drawn = a * d.to(x.dtype), None
+        if noise is not None:
+            m, v = h.chunk(2, dim=1)
+            drawn = torch.exp(v / 2).mul_(noise)
+            h = m + drawn
+        z = torch.mm(h, B.to(x.dtype).T)
         y = linear(x, W, b)
         y.view(z.shape).addcmul_(z, u.to(x.dtype), value=scale)
-        ctx.save_for_backward(W, A, B, d, u, h, z, mask)
+        ctx.save_for_backward(W, A, B, d, u, a, z, mask, drawn)
         ctx.scale = scale
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        W, A, B, d, u, h, z, mask = ctx.saved_tensors
+        W, A, B, d, u, a, z, mask, drawn = ctx.saved_tensors
         dy_rows = dy.reshape(-1, dy.shape[-1])
-        g = torch.mm(dy_rows * (ctx.scale * u).to(h.dtype), B.to(h.dtype))  # (N, R)
-        dd = (g * h).sum(0).to(d.dtype)
+        g = torch.mm(dy_rows, B.to(a.dtype) * (ctx.scale * u).to(a.dtype)[:, None])  # (N, R)
+        if drawn is not None:
+            g = torch.cat((g, drawn * g / 2), dim=1)  # (N, 2R)
+        dd = (g * a).sum(0).to(d.dtype)
         du = (dy_rows * z).sum(0).to(u.dtype) * ctx.scale
         dx = None
         if ctx.needs_input_grad[0]:
-            g, A = g.mul_(d.to(h.dtype)), A.to(h.dtype)
+            g, A = g.mul_(d.to(a.dtype)), A.to(a.dtype)
             if mask is None or is_of_features(mask):
                 dx = times(dy_rows, W).addmm_(g, A if mask is None else A * mask)
             else:
                 dx = dropped_(torch.mm(g, A), mask).addmm_(dy_rows, W)
             dx = dx.view(*dy.shape[:-1], -1)
-        return dx, None, None, None, None, dd, du, None, None
+        return dx, None, None, None, None, dd, du, None, None, None
 
 
 def frozen_linear_scaled(
@@ -322,14 +332,16 @@ def frozen_linear_scaled(
     u: Tensor,
     scale: float = 1.0,
     mask: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """x W^T + b + scale u * (((x * mask) A^T * d) B^T), with gradients for x, d (R,) and u (O,) only.
 
+    noise: (N, R), then A is (2R, I) and d (2R,): what B takes is drawn, not computed, as the class says.
     A, B, mask and autocast as in `frozen_linear_low_rank`.
     """
     if torch.is_autocast_enabled(x.device.type):
-        return _outside_autocast(frozen_linear_scaled, x, W, b, A, B, d, u, scale, mask)
-    result: Tensor = _FrozenLinearScaled.apply(x, W, b, A, B, d, u, scale, mask)  # type: ignore[no-untyped-call]
+        return _outside_autocast(frozen_linear_scaled, x, W, b, A, B, d, u, scale, mask, noise)
+    result: Tensor = _FrozenLinearScaled.apply(x, W, b, A, B, d, u, scale, mask, noise)  # type: ignore[no-untyped-call]
     return result
 
 
