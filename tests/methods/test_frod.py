@@ -48,6 +48,20 @@ def test_a_weight_is_rotated_and_scaled_within_a_shared_basis():
         assert sum(p.numel() for p in part.parameters(recurse=False)) == 4 + int(0.4 * 4 * 4)
 
 
+def test_a_singular_basis_does_not_hold_the_weight_and_gradients_are_right_all_the_same():
+    layer, x = nn.Linear(4, 6).double(), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    part = attach(nn.Sequential(layer), FRoD(density=0.4, targets="0"), seed=0).parts("default")["0"]
+    assert part.is_exact
+    part.shared.V_0[:, 0] = 0
+    part.prepare()
+    assert not part.is_exact
+    nn.init.normal_(part.s)
+    y, W = layer(x), part.merged(layer.weight, None, slice(None))[0]
+    dy, of = torch.randn_like(y), (x, part.l, part.s)
+    ours, theirs = (torch.autograd.grad(out, of, dy) for out in (y, x @ W.T + layer.bias))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("tokens", [3, 60])
 def test_one_activation_is_kept_for_few_tokens_and_none_for_many(tokens):
     model, kept = nn.Sequential(nn.Linear(40, 30)), []
