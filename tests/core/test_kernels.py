@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from smidgen.core.kernels import frozen_linear_low_rank, frozen_linear_low_rank_by_making, frozen_linear_stretched
+from smidgen.core.kernels import (
+    frozen_linear_low_rank,
+    frozen_linear_low_rank_by_making,
+    frozen_linear_stretched,
+    linear_by_making,
+)
 
 FAN_IN, FAN_OUT, RANK, SCALE = 3, 5, 2, 1.7
 
@@ -79,6 +84,21 @@ def test_factors_that_are_made_again_give_the_same_gradients(mask_shape: str | N
     dy = torch.randn_like(y)
     for ours, theirs in zip(torch.autograd.grad(y, of, dy), torch.autograd.grad(expected, of, dy), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_weight_that_is_made_again_gives_the_same_derivatives_and_is_not_kept():
+    x, W, b, *_ = operands()
+    v, b, kept = torch.randn(FAN_OUT, 1, dtype=torch.float64, requires_grad=True), b.requires_grad_(), []
+
+    def run(x: Tensor, b: Tensor, v: Tensor) -> Tensor:
+        return linear_by_making(x, b, lambda: W + v.sin() * W, [v])
+
+    assert torch.autograd.gradcheck(run, (x, b, v))
+    assert torch.autograd.gradgradcheck(run, (x, b, v))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = run(x, b, v)
+    torch.testing.assert_close(y, x @ (W + v.sin() * W).T + b)
+    assert {t.data_ptr() for t in kept} == {x.data_ptr(), v.data_ptr()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

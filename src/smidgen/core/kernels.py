@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .products import linear, times
@@ -212,6 +213,39 @@ def frozen_linear_low_rank_by_making(
         return result
 
     return _outside_autocast(run, x, W, b) if torch.is_autocast_enabled(x.device.type) else run(x, W, b)
+
+
+class _LinearByMaking(torch.autograd.Function):
+    """y = x W^T + b of W = make(), which is made again in backward, of the tensors `learned`.   Kept: x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, b: Tensor | None, make: Callable[[], Tensor], *learned: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *learned)
+        ctx.make, ctx.learned = make, learned
+        return linear(x, make(), b)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, *_ = ctx.saved_tensors  # and looked whether what W is made of has changed since
+        again = torch.is_grad_enabled()  # this backward is itself differentiated
+        with torch.enable_grad():
+            W = ctx.make()
+        of_x, of_b, *_ = ctx.needs_input_grad
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        dx = times(dy_rows, W if again else W.detach()).view(x.shape) if of_x else None
+        dW = torch.mm(dy_rows.T, x.reshape(-1, x.shape[-1]))
+        # by the tensors of the forward, not the saved ones: checkpointing hands back copies
+        found = torch.autograd.grad(W, ctx.learned, dW, create_graph=again, allow_unused=True)
+        return dx, dy_rows.sum(0) if of_b else None, None, *found
+
+
+def linear_by_making(x: Tensor, b: Tensor | None, make: Callable[[], Tensor], learned: Sequence[Tensor]) -> Tensor:
+    """x W^T + b of W = make(), which nobody keeps; gradients for x, b and what W is made of.  Not for autocast."""
+    is_needless = not learned or not torch.is_grad_enabled()
+    if is_needless or torch.compiler.is_compiling():  # a compiler decides itself what to keep
+        return F.linear(x, make(), b)
+    result: Tensor = _LinearByMaking.apply(x, b, make, *learned)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _FrozenLinearStretched(torch.autograd.Function):

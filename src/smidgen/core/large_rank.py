@@ -35,7 +35,7 @@ class LargeRankAdapter(LowRankAdapter, FullWeightAdapter):
         self._fuses |= type(self).fused is LargeRankAdapter.fused
 
     def fused(self, x: Tensor, W: Tensor, b: Tensor | None, scale: float, mask: Tensor | None) -> Tensor:
-        return frozen_linear_low_rank_by_making(x, W, b, self.factors, self._learned(), scale, mask)
+        return frozen_linear_low_rank_by_making(x, W, b, self.factors, self.trained_tensors(), scale, mask)
 
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         wide = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
