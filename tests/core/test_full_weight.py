@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from smidgen import attach
 from smidgen.core.method import Method
 from smidgen.methods.fourierft import FourierFT
+from smidgen.methods.frod import FRoD
 from smidgen.methods.glora import GLoRA
 from smidgen.methods.hira import HiRA
 from smidgen.methods.loha import LoHa
+from smidgen.methods.randlora import RandLoRA
 from smidgen.methods.shira import SHiRA
 from smidgen.methods.supertuning import SuperTuning
 from smidgen.methods.vera import VeRA
@@ -27,6 +29,9 @@ METHODS = [
     SuperTuning(sparsity=0.95, targets="0"),
     SuperTuning(sparsity=0.95, rank=2, targets="0"),
     SuperTuning(sparsity=0.4, rank=2, targets="0"),
+    FRoD(density=0.04, targets="0"),
+    FRoD(density=0.4, targets="0"),
+    RandLoRA(rank=3, alpha=3, targets="0"),
 ]
 
 

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from smidgen.core.kernels import (
     frozen_linear_low_rank,
+    frozen_linear_low_rank_by_making,
     frozen_linear_stretched,
+    linear_by_making,
 )
 from smidgen.core.projected import frozen_linear_projected
 from smidgen.methods.kasa import linear_beside_noise
@@ -64,6 +66,41 @@ def test_first_and_second_derivatives_pass_gradcheck(mask_shape: str | None):
 
     assert torch.autograd.gradcheck(run, (x, A, B))
     assert torch.autograd.gradgradcheck(run, (x, A, B))
+
+
+@pytest.mark.parametrize("mask_shape", [None, "elements", "features"])
+@pytest.mark.parametrize("trained", ["A", "B", "both", "neither"])
+def test_factors_that_are_made_again_give_the_same_gradients(mask_shape: str | None, trained: str):
+    x, W, b, A, B = operands()
+    mask = dropout_mask(mask_shape)
+    learned = [factor.detach() for factor in (A, B)]
+    for factor, name in zip(learned, "AB", strict=True):
+        factor.requires_grad_(trained in (name, "both"))
+    of = [x, *(factor for factor in learned if factor.requires_grad)]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = frozen_linear_low_rank_by_making(x, W, b, lambda: (learned[0].sin(), learned[1].exp()), of[1:], SCALE, mask)
+    expected = formula(x, W, b, learned[0].sin(), learned[1].exp(), mask)
+    torch.testing.assert_close(y, expected)
+    assert any(t is x for t in kept) == (trained in ("A", "both"))
+    dy = torch.randn_like(y)
+    for ours, theirs in zip(torch.autograd.grad(y, of, dy), torch.autograd.grad(expected, of, dy), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_weight_that_is_made_again_gives_the_same_derivatives_and_is_not_kept():
+    x, W, b, *_ = operands()
+    v, b, kept = torch.randn(FAN_OUT, 1, dtype=torch.float64, requires_grad=True), b.requires_grad_(), []
+
+    def run(x: Tensor, b: Tensor, v: Tensor) -> Tensor:
+        return linear_by_making(x, b, lambda: W + v.sin() * W, [v])
+
+    assert torch.autograd.gradcheck(run, (x, b, v))
+    assert torch.autograd.gradgradcheck(run, (x, b, v))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = run(x, b, v)
+    torch.testing.assert_close(y, x @ (W + v.sin() * W).T + b)
+    assert {t.data_ptr() for t in kept} == {x.data_ptr(), v.data_ptr()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -41,6 +41,41 @@ def test_gates_are_stretched_and_clamped_sigmoids(structured: bool):
     torch.testing.assert_close(part.expected_entries(), probability.sum())
 
 
+@pytest.mark.parametrize("structured", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_those_of_the_formula_for_the_gates_that_were_drawn(dtype, structured):
+    layer = nn.Linear(6, 9).to(dtype)
+    adapters = attach(nn.Sequential(layer), DiffPruning(targets="0", structured=structured))
+    adapters.follow(torch.optim.SGD(adapters.parameters(), 0.0), 1)
+    part, x = adapters.parts("default")["0"], torch.randn(2, 5, 6, dtype=dtype, requires_grad=True)
+    for parameter in adapters.parameters():
+        nn.init.normal_(parameter)
+    if structured:
+        nn.init.constant_(part.group_gate, 0.2)
+    of = (x, *adapters.parameters())
+    torch.manual_seed(3)
+    D = part.gates(draw=True) * part.difference
+    torch.manual_seed(3)
+    y = adapters.model.train()(x)
+    expected = x.to(D.dtype) @ (layer.weight.to(D.dtype) + D).T + layer.bias
+    dy, rounding = torch.randn_like(y), {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+    assert (y - expected).norm() <= rounding * expected.norm()
+    for ours, theirs in zip(
+        torch.autograd.grad(y, of, dy), torch.autograd.grad(expected, of, dy.to(D.dtype)), strict=True
+    ):
+        assert (ours - theirs).norm() <= rounding * theirs.norm()
+
+
+def test_beside_the_input_one_tensor_of_the_weights_size_is_kept():
+    model, kept = net()[:1].train(), []
+    adapters = attach(model, DiffPruning(targets="0"))
+    adapters.follow(torch.optim.SGD(adapters.parameters(), 0.0), 1)
+    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(torch.randn(3, 6, requires_grad=True))
+    assert sorted(t.numel() for t in kept if t.untyped_storage().data_ptr() not in own) == [3 * 6, 6 * 8]
+
+
 def test_a_drawn_gate_is_open_or_shut_as_often_as_its_probability_says():
     torch.manual_seed(0)
     part = attach(nn.Sequential(nn.Linear(300, 300)), DiffPruning(targets="0")).parts("default")["0"]

@@ -31,7 +31,7 @@ def test_a_weight_is_rotated_and_scaled_within_a_shared_basis():
     model, x = Blocks().double(), torch.randn(2, 3, 4, dtype=torch.float64)
     adapters = attach(model, FRoD(density=0.4, targets="*.up"), seed=0)
     shared = adapters.parts("default")["layers.0.up"].shared
-    assert [name for name, _ in shared.named_buffers()] == ["V_up", "places_up"]
+    assert list(shared.state_dict()) == ["V_up", "places_up"]
     for block, out in zip(model.layers, model(x), strict=True):
         W, part = block["up"].weight, block["up"].smidgen.get("default")
         V, places = shared.V_up, shared.places_up
@@ -46,6 +46,32 @@ def test_a_weight_is_rotated_and_scaled_within_a_shared_basis():
         expected = x @ (part.U @ (S + torch.diag(part.l)) @ V.T).T + block["up"].bias
         torch.testing.assert_close(block["up"](x), expected, rtol=0, atol=1e-12)
         assert sum(p.numel() for p in part.parameters(recurse=False)) == 4 + int(0.4 * 4 * 4)
+
+
+def test_a_singular_basis_does_not_hold_the_weight_and_gradients_are_right_all_the_same():
+    layer, x = nn.Linear(4, 6).double(), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    part = attach(nn.Sequential(layer), FRoD(density=0.4, targets="0"), seed=0).parts("default")["0"]
+    assert part.is_exact
+    part.shared.V_0[:, 0] = 0
+    part.prepare()
+    assert not part.is_exact
+    nn.init.normal_(part.s)
+    y, W = layer(x), part.merged(layer.weight, None, slice(None))[0]
+    dy, of = torch.randn_like(y), (x, part.l, part.s)
+    ours, theirs = (torch.autograd.grad(out, of, dy) for out in (y, x @ W.T + layer.bias))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("tokens", [3, 60])
+def test_one_activation_is_kept_for_few_tokens_and_none_for_many(tokens):
+    model, kept = nn.Sequential(nn.Linear(40, 30)), []
+    attach(model, FRoD(targets="0"), seed=0)
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    x = torch.randn(tokens, 40, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(x)
+    of_size = [t for t in kept if t.numel() >= 40 * tokens and t.untyped_storage().data_ptr() not in weights]
+    assert [tuple(t.shape) for t in of_size] == ([(40, 3)] if tokens == 3 else [(60, 40)])
 
 
 def test_layers_of_one_role_share_a_basis():

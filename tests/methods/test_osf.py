@@ -27,16 +27,43 @@ def test_the_lesser_directions_are_replaced_and_the_greater_kept(shape):
     torch.testing.assert_close(adapters.model(x), x @ W.T + layer.bias, rtol=0, atol=1e-12)
 
 
-def test_gradients_leave_the_directions_that_are_kept_alone():
-    layer = nn.Linear(6, 5).double()
+@pytest.mark.parametrize("shape", [(6, 5), (5, 6)])
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gradients_leave_the_directions_that_are_kept_alone(shape, tokens, dtype):
+    """With few tokens and with many, in the base's dtype and in 16 bits."""
+    layer, x = nn.Linear(*shape).to(dtype), torch.randn(tokens, shape[0], dtype=dtype, requires_grad=True)
     adapters = attach(nn.Sequential(layer), OSF(effective_rank=2, targets="0"), seed=0)
     part = adapters.parts("default")["0"]
-    adapters.model(torch.randn(9, 6).double()).square().sum().backward()
-    U, _, V = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
-    assert part.U.grad.norm() > 1e-3
-    assert (U[:, :2].T @ part.U.grad).norm() < 1e-12
-    assert part.V.grad.norm() > 1e-3
-    assert (part.V.grad @ V[:2].T).norm() < 1e-12
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    y = adapters.model(x)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    U, _, V = torch.linalg.svd(layer.weight.detach().to(part.U.dtype), full_matrices=False)
+    outside_U, outside_V = (torch.eye(len(kept.T)).to(kept) - kept.T @ kept for kept in (U[:, :2].T, V[:2]))
+    dD, S, exact = dy.to(part.U.dtype).T @ x.detach().to(part.U.dtype), part.S.detach(), dtype == torch.float64
+    expected = {
+        x: dy.to(S.dtype) @ part.merged(layer.weight.to(S.dtype), None, slice(None))[0].detach(),
+        part.U: outside_U @ (dD @ part.V.T) * S,
+        part.S: torch.einsum("oi,om,mi->m", dD, part.U, part.V),
+        part.V: S[:, None] * (part.U.T @ dD) @ outside_V,
+    }
+    for of, gradient in expected.items():
+        gap = (of.grad.to(S.dtype) - gradient.detach()).norm() / gradient.norm()
+        assert gap < (1e-12 if exact else 0.03)
+
+
+@pytest.mark.parametrize("tokens", [4, 100])
+def test_few_tokens_keep_two_activations_and_many_one(tokens):
+    model = nn.Sequential(nn.Linear(40, 30))
+    attach(model, OSF(effective_rank=20, targets="0"), seed=0)
+    own, kept = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(torch.randn(tokens, 40, requires_grad=True))
+    numbers = sum(t.numel() for t in kept if t.untyped_storage().data_ptr() not in own)
+    assert numbers == tokens * (40 + 10 * (tokens == 4))
 
 
 @pytest.mark.parametrize(("rank", "trained"), [(3, (5, 1)), (0.5, (4, 2)), (0.7, (3, 2))])

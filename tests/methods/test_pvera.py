@@ -34,6 +34,37 @@ def test_training_draws_the_activation_and_inference_takes_its_mean():
     torch.testing.assert_close(model.train()(x), expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_gradients_are_those_of_the_formula_for_the_noise_that_was_drawn(dtype):
+    layer = nn.Linear(3, 5).to(dtype)
+    adapters = attach(nn.Sequential(layer), PVeRA(rank=6, targets="0"), seed=0)
+    part, x = adapters.parts("default")["0"], torch.randn(2, 4, 3, dtype=dtype, requires_grad=True)
+    nn.init.normal_(part.lambda_b)
+    nn.init.normal_(part.lambda_d)
+    of = (x, part.lambda_d, part.lambda_b)
+    torch.default_generator.manual_seed(4)
+    noise = torch.randn(2, 4, 6, dtype=dtype).double()
+    torch.default_generator.manual_seed(4)
+    y = adapters.model.train()(x)
+    m, v = (part.lambda_d.double() * (x.double() @ part.shared.A.double().T)).chunk(2, dim=-1)
+    change = part.lambda_b * ((m + torch.exp(v / 2) * noise) @ part.shared.B.double().T)
+    expected = x.double() @ layer.weight.double().T + layer.bias + change
+    dy = torch.randn_like(y)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, of, dy), torch.autograd.grad(expected, of, dy.double()), strict=True
+    ):
+        assert (ours.double() - theirs).norm() < (1e-13 if dtype == torch.float64 else 0.02) * theirs.norm()
+
+
+def test_of_an_input_nothing_is_kept_but_what_the_projections_make_of_it():
+    model, kept = nn.Sequential(nn.Linear(30, 50)), []
+    attach(model, PVeRA(rank=6, targets="0"), seed=0)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model.train()(torch.randn(4, 30, requires_grad=True))
+    assert sum(t.numel() for t in kept if t.untyped_storage().data_ptr() not in own) == 4 * (3 * 6 + 50)
+
+
 def test_it_trains_2_r_plus_o_numbers_per_site():
     adapters = attach(nn.Sequential(nn.Linear(3, 5)), PVeRA(rank=7, targets="0"))
     assert sum(p.numel() for p in adapters.parameters()) == 2 * 7 + 5

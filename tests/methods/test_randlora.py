@@ -56,6 +56,16 @@ def test_few_and_many_tokens_give_the_same_output_and_gradients(I: int, O: int):
         torch.testing.assert_close(p.grad, gradient)
 
 
+@pytest.mark.parametrize(("I", "O"), [(30, 70), (70, 30)])
+def test_one_activation_is_kept_and_no_basis(I: int, O: int):
+    model, _ = moved(I, O, rank=10)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(torch.randn(2, I, dtype=torch.float64, requires_grad=True))
+    assert sum(t.numel() for t in kept if t.untyped_storage().data_ptr() not in own) == 2 * 30
+
+
 @pytest.mark.parametrize("save_projection", [True, False])
 @pytest.mark.parametrize(
     ("make", "config"),

@@ -76,6 +76,14 @@ class Adapter(nn.Module):
         """The rule: what becomes of the call."""
         raise NotImplementedError
 
+    def trained_tensors(self) -> list[Tensor]:
+        """What is trained here: the adapter's own parameters, and what several sites share."""
+        found = list(self.parameters())
+        shared = self.__dict__.get("shared")  # of another site, which holds it
+        if shared is not None:
+            found += list(shared.parameters())
+        return [parameter for parameter in found if parameter.requires_grad]
+
     def side_scale(self) -> Tensor:
         """l (channels,), of an adapter with a `scaled_side`."""
         raise NotImplementedError

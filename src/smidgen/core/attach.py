@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from .adapter import HELD, Adapter, Call, Held
 from .composition import Expression, Plan, Rows, merged, names_in, plan_for
+from .kernels import linear_by_making
+from .low_rank import is_bare_linear
 from .row_slots import Slots
 from .site import Site
 
@@ -156,6 +158,11 @@ class ValuePlan:
         self.site = next(iter(adapters.values())).site
         self.storage = self.site.storage
 
+    def trained_tensors(self) -> list[Tensor]:
+        """What the value is made of and is trained."""
+        base = [self.site.stored] if self.site.stored.requires_grad else []
+        return base + [parameter for adapter in self.adapters.values() for parameter in adapter.trained_tensors()]
+
     def value(self) -> Tensor:
         """The parameter with the active changes in it, in its stored shape and dtype; differentiable."""
         site = self.site
@@ -208,5 +215,11 @@ def planned_call(layer: nn.Module, call: Call) -> Call:
 
 
 def _with_values(layer: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
-    with replaced(layer, {dotted: plan.value() for dotted, plan in layer.__dict__[VALUES].items()}):
+    plans: dict[str, ValuePlan] = layer.__dict__[VALUES]
+    if len(args) == 1 and is_bare_linear(call) and not torch.is_autocast_enabled(args[0].device.type):
+        weight = plans.get("weight")
+        if weight is not None:
+            with replaced(layer, {dotted: plan.value() for dotted, plan in plans.items() if plan is not weight}):
+                return linear_by_making(args[0], cast(Any, layer).bias, weight.value, weight.trained_tensors())
+    with replaced(layer, {dotted: plan.value() for dotted, plan in plans.items()}):
         return call(*args, **kwargs)

@@ -62,7 +62,7 @@ class FullWeightAdapter(AdditiveAdapter):
         W: (rows, I), left as it is.   For linear layers.   Written by hand where that costs less than autograd; the
         class then says `blockwise`, and is asked for some rows after the others, which stay in the cache.
         """
-        learned = self._learned()
+        learned = self.trained_tensors()
         with torch.enable_grad():
             D = self.weight_delta(rows)
 
@@ -82,21 +82,13 @@ class FullWeightAdapter(AdditiveAdapter):
         """
         back(torch.mm(dy.T, x).to(dtype), gradients)
 
-    def _learned(self) -> list[Tensor]:
-        """What D is made of and is trained: also what several sites share."""
-        found = list(self.parameters())
-        shared = self.__dict__.get("shared")  # of another site, which holds it
-        if shared is not None:
-            found += list(shared.parameters())
-        return [parameter for parameter in found if parameter.requires_grad]
-
     def _linear(self, x: Tensor, W: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """x (W + D)^T + b, or x D^T; nothing of the size of D is kept."""
         by_hand = type(self).changed is not FullWeightAdapter.changed  # then rounded alike with and without gradients
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or by_hand):
             D = self.weight_delta(_WHOLE).to(x.dtype)  # a compiler decides itself what to keep
             return F.linear(x, D if W is None else W + D, b)
-        result: Tensor = _LinearOfChange.apply(x, W, b, self, *self._learned())  # type: ignore[no-untyped-call]
+        result: Tensor = _LinearOfChange.apply(x, W, b, self, *self.trained_tensors())  # type: ignore[no-untyped-call]
         return result
 
 

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .products import add_times_, linear, thin, times
@@ -149,6 +150,104 @@ def frozen_linear_low_rank_of_made(
     return result
 
 
+class _FrozenLinearLowRankByMaking(torch.autograd.Function):
+    """The same of A and B = make(), which are made again in backward and kept by nobody, of the parameters `learned`.
+
+    Kept: x if A is trained, x A^T if B is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        make: Callable[[], tuple[Tensor, Tensor]],
+        scale: float,
+        mask: Tensor | None,
+        *learned: Tensor,
+    ) -> Tensor:
+        with torch.enable_grad():
+            A, B = make()
+        y, h = _forward(x, W, b, A.detach(), B.detach(), scale, mask)
+        ctx.save_for_backward(W, x if A.requires_grad else None, h if B.requires_grad else None, mask, *learned)
+        ctx.make, ctx.scale, ctx.learned = make, scale, learned
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        W, x, h, mask, *_ = ctx.saved_tensors  # and looked whether the parameters have changed since
+        with torch.autocast(dy.device.type, enabled=False):  # as the forward was
+            with torch.enable_grad():
+                A, B = ctx.make()
+            needed = (ctx.needs_input_grad[0], A.requires_grad, B.requires_grad)
+            dx, dA, dB = _backward(dy, x, W, A.detach(), B.detach(), h, mask, ctx.scale, needed)
+            trained = [(factor, d) for factor, d in ((A, dA), (B, dB)) if d is not None]
+            if not trained:
+                return dx, *[None] * (5 + len(ctx.learned))
+            factors, gradients = zip(*trained, strict=True)
+            # by the parameters of the forward, not the saved ones: checkpointing hands back copies
+            found = torch.autograd.grad(factors, ctx.learned, gradients, allow_unused=True)
+        return dx, None, None, None, None, None, *found
+
+
+def frozen_linear_low_rank_by_making(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    make: Callable[[], tuple[Tensor, Tensor]],
+    learned: Sequence[Tensor],
+    scale: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`frozen_linear_low_rank` of A and B = make(), with gradients for x and the parameters that these are made of.
+
+    For factors that are large beside x and made of little: they are made twice and not kept.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides itself what to keep
+        return frozen_linear_low_rank(x, W, b, *make(), scale, mask)
+
+    def run(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        result: Tensor = _FrozenLinearLowRankByMaking.apply(x, W, b, make, scale, mask, *learned)  # type: ignore[no-untyped-call]
+        return result
+
+    return outside_autocast(run, x, W, b) if torch.is_autocast_enabled(x.device.type) else run(x, W, b)
+
+
+class _LinearByMaking(torch.autograd.Function):
+    """y = x W^T + b of W = make(), which is made again in backward, of the tensors `learned`.   Kept: x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, b: Tensor | None, make: Callable[[], Tensor], *learned: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *learned)
+        ctx.make, ctx.learned = make, learned
+        return linear(x, make(), b)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, *_ = ctx.saved_tensors  # and looked whether what W is made of has changed since
+        again = torch.is_grad_enabled()  # this backward is itself differentiated
+        with torch.enable_grad():
+            W = ctx.make()
+        of_x, of_b, *_ = ctx.needs_input_grad
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        dx = times(dy_rows, W if again else W.detach()).view(x.shape) if of_x else None
+        dW = torch.mm(dy_rows.T, x.reshape(-1, x.shape[-1]))
+        # by the tensors of the forward, not the saved ones: checkpointing hands back copies
+        found = torch.autograd.grad(W, ctx.learned, dW, create_graph=again, allow_unused=True)
+        return dx, dy_rows.sum(0) if of_b else None, None, *found
+
+
+def linear_by_making(x: Tensor, b: Tensor | None, make: Callable[[], Tensor], learned: Sequence[Tensor]) -> Tensor:
+    """x W^T + b of W = make(), which nobody keeps; gradients for x, b and what W is made of.  Not for autocast."""
+    is_needless = not learned or not torch.is_grad_enabled()
+    if is_needless or torch.compiler.is_compiling():  # a compiler decides itself what to keep
+        return F.linear(x, make(), b)
+    result: Tensor = _LinearByMaking.apply(x, b, make, *learned)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _FrozenLinearStretched(torch.autograd.Function):
     """As above with the outputs stretched: z = x W^T + s (x A^T) B^T, y = z + b + c * z.
 
@@ -197,13 +296,15 @@ def frozen_linear_stretched(
 
 
 class _FrozenLinearScaled(torch.autograd.Function):
-    """As above with the change's fixed factors A and B scaled: z = ((x A^T) * d) B^T, y = x W^T + b + s u * z.
+    """As above with the change's fixed factors A and B scaled: h = (x A^T) * d, z = h B^T, y = x W^T + b + s u * z.
 
     Kept: x A^T and z, and not x.
         g  = s (dy * u) B           (N, R)
         dd = sum_n g * (x A^T)      (R,)
         du = s sum_n dy * z         (O,)
         dx = dy W + (g * d) A       (N, I)
+    With noise e, A and d are of 2R: the halves of (x A^T) * d are m and v, and h = m + exp(v / 2) e.  Then exp(v / 2) e
+    is kept too, and g has its product with g / 2 as a second half.
     """
 
     @staticmethod
@@ -218,33 +319,41 @@ class _FrozenLinearScaled(torch.autograd.Function):
         u: Tensor,
         scale: float,
         mask: Tensor | None,
+        noise: Tensor | None,
     ) -> Tensor:
         rows, A_cast = with_dropout(x, A, mask)
-        h = thin(rows, A_cast)
-        z = torch.mm(h * d.to(x.dtype), B.to(x.dtype).T)
+        a = thin(rows, A_cast)
+        h, drawn = a * d.to(x.dtype), None
+        if noise is not None:
+            m, v = h.chunk(2, dim=1)
+            drawn = torch.exp(v / 2).mul_(noise)
+            h = m + drawn
+        z = torch.mm(h, B.to(x.dtype).T)
         y = linear(x, W, b)
         y.view(z.shape).addcmul_(z, u.to(x.dtype), value=scale)
-        ctx.save_for_backward(W, A, B, d, u, h, z, mask)
+        ctx.save_for_backward(W, A, B, d, u, a, z, mask, drawn)
         ctx.scale = scale
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        W, A, B, d, u, h, z, mask = ctx.saved_tensors
+        W, A, B, d, u, a, z, mask, drawn = ctx.saved_tensors
         dy_rows = dy.reshape(-1, dy.shape[-1])
-        g = thin(dy_rows * (ctx.scale * u).to(h.dtype), B.T.to(h.dtype))  # (N, R)
-        dd = (g * h).sum(0).to(d.dtype)
+        g = thin(dy_rows, (B.to(a.dtype) * (ctx.scale * u).to(a.dtype)[:, None]).T)  # (N, R)
+        if drawn is not None:
+            g = torch.cat((g, drawn * g / 2), dim=1)  # (N, 2R)
+        dd = (g * a).sum(0).to(d.dtype)
         du = (dy_rows * z).sum(0).to(u.dtype) * ctx.scale
         dx = None
         if ctx.needs_input_grad[0]:
-            g, A = g.mul_(d.to(h.dtype)), A.to(h.dtype)
+            g, A = g.mul_(d.to(a.dtype)), A.to(a.dtype)
             if mask is None or is_of_features(mask):
                 dx = times(dy_rows, W).addmm_(g, A if mask is None else A * mask)
             else:
                 dx = add_times_(dropped_(torch.mm(g, A), mask), dy_rows, W)
             dx = dx.view(*dy.shape[:-1], -1)
-        return dx, None, None, None, None, dd, du, None, None
+        return dx, None, None, None, None, dd, du, None, None, None
 
 
 def frozen_linear_scaled(
@@ -257,14 +366,16 @@ def frozen_linear_scaled(
     u: Tensor,
     scale: float = 1.0,
     mask: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """x W^T + b + scale u * (((x * mask) A^T * d) B^T), with gradients for x, d (R,) and u (O,) only.
 
+    noise: (N, R), then A is (2R, I) and d (2R,): what B takes is drawn, not computed, as the class says.
     A, B, mask and autocast as in `frozen_linear_low_rank`.
     """
     if torch.is_autocast_enabled(x.device.type):
-        return outside_autocast(frozen_linear_scaled, x, W, b, A, B, d, u, scale, mask)
-    result: Tensor = _FrozenLinearScaled.apply(x, W, b, A, B, d, u, scale, mask)  # type: ignore[no-untyped-call]
+        return outside_autocast(frozen_linear_scaled, x, W, b, A, B, d, u, scale, mask, noise)
+    result: Tensor = _FrozenLinearScaled.apply(x, W, b, A, B, d, u, scale, mask, noise)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -288,7 +399,7 @@ def _forward(
 
 def _backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     W: Tensor,
     A: Tensor,
     B: Tensor,
@@ -297,14 +408,21 @@ def _backward(
     scale: float,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, A and B, those that are needed; some methods keep one of the factors as it is."""
-    rows, A_cast = with_dropout(x, A, mask)
-    dy_rows = dy.reshape(-1, dy.shape[-1])
-    if h is not None and torch.is_grad_enabled():  # this backward is itself differentiated; h was outside any graph
+    """The gradients of x, A and B, those that are needed; some methods keep one of the factors as it is.
+
+    x: None where A is fixed and this backward is not itself differentiated.
+    """
+    dy_rows, rows = dy.reshape(-1, dy.shape[-1]), None
+    if x is not None:
+        rows, A_cast = with_dropout(x, A, mask)
+    else:
+        A_cast = A.to(dy.dtype) * mask if is_of_features(mask) else A.to(dy.dtype)
+    if rows is not None and h is not None and torch.is_grad_enabled():  # it is; h was outside any graph
         h = thin(rows, A_cast)
-    g = thin(dy_rows, B.T.to(x.dtype)).mul_(scale)  # (N, R)
+    g = thin(dy_rows, B.T.to(dy.dtype)).mul_(scale)  # (N, R)
     dx = dA = dB = None
     if needed[1]:
+        assert rows is not None
         dA = torch.mm(g.T, rows)
         dA = (dA.mul_(mask) if is_of_features(mask) else dA).to(A.dtype)
     if needed[2]:
@@ -315,7 +433,7 @@ def _backward(
             dx = times(dy_rows, W).addmm_(g, A_cast)
         else:
             dx = add_times_(dropped_(torch.mm(g, A_cast), mask), dy_rows, W)
-        dx = dx.view(x.shape)
+        dx = dx.view(*dy.shape[:-1], W.shape[1])
     return dx, dA, dB
 
 

@@ -5,7 +5,7 @@
 
 N: tokens; forward and backward, where A or B is fixed.
 The more tokens, the better the whole way; in 16 bits, where W + s B A would round the change away, and
-under dropout, it is always the thin one.
+under dropout, it is always the thin one.  Either keeps nothing of the size of A, B or W for backward.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .adapter import Call
 from .full_weight import FullWeightAdapter
+from .kernels import frozen_linear_low_rank_by_making
 from .low_rank import LowRankAdapter
 from .site import Site
 
@@ -31,6 +32,10 @@ class LargeRankAdapter(LowRankAdapter, FullWeightAdapter):
         saved = self.products * rank * (I + O) - O * I  # for each token
         # 4, not 3: forming it also goes through memory
         self.whole_from = 4 * rank * O * I / saved if saved > 0 else math.inf
+        self._fuses |= type(self).fused is LargeRankAdapter.fused
+
+    def fused(self, x: Tensor, W: Tensor, b: Tensor | None, scale: float, mask: Tensor | None) -> Tensor:
+        return frozen_linear_low_rank_by_making(x, W, b, self.factors, self.trained_tensors(), scale, mask)
 
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         wide = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)

@@ -7,7 +7,7 @@ O, I = fan-out, fan-in.   The penalty is the expected number of entries that are
 the whole weight multiplies z, and its probability the penalty.   d starts at zero, so training starts from the base
 model.   When a share of the steps is done, the `budget` of all entries with the largest |z d| stays, and only these are
 trained on; a saved adapter then holds them and their places.
-Trainable parameters: 2 O I per site at first; memory is that of full fine-tuning, twice.  Saved: budget * O I numbers.
+Trainable parameters: 2 O I per site at first; memory is that of full fine-tuning, twice, and z.  Saved: budget * O I.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, AdditiveAdapter, Call
 from ..core.checks import require_finite
 from ..core.disk_names import DiskNames
 from ..core.errors import ConfigError, require
+from ..core.full_weight import FullWeightAdapter
+from ..core.layers import LinearKind
 from ..core.method import Method, method
+from ..core.products import linear, times
 from ..core.site import Site
 from ..core.sparse import SparseAdapter, check_places, matrix_shape
 
@@ -107,7 +111,7 @@ class DiffPruning(Method):
         return replace(self, kept={site.name: indices for site, indices in held.items()})
 
 
-class DiffPruningAdapter(AdditiveAdapter):
+class DiffPruningAdapter(FullWeightAdapter):
     """d and a at one site, and the gate of the whole weight (1,) where there is one."""
 
     def __init__(self, method: DiffPruning, site: Site) -> None:
@@ -128,10 +132,29 @@ class DiffPruningAdapter(AdditiveAdapter):
                 "diff pruning chooses its entries while it trains, and nothing tells it of the steps. Before the "
                 "first: adapters.follow(optimizer, steps=...)"
             )
-        return super().forward(call, x, *args, **kwargs)
+        is_linear = isinstance(self.site.kind, LinearKind)
+        return (FullWeightAdapter if is_linear else AdditiveAdapter).forward(self, call, x, *args, **kwargs)
 
     def delta(self, x: Tensor) -> Tensor:
-        return self.site.apply(x, self.gates(draw=self.learns_places and self.training) * self.difference)
+        if isinstance(self.site.kind, LinearKind):
+            return super().delta(x)
+        return self.site.apply(x, self.gates(draw=self._draws) * self.difference)
+
+    def _linear(self, x: Tensor, W: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides itself what to keep
+            D = self.gates(draw=self._draws) * self.difference
+            return F.linear(x, D.to(x.dtype) if W is None else W + D, b)
+        with torch.no_grad():
+            z = _opened(self.gate, self._draws).mul_(3).sub_(1.5).clamp_(0, 1)  # in place: it is as large as W
+        d: Tensor = self.difference
+        if self.group_gate is not None:
+            d = d * _hard_concrete(self.group_gate, self._draws)
+        result: Tensor = _GatedLinear.apply(x, W, b, d, self.gate, z)  # type: ignore[no-untyped-call]
+        return result
+
+    @property
+    def _draws(self) -> bool:
+        return self.learns_places and self.training
 
     def weight_delta(self, rows: slice) -> Tensor:
         return (self.gates(draw=False) * self.difference)[rows]
@@ -175,9 +198,41 @@ class Pruned(SparseAdapter):
         return self.indices.long()
 
 
+class _GatedLinear(torch.autograd.Function):
+    """y = x (W + z * d)^T + b, or x (z * d)^T, z of the gates a as drawn.   Kept beside x: z.
+
+    dD = dy^T x   (O, I)       dd = z * dD       da = d * dD * dz/da
+    Where 0 < z < 1, z = 3 p - 1.5 of the sigmoid p, so that dz/da = 3 p (1 - p) = 3/4 - z^2 / 3; elsewhere it is zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor | None, b: Tensor | None, d: Tensor, a: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W, d, z)
+        return linear(x, _GatedLinear._weight(x, W, d, z), b)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, W, d, z = ctx.saved_tensors
+        x_rows, dy_rows, dx = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), None
+        if ctx.needs_input_grad[0]:
+            dx = times(dy_rows, _GatedLinear._weight(x, W, d, z)).view(x.shape)
+        dD = torch.mm(dy_rows.T, x_rows).to(d.dtype)
+        slope = z.square().div_(-3).add_(0.75).mul_((z > 0) & (z < 1))
+        return dx, None, None, z * dD, dD.mul_(d).mul_(slope), None
+
+    @staticmethod
+    def _weight(x: Tensor, W: Tensor | None, d: Tensor, z: Tensor) -> Tensor:
+        return (z * d).to(x.dtype) if W is None else torch.addcmul(W, z, d)
+
+
 def _hard_concrete(a: Tensor, draw: bool) -> Tensor:
     """Louizos et al. 2017, arXiv:1712.01312, stretched to (-1.5, 1.5)."""
+    return (3 * _opened(a, draw) - 1.5).clamp(0, 1)
+
+
+def _opened(a: Tensor, draw: bool) -> Tensor:
+    """How far each gate is open before it is stretched, from 0 to 1."""
     if draw:
-        u = torch.rand_like(a).clamp(1e-6, 1 - 1e-6)
-        a = a + u.log() - (1 - u).log()
-    return (3 * a.sigmoid() - 1.5).clamp(0, 1)
+        a = torch.rand_like(a).logit_(eps=1e-6).add_(a)  # log u - log(1 - u) + a
+    return a.sigmoid()

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..core.adapter import AdditiveAdapter, Call
 from ..core.disk_names import DiskNames
+from ..core.kernels import frozen_linear_scaled
 from ..core.low_rank import LowRankAdapter
 from ..core.method import method
-from ..core.site import Site
+from ..core.site import Site, compute_dtype
 from .vera import Projections, VeRA
 
 
@@ -70,9 +71,14 @@ class PVeRAAdapter(LowRankAdapter):
         nn.init.zeros_(self.lambda_b)
 
     def forward(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.training:
+        if not self.training:
+            return super().forward(call, x, *args, **kwargs)
+        if self.dropout or not self.fuses(call):
             return AdditiveAdapter.forward(self, call, x, *args, **kwargs)
-        return super().forward(call, x, *args, **kwargs)
+        A, B = self._projections()
+        noise = torch.randn(x.numel() // x.shape[-1], self.rank, dtype=compute_dtype(x), device=x.device)
+        W, b = self.site.stored, self.site.bias
+        return frozen_linear_scaled(x, W, b, A, B, self.lambda_d, self.lambda_b, noise=noise)
 
     def delta(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -15,7 +15,8 @@ row give F itself, as the authors' code does.
 
 Trainable parameters: floor(budget * N) with grain "weights" (or all candidates, if they are fewer), at most that with
 others.  Heads are trained whole, and are neither candidates nor part of the budget, though of N.
-Memory: the optimiser holds state for v alone.  While training, each changed tensor exists a second time, as W'.
+Memory: the optimiser holds state for v alone.  While training, each changed tensor exists a second time, as W'; that of
+a linear layer only while it is multiplied with.
 Scoring by gradients holds one copy of the candidates in fp32, and one gradient at a time.
 """
 
