@@ -15,6 +15,7 @@ from smidgen.methods.randlora import RandLoRA
 from smidgen.methods.shira import SHiRA
 from smidgen.methods.supertuning import SuperTuning
 from smidgen.methods.vera import VeRA
+from smidgen.methods.waveft import WaveFT
 
 EVERYTHING = slice(None)
 METHODS = [
@@ -26,6 +27,8 @@ METHODS = [
     VeRA(rank=3, targets="0"),
     VeRA(rank=200, targets="0"),
     SHiRA(rank=1, targets="0"),
+    WaveFT(frequencies=40, targets="0"),
+    WaveFT(frequencies=40, wavelet="db3", targets="0"),
     SuperTuning(sparsity=0.95, targets="0"),
     SuperTuning(sparsity=0.95, rank=2, targets="0"),
     SuperTuning(sparsity=0.4, rank=2, targets="0"),

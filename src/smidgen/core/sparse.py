@@ -60,12 +60,16 @@ class SparseAdapter(FullWeightAdapter):
 
     def pulls_few(self, dy: Tensor) -> bool:
         """True where the values' gradient is made without the others of dD."""
-        O, I = matrix_shape(self.site)
-        return dy.device.type == "cpu" and dy.dtype == self.values.dtype and len(self.values) <= _FEW * O * I
+        return cost_less(len(self.values), matrix_shape(self.site), dy, self.values)
+
+
+def cost_less(count: int, shape: tuple[int, int], dy: Tensor, like: Tensor) -> bool:
+    """True where so many entries of dD (O, I) cost less by `few_of_product` than all of them; like: a parameter."""
+    return dy.device.type == "cpu" and dy.dtype == like.dtype and count <= _FEW * shape[0] * shape[1]
 
 
 def few_of_product(dy: Tensor, x: Tensor, places: Tensor) -> Tensor:
-    """Entries of dy^T x (O, I) at these flat places, all different: (n,).   dy: (N, O)   x: (N, I), on a processor."""
+    """Entries of dy^T x (O, I) at these flat places: (n,).   dy: (N, O)   x: (N, I), on a processor."""
     _let_sparse_rows_warn()
     O, I = dy.shape[1], x.shape[1]
     order = None if bool((places[1:] > places[:-1]).all()) else places.argsort()

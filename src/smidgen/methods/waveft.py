@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ..core.disk_names import DiskNames
 from ..core.errors import require
+from ..core.full_weight import Gradients, Pullback
 from ..core.method import Method, method
 from ..core.site import Site
+from ..core.sparse import cost_less, few_of_product
 from ..core.wavelets import FAMILIES, filters
 from .fourierft import FourierFT, SpectrumAdapter
 
@@ -102,10 +104,38 @@ class WaveFTAdapter(SpectrumAdapter):
 
     def weight_delta(self, rows: slice) -> Tensor:
         O, I = self.shape
-        places = self.rows[:, :, None] * I + self.columns[:, None]  # (n, L, L)
-        wavelets = (self.scale * self.spectrum)[:, None, None] * self.row_filters[:, :, None]
-        wavelets = wavelets * self.column_filters[:, None]
-        return self.spectrum.new_zeros(O * I).index_add(0, places.flatten(), wavelets.flatten()).view(O, I)[rows]
+        entries = self.spectrum[:, None, None] * self._wavelets()
+        return self.spectrum.new_zeros(O * I).index_add(0, self._entries(), entries.flatten()).view(O, I)[rows]
+
+    @torch.no_grad()
+    def changed(self, W: Tensor | None, rows: slice) -> tuple[Tensor, Pullback]:
+        c, places, wavelets = self.spectrum, self._entries(), self._wavelets()
+        V = c.new_zeros(self.shape) if W is None else W.clone(memory_format=torch.contiguous_format)
+        V.view(-1).index_add_(0, places, (c[:, None, None] * wavelets).flatten())
+
+        def back(dD: Tensor, gradients: Gradients) -> None:
+            self._add(dD.reshape(-1).index_select(0, places), gradients)
+
+        return V, back
+
+    def pull(self, back: Pullback, dy: Tensor, x: Tensor, dtype: torch.dtype, gradients: Gradients) -> None:
+        if cost_less(self.row_filters.shape[1] ** 2 * len(self.spectrum), self.shape, dy, self.spectrum):
+            self._add(few_of_product(dy, x, self._entries()), gradients)
+        else:
+            super().pull(back, dy, x, dtype, gradients)
+
+    def _add(self, dD: Tensor, gradients: Gradients) -> None:
+        """Add c's gradient, of dD at the wavelets' entries (n L L,)."""
+        wavelets = self._wavelets()
+        gradients[self.spectrum].add_((dD.view_as(wavelets) * wavelets).sum((1, 2)))
+
+    def _entries(self) -> Tensor:
+        """Where the wavelets are in W: (n L L,), flat."""
+        return (self.rows[:, :, None] * self.shape[1] + self.columns[:, None]).flatten()
+
+    def _wavelets(self) -> Tensor:
+        """s a_k b_k^T: (n, L, L)."""
+        return self.scale * self.row_filters[:, :, None] * self.column_filters[:, None]
 
 
 def _taps(k: Tensor, filters: Tensor, size: int, length: int) -> tuple[Tensor, Tensor]:
