@@ -24,6 +24,8 @@ from torch import Tensor
 from .products import linear, times
 from .site import compute_dtype
 
+_THIN = 64  # the largest rank of factors that are small enough to be laid out anew
+
 
 class _FrozenLinearLowRank(torch.autograd.Function):
     @staticmethod
@@ -419,8 +421,10 @@ def _backward(
         A_cast = A.to(dy.dtype) * mask if is_of_features(mask) else A.to(dy.dtype)
     if rows is not None and h is not None and torch.is_grad_enabled():  # it is; h was outside any graph
         h = torch.mm(rows, A_cast.T)
-    # B^T is laid out anew, it is small: this product is up to twice as fast so
-    g = torch.mm(dy_rows, B.T.to(dy.dtype).contiguous().T).mul_(scale)  # (N, R)
+    B_cast = B.to(dy.dtype)
+    if B.shape[1] <= _THIN:  # B^T is laid out anew: this product is up to twice as fast so
+        B_cast = B_cast.T.contiguous().T
+    g = torch.mm(dy_rows, B_cast).mul_(scale)  # (N, R)
     dx = dA = dB = None
     if needed[1]:
         assert rows is not None
