@@ -327,7 +327,7 @@ def test_compiling_has_no_graph_break_and_the_meta_device_is_left_alone():
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for one, other in zip(plain, results(compiled, parameters, batch()), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     torch.compiler.reset()
     with torch.device("meta"):
         assert put_on(nn.Sequential(Norm()).requires_grad_(False)) == []

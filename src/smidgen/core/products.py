@@ -15,7 +15,7 @@ from torch import Tensor
 
 Library = Literal["usual", "onednn"]
 LEAST_ROWS = 16  # below, a product is one reading of W, and packing costs more than it brings
-_THIN = 16  # rows of a factor up to which its product is faster made transposed
+_THIN = 32  # rows of a factor from which on its product is no faster made transposed
 _library: Library = "usual"
 
 
@@ -54,12 +54,10 @@ def add_times_(dx: Tensor, dy: Tensor, W: Tensor) -> Tensor:
 def thin(x: Tensor, A: Tensor) -> Tensor:
     """x A^T (N, R) for a factor A of few rows.   x: (N, I)   A: (R, I), transposed or not.
 
-    Up to rank 16 a processor makes A x^T, and this is its transpose: the libraries' kernels fill blocks of 16 and more
-    columns, and take up to twice as long for the few of x A^T as for the N of A x^T.
+    Below rank 32 a processor makes A x^T, and this is its transpose: the libraries' kernels fill blocks of 32 columns,
+    and take up to twice as long for the few of x A^T as for the N of A x^T.
     """
-    if len(A) <= _THIN and x.device.type == "cpu":
-        return torch.mm(A, x.T).T
-    return torch.mm(x, A.contiguous().T)  # of a transposed one, which is small: up to twice as fast laid out anew
+    return torch.mm(A, x.T).T if len(A) < _THIN and x.device.type == "cpu" else torch.mm(x, A.T)
 
 
 def has_onednn() -> bool:
