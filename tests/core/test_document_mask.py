@@ -210,3 +210,19 @@ def test_compiled_blocks_take_it_as_a_plain_mask_and_are_compiled_once(model, ma
         same(outcome(model, mask), expected)
         with torch._dynamo.config.patch(error_on_recompile=True):
             outcome(model, DocumentMask.of(POSITIONS.flip(0)))
+
+
+def test_methods_that_act_at_places_take_a_row_of_documents_as_one(tmp_path, mask):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm(tmp_path, "llama")).eval()
+    smidgen.attach(model, smidgen.LoReFT(rank=2, positions="f1+l1"), seed=0)
+    same(outcome(model, mask), outcome(model))
+
+
+def test_what_is_added_beside_attention_is_added_as_with_a_plain_mask(tmp_path, mask):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm(tmp_path, "llama")).eval()
+    smidgen.attach(model, smidgen.AdaptionPrompt(length=3, layers=1), seed=0)
+    same(outcome(model, mask), outcome(model))
