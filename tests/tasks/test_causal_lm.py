@@ -14,6 +14,7 @@ from smidgen.core.errors import DataError, ModelError, RecipeError
 from smidgen.data.table import Table
 from smidgen.tasks.base import Asked
 from smidgen.tasks.causal_lm import CausalLM, CausalLMSettings
+from smidgen.tasks.language import language_model
 from smidgen.tasks.language.language_model import LanguageModel, decide_packing
 from smidgen.tasks.language.saying import room, say
 from smidgen.tasks.language.token_rows import IGNORED, best_fit, blocks, pieces
@@ -196,6 +197,48 @@ def test_a_model_that_sees_across_documents_is_not_packed(llama):
     wanted = CausalLM.understand({"train": TEXTS}, CausalLMSettings(packing="on"), asked)
     with pytest.raises(RecipeError, match="packing is on, but rows cannot share a block: the model looks across"):
         decide_packing(wanted.settings.packing, wanted.shape.kind, model, asked)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_attention_in_packed_rows_is_computed_document_by_document(folders, kind, monkeypatch):
+    task, model, _ = ready(folders[kind], TEXTS, max_length=64)
+    assert model.attends_apart
+    examples = task.encode(TEXTS)
+    batch = task.collate(examples, range(len(examples)))
+    apart = model(batch)["loss"]
+    model.attends_apart = False
+    torch.testing.assert_close(apart, model(batch)["loss"], rtol=1e-5, atol=1e-4)
+
+
+def test_a_model_whose_tokens_see_a_window_makes_its_masks_itself(folders):
+    _, gemma, asked = ready(folders["gemma2"], TEXTS)
+    assert not gemma.attends_apart
+    assert any(name == "packing" and "a mask keeps them apart" in why for name, _, why in asked.plan.entries)
+
+
+def test_attention_written_out_keeps_its_masks(llama):
+    _, model, _ = ready(llama, TEXTS)
+    model.attends_apart = False
+    model.body.set_attn_implementation("eager")
+    model.attend_apart()
+    assert not model.attends_apart
+
+
+def test_a_model_that_refuses_such_a_mask_makes_its_own(llama, monkeypatch):
+    def refuses(positions):
+        raise ValueError("a mask has two dimensions")
+
+    monkeypatch.setattr(language_model.DocumentMask, "of", refuses)
+    _, model, _ = ready(llama, TEXTS)
+    assert not model.attends_apart
+
+
+def test_the_plan_says_how_many_documents_a_block_has(llama):
+    for settings, rows in (({}, TEXTS), ({"packing": "on"}, TALK)):
+        task, _, asked = ready(llama, rows, max_length=64, **settings)
+        blocks_made = len(task.encode(rows))
+        said = next(value for name, value, _ in asked.plan.entries if name == "documents in a block")
+        assert said == f"{len(rows) / blocks_made:.1f}"
 
 
 def test_a_prompt_in_front_rules_packing_out(llama):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .adapter import ByName, Call
 from .blocks import blocks
+from .document_mask import DocumentMask
 from .errors import AttachError
 from .method import Shared
 from .site import Site
@@ -103,7 +104,7 @@ class Reader(ByName):
         tokens = next((given[each] for each in _TOKENS if given.get(each) is not None), None)
         if labels is not None and (tokens is None or labels.shape != tokens.shape):
             labels = None  # not one per token
-        if mask is not None:
+        if mask is not None and not isinstance(mask, DocumentMask):  # its row is taken as one, as without a mask
             if mask.ndim != 2:
                 raise AttachError(
                     f"{name} is {tuple(mask.shape)}; to find the first and last tokens it has to be (rows, tokens)"

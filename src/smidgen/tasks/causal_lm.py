@@ -26,7 +26,7 @@ from .language.asking import AskingRows, in_words
 from .language.chat_template import ensure_template
 from .language.language_model import LanguageModel, Packing, decide_packing
 from .language.likelihood import METRICS, LikelihoodTask
-from .language.token_rows import as_batch, as_examples, learns, pieces
+from .language.token_rows import as_batch, as_examples, best_fit, learns, pieces
 from .loading import Tokenizer, choose_max_length, length_within, load_body, load_tokenizer, positions_of, settle_length
 from .registry import task
 from .row_roles import ROW_ROLES, RowRoles, apart
@@ -137,6 +137,7 @@ class CausalLM(LikelihoodTask):
             size, _ = choose_max_length([limit], limit, asked.device)
             choice = (size, "the size of a block")
             self.max_length = length_within(limit, "max_length", self.settings.max_length, choice, asked)
+            self._say_documents(train, asked)
             return
         tokens = self.rows.tokens(some_of(train, asked.seed))
         lengths = [len(ids) for ids, _ in tokens]
@@ -146,6 +147,16 @@ class CausalLM(LikelihoodTask):
                 raise DataError(f"no row has an answer within {self.max_length} tokens: raise task.max_length")
             share = f"{lost / len(tokens):.1%} of the training rows"
             asked.plan.decide("left out", None, share, f"no answer begins within {self.max_length} tokens")
+
+    def _say_documents(self, train: Table, asked: Asked) -> None:
+        """Enter in the plan how many documents share a block: a batch counts blocks."""
+        assert self.max_length is not None
+        rows, size = self.rows.tokens(some_of(train, asked.seed)), self.max_length
+        if self.shape.kind == "text":
+            rows = [piece for row in rows for piece in pieces(row, size)]
+        lengths = [min(len(ids), size) for ids, _ in rows]
+        shared = f"{len(lengths) / len(best_fit(lengths, size)):.1f}"
+        asked.plan.decide("documents in a block", None, shared, "a batch counts blocks, so a step sees more rows")
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def encoding(self) -> Encoding:

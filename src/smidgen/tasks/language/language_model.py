@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
+from ...core.document_mask import DocumentMask
 from ...core.errors import ModelError, RecipeError
 from ...core.linear_cross_entropy import linear_cross_entropy_rows
 from ...data.conversations import Kind
@@ -26,6 +27,7 @@ Packing = Literal["auto", "on", "off"]
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 _FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}  # name -> power
+_WINDOWS = ("sliding_window", "attention_chunk_size")  # of a configuration: a token does not see all before it
 _SAME = 1e-3  # of the largest number: fp32 in another order, not another computation
 
 
@@ -106,6 +108,7 @@ class LanguageModel(TaskModel):
         takes = inspect.signature(body.forward).parameters
         self.call = {"use_cache": False} if "use_cache" in takes else {}
         self.takes_positions = "position_ids" in takes
+        self.attends_apart = False  # documents of a packed row: a `DocumentMask` is given, and not made by the model
         if self.output_layer() is None:
             raise ModelError(
                 f"{type(body).__name__} does not tell its output layer: get_output_embeddings() gives None"
@@ -118,6 +121,9 @@ class LanguageModel(TaskModel):
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What goes into the output layer, (rows, T, D), in the dtype it goes in with."""
         given = {name: value for name, value in batch.items() if name not in ("targets", "weights")}
+        if self.attends_apart and "position_ids" in given:
+            mask = DocumentMask.of(given["position_ids"])
+            given |= {} if mask is None else {"attention_mask": mask}
         with given_to(self.output_layer()) as caught:
             self.body(**given, **self.call)
         return caught[0][:, -batch["input_ids"].shape[1] :]  # a prompt in front has places too
@@ -148,11 +154,32 @@ class LanguageModel(TaskModel):
         """None if two documents in a row, told apart by their positions, give what each gives alone; else why not."""
         if not self.takes_positions:
             return "the model takes no position_ids"
+        return None if self._tells_apart() else "the model looks across documents that share a row"
+
+    @torch.no_grad()
+    def attend_apart(self) -> None:
+        """Have attention in packed rows computed document by document, where this model takes that and all is the same.
+
+        Not where its tokens see only some of those before them: such masks the model has to make itself.
+        """
+        config = cast(Any, self.body).config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        sees_all = set(getattr(text, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        if text._attn_implementation != "sdpa" or not sees_all or any(getattr(text, name, None) for name in _WINDOWS):
+            return
+        self.attends_apart = True
+        try:
+            self.attends_apart = self._tells_apart()
+        except Exception:  # a model that makes more of its mask may refuse one of four dimensions, in words of its own
+            self.attends_apart = False
+
+    def _tells_apart(self) -> bool:
+        """Whether two documents that share a row give what each gives alone."""
         ids, first = self._ids(12), 5
         positions = torch.cat([torch.arange(first), torch.arange(ids.shape[1] - first)]).to(ids.device)[None]
         packed = self.hidden({"input_ids": ids, "position_ids": positions})
         alone = [self.hidden({"input_ids": some}) for some in (ids[:, :first], ids[:, first:])]
-        return None if _same(packed, torch.cat(alone, dim=1)) else "the model looks across documents that share a row"
+        return _same(packed, torch.cat(alone, dim=1))
 
     def _ids(self, count: int) -> Tensor:
         """Some tokens, (1, count); all different where the vocabulary allows."""
@@ -169,10 +196,13 @@ def decide_packing(said: Packing, kind: Kind, model: LanguageModel, asked: Asked
     why_not = "its prompt stands in front of the first document alone" if asked.reserved else None
     why_not = "each has a weight of its own" if weighted else why_not
     if said == "off" or (said == "auto" and kind != "text"):
-        why_not = "batches are of rows of like length, so little is padded; a mask for each block would cost more"
+        why_not = "batches are of rows of like length, so little is padded, and a step sees as many rows as it has"
     elif (why_not := why_not or model.why_not_packed()) and said == "on":
         raise RecipeError(f"task.packing is on, but rows cannot share a block: {why_not}")
-    why = why_not or "documents share blocks and do not see each other; checked on this model"
+    if not why_not:
+        model.attend_apart()
+    how = "attention is computed in each alone" if model.attends_apart else "a mask keeps them apart"
+    why = why_not or f"documents share blocks and do not see each other ({how}); checked on this model"
     return asked.plan.decide("packing", None if said == "auto" else not why_not, not why_not, why)
 
 
