@@ -107,12 +107,13 @@ def chosen(rates: Preset, steps: int, work: Work) -> choose.Chosen:
     )
 
 
-def train(bench: Bench, name: str, rates: Preset, *, at_the_end: bool = False) -> Trained:
+def train(bench: Bench, name: str, rates: Preset, *, at_the_end: bool = False, seed: int = SEED) -> Trained:
     """Train a fresh body with one method.   at_the_end: evaluate once, after the last step."""
     model = copy.deepcopy(bench.work.model)
     bench.base.start(model)
     work = dataclasses.replace(bench.work, model=model)
     plan = chosen(rates, bench.steps, work)
+    plan.seed = seed
     if at_the_end:
         plan.evaluate_every = bench.steps
     if name == "full":

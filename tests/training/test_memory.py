@@ -19,6 +19,16 @@ def test_what_a_graph_keeps_counts_storages_once_and_no_weights():
     assert kept_for_backward(layer, lambda: (x[:2].sin(), x.cos())) == 4 * 7 * 3
 
 
+def test_a_weight_made_of_other_tensors_counts_as_one_and_what_is_made_of_them_counts_whole():
+    """As in torchao's layers in few bits: such a tensor has no storage of its own."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    layer, x = nn.Linear(3, 5, bias=False), torch.randn(7, 3, requires_grad=True)
+    layer.weight = nn.Parameter(TwoTensor(torch.ones(5, 3), torch.ones(5, 3)), requires_grad=False)
+    assert kept_for_backward(layer, lambda: layer(x)) == 0
+    assert kept_for_backward(layer, lambda: layer(x).exp()) == 2 * 4 * 7 * 5
+
+
 def test_measuring_leaves_nothing_behind():
     """`exp` keeps its own output: handed back as it is, it would hold its own graph for ever."""
     import weakref

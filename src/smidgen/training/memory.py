@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.errors import OutOfMemory
 from ..core.recompute import kept_bytes
@@ -58,20 +59,29 @@ def _reset() -> bool:
     return True
 
 
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """Where a strided tensor's numbers are; in few bits it may be made of others, and have none itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor.untyped_storage()
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _storages(getattr(tensor, name))
+
+
 def kept_for_backward(model: nn.Module, run: Callable[[], Any]) -> int:
     """Bytes that autograd keeps after `run`, parameters and buffers not counted; with what recomputing blocks keep.
 
     Every storage counts once, whole, however many saved tensors are views of it.
     """
-    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    weights = {s.data_ptr() for t in (*model.parameters(), *model.buffers()) for s in _storages(t)}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.layout is not torch.strided:  # a sparse one: its numbers and their places
             whole = tensor.coalesce()
             kept[id(tensor)] = whole.values().nbytes + whole.indices().nbytes
-        elif (storage := tensor.untyped_storage()).data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        else:
+            kept.update({s.data_ptr(): s.nbytes() for s in _storages(tensor) if s.data_ptr() not in weights})
         return tensor.detach()  # the graph holds it, so no address is used twice; itself, it would hold the graph
 
     before = kept_bytes()
