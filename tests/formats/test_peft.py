@@ -80,12 +80,13 @@ def test_peft_reads_our_folder_and_we_read_it_back(case: str, tmp_path: Path) ->
     expected = logits(model)
 
     theirs = peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours"))
-    # the last bit: a scale that is no power of two is multiplied in another order; a cache is another kernel's choice
+    # rounding: our products of thin factors are made transposed; a cache is another kernel's choice
+    rounding = 1e-6 if case.startswith(("lora", "prefix")) else 0
     torch.testing.assert_close(
         logits(theirs, expected.shape[1] if expected.ndim == 3 else None),
         expected,
-        rtol=0,
-        atol=1e-6 if case in ("prefix", "lora, ranks and alphas") else 0,
+        rtol=rounding,
+        atol=rounding,
     )
     theirs.save_pretrained(str(tmp_path / "theirs"))
     again = make()
