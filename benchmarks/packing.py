@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from common import Spread, described, interleaved, llama, one_thread, save
+from common import Spread, cpu_seconds, described, interleaved, llama, one_thread, save
 
 import smidgen
 from smidgen.core.attention_backward import short_attention_backward_in_fp32
@@ -97,7 +97,7 @@ def measure(case: Case, rounds: int) -> tuple[dict[str, Spread], float, float, f
     model = LanguageModel(body).eval()
     with short_attention_backward_in_fp32():
         runs = {name: steps_of(model, some, apart=name in (APART, JOINED)) for name, some in batches.items()}
-        seconds = interleaved(runs, rounds)
+        seconds = interleaved(runs, rounds, cpu_seconds)
     speeds = {name: [counts[name] / s for s in found] for name, found in seconds.items()}
     over = {name: Spread.of([a / b for a, b in zip(speeds[name], speeds[PADDED], strict=True)]) for name in speeds}
     return over, sorted(speeds[PADDED])[rounds // 2], every.padding_share().bucketed, len(rows) / len(packed)
