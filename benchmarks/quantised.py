@@ -2,10 +2,10 @@
 
 The product is x W^T with a weight of 4096 x 4096. The step is LoRA of rank 16 on every linear layer of a Llama of 4
 layers of 1024, 512 tokens, forward and backward, by smidgen and by HF PEFT, as it comes and with adapters in bf16 where
-the base is; "kept" is what autograd keeps for backward (of torchao's tensors that cannot be counted), and weights are
-those of the whole model, scales included. Loading is a Llama of 8 layers of 1024 from a file in bf16; its peak is
-resident memory above that before it. Learning is the demo's task on all-MiniLM-L6-v2, equally many steps. bitsandbytes
-and torchao run where they are installed: pip install --no-deps bitsandbytes torchao.
+the base is; "kept" is what autograd keeps for backward, and weights are those of the whole model, scales included.
+Loading is a Llama of 8 layers of 1024 from a file in bf16; its peak is resident memory above that before it. Learning
+is the demo's task on all-MiniLM-L6-v2, equally many steps. bitsandbytes and torchao run where they are installed: pip
+install --no-deps bitsandbytes torchao.
 
     python benchmarks/quantised.py [--rounds 7] [--steps 160] [--only product]
 """
@@ -161,11 +161,7 @@ def step(dtype_name: str, rounds: int) -> dict[str, Any]:
                 models[f"HF PEFT, {name}"] = hf_peft(copy.deepcopy(body))
                 if dtype_name == "bf16":
                     models[f"HF PEFT, bf16 adapters, {name}"] = hf_peft(body, autocast_adapters=False)
-    kept = {
-        name: kept_for_backward(model, functools.partial(loss_of, model, x))
-        for name, model in models.items()
-        if "torchao" not in name  # its tensors have no storage of their own that could be counted
-    }
+    kept = {name: kept_for_backward(model, functools.partial(loss_of, model, x)) for name, model in models.items()}
     # pieces of quantised weights are no parameters, and are there without a backward
     for name in kept:
         kept[name] -= sum(
@@ -183,8 +179,8 @@ def step(dtype_name: str, rounds: int) -> dict[str, Any]:
             cpu[name],
             wall[name].median,
             next(size for body, size in sizes.items() if name.endswith(f", {body}")) / 1e6,
-            kept[name] / kept[floor] if name in kept else None,
-            kept[name] / 1e6 if name in kept else None,
+            kept[name] / kept[floor],
+            kept[name] / 1e6,
         ]
         for name in models
     ]

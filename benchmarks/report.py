@@ -11,14 +11,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PLOTS, PAGE = ROOT / "docs" / "plots", ROOT / "docs" / "benchmarks.md"
-PLOTTED = {  # result -> columns that are drawn of tables made before a table said so itself, in "plot"
-    "end_to_end": ("over HF as it comes",),
-    "kernels": ("forward and backward / floor",),
-    "linear_cross_entropy": ("of HF's",),
-    "memory": ("kept for backward, MB", "peak above the model, MB", "time / recompute: off"),
-    "quantised": ("time / dense", "weights, MB"),
-    "training_step": ("time / floor", "kept for backward / floor"),
-}
 OURS, OTHERS, EDGE = "#2563eb", ("#94a3b8", "#cbd5e1"), "#334155"
 UNITS = (", MB", ", CPU s")  # at the end of a column that is no ratio
 SPAN = 10  # largest over smallest of ratios from which their axis is logarithmic
@@ -44,7 +36,7 @@ def main() -> None:
     results = read()
     for name, result in results.items():
         for number, each in enumerate(result["tables"]):
-            if panels := panels_of(name, each):
+            if panels := each.get("plot"):
                 draw(each, panels, PLOTS / plot_of(name, number))
     PAGE.write_text(page(results))
 
@@ -93,16 +85,9 @@ def section(name: str, result: dict[str, Any]) -> str:
     parts = [f"## {result['title']}\n\n{result['text']}\n\n*{where}*\n"]
     for number, each in enumerate(result["tables"]):
         parts.append(f"### {each['title']}\n\n{table_of(each)}")
-        if panels_of(name, each):
+        if each.get("plot"):
             parts.append(f"![{each['title']}](plots/{plot_of(name, number)})\n")
     return "\n".join(parts)
-
-
-def panels_of(name: str, each: dict[str, Any]) -> list[list[str]]:
-    """The columns of a table that are drawn: those of one panel share its axis."""
-    if "plot" in each:
-        return list(each["plot"])
-    return [[column] for column in PLOTTED.get(name, ()) if column in each["columns"]]
 
 
 def plot_of(name: str, number: int) -> str:

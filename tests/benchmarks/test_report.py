@@ -25,15 +25,12 @@ def report() -> Any:
     return report
 
 
-def test_a_table_says_which_columns_are_drawn(report):
-    plot = [["smidgen / base", "HF PEFT / base"], ["memory, MB"]]
-    assert report.panels_of("new", {**TABLE, "plot": plot}) == plot
-    assert report.panels_of("new", TABLE) == []
-
-
-def test_a_table_made_before_is_drawn_by_its_name(report):
-    older = {"columns": ["", "time / floor"], "rows": []}
-    assert report.panels_of("training_step", older) == [["time / floor"]]
+def test_a_table_that_names_columns_has_a_picture_on_the_page(report):
+    made = "processor instructions cores memory_gb system python threads"
+    tables = [TABLE, {**TABLE, "plot": [["memory, MB"]]}]
+    result = {"title": "Some", "text": "", "machine": dict.fromkeys(made.split(), ""), "versions": {}, "tables": tables}
+    assert report.section("some", result).count("![") == 1
+    assert "![a batch](plots/some-1.svg)" in report.section("some", result)
 
 
 def drawn(report: Any, panels: list[list[str]], file: Path) -> str:
