@@ -216,10 +216,9 @@ def planned_call(layer: nn.Module, call: Call) -> Call:
 
 def _with_values(layer: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
     plans: dict[str, ValuePlan] = layer.__dict__[VALUES]
-    if len(args) == 1 and is_bare_linear(call) and not torch.is_autocast_enabled(args[0].device.type):
-        weight = plans.get("weight")
-        if weight is not None:
-            with replaced(layer, {dotted: plan.value() for dotted, plan in plans.items() if plan is not weight}):
-                return linear_by_making(args[0], cast(Any, layer).bias, weight.value, weight.trained_tensors())
-    with replaced(layer, {dotted: plan.value() for dotted, plan in plans.items()}):
-        return call(*args, **kwargs)
+    is_bare = len(args) == 1 and is_bare_linear(call) and not torch.is_autocast_enabled(args[0].device.type)
+    weight = plans.get("weight") if is_bare else None
+    with replaced(layer, {dotted: plan.value() for dotted, plan in plans.items() if plan is not weight}):
+        if weight is None:
+            return call(*args, **kwargs)
+        return linear_by_making(args[0], cast(Any, layer).bias, weight.value, weight.trained_tensors())

@@ -145,7 +145,7 @@ class DiffPruningAdapter(FullWeightAdapter):
             D = self.gates(draw=self._draws) * self.difference
             return F.linear(x, D.to(x.dtype) if W is None else W + D, b)
         with torch.no_grad():
-            z = _opened(self.gate, self._draws).mul_(3).sub_(1.5).clamp_(0, 1)  # in place: it is as large as W
+            z = _hard_concrete(self.gate, self._draws)
         d: Tensor = self.difference
         if self.group_gate is not None:
             d = d * _hard_concrete(self.group_gate, self._draws)
@@ -228,11 +228,6 @@ class _GatedLinear(torch.autograd.Function):
 
 def _hard_concrete(a: Tensor, draw: bool) -> Tensor:
     """Louizos et al. 2017, arXiv:1712.01312, stretched to (-1.5, 1.5)."""
-    return (3 * _opened(a, draw) - 1.5).clamp(0, 1)
-
-
-def _opened(a: Tensor, draw: bool) -> Tensor:
-    """How far each gate is open before it is stretched, from 0 to 1."""
     if draw:
         a = torch.rand_like(a).logit_(eps=1e-6).add_(a)  # log u - log(1 - u) + a
-    return a.sigmoid()
+    return (3 * a.sigmoid() - 1.5).clamp(0, 1)
